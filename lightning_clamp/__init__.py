@@ -1,0 +1,41 @@
+"""Train with PyTorch Lightning, and come out calibrated.
+
+The public names load on first use, so that ``import lightning_clamp`` costs nothing and imports nothing heavy.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from lightning_clamp import metrics as metrics
+    from lightning_clamp.callback import NeuralClamping as NeuralClamping
+    from lightning_clamp.clamping import CalibrationResult as CalibrationResult
+    from lightning_clamp.clamping import Clamp as Clamp
+    from lightning_clamp.clamping import fit_clamp as fit_clamp
+    from lightning_clamp.module import CalibrationModule as CalibrationModule
+
+_HOME = {
+    "CalibrationModule": "module",
+    "CalibrationResult": "clamping",
+    "Clamp": "clamping",
+    "NeuralClamping": "callback",
+    "fit_clamp": "clamping",
+}
+
+__all__ = ["CalibrationModule", "CalibrationResult", "Clamp", "NeuralClamping", "fit_clamp", "metrics"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its module (PEP 562)."""
+    if name == "metrics":
+        return import_module("lightning_clamp.metrics")
+    if name not in _HOME:
+        raise AttributeError(f"module 'lightning_clamp' has no attribute {name!r}; it offers {', '.join(__all__)}")
+    return getattr(import_module(f"lightning_clamp.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names before they are loaded."""
+    return [*__all__, "__version__"]

@@ -1,0 +1,109 @@
+"""One layout for every kind of classifier output: rows of class logits, each with its target and its item.
+
+Class outputs, dense outputs and one-logit heads differ only in how their tensors are laid out. Everything that computes
+(metrics, temperature, scores) works on :class:`Rows`; the layouts are known here alone.
+"""
+
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+Task: TypeAlias = Literal["multiclass", "binary"]
+TASKS: tuple[Task, ...] = ("multiclass", "binary")
+
+
+class Rows(NamedTuple):
+    """Logits of every scored position, and the item (sample) each position belongs to.
+
+    Attributes:
+        logits: Shape ``(M, C)``, float; a one-logit head gives the two columns ``(0, z)``.
+        target: Shape ``(M,)``, int64, in ``[0, C)``.
+        item: Shape ``(M,)``, int64, in ``[0, n_items)``.
+        n_items: Items in the batch, also those of which every position is ignored.
+    """
+
+    logits: Tensor
+    target: Tensor
+    item: Tensor
+    n_items: int
+
+    def per_item(self, values: Tensor) -> Tensor:
+        """Sum ``values``, one per row and shape ``(M, ...)``, over the rows of each item: ``(n_items, ...)``."""
+        return values.new_zeros(self.n_items, *values.shape[1:]).index_add(0, self.item, values)
+
+
+def is_dense(logits: Tensor, task: Task) -> bool:
+    """Whether ``logits`` hold several positions per item (pixels), rather than one class distribution."""
+    return logits.ndim > 2 if task == "multiclass" else logits[:1].numel() > 1
+
+
+def as_rows(logits: Tensor, target: Tensor, *, task: Task = "multiclass", ignore_index: int | None = None) -> Rows:
+    """Lay logits and target out as :class:`Rows`, leaving out positions whose target is ``ignore_index``.
+
+    Args:
+        logits: ``(N, C)`` or dense ``(N, C, ...)``; for ``task="binary"`` one logit per position, ``(N,)``, ``(N, 1)``
+            or dense ``(N, 1, ...)`` or ``(N, ...)``.
+        target: Class indices, ``(N,)`` or dense ``(N, ...)``; for ``task="binary"`` 0 or 1, int, bool or float, with or
+            without the axis of length 1.
+        task: ``"multiclass"`` or ``"binary"``.
+        ignore_index: Target value of positions to leave out.
+
+    Raises:
+        TypeError: If either is no tensor, or the target's dtype cannot hold class indices.
+        ValueError: If the shapes do not fit together, or there is one class only.
+    """
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        raise TypeError(f"The network must return one float tensor of logits, got {_kind(logits)}.")
+    if not isinstance(target, Tensor):
+        raise TypeError(f"The target must be a tensor, got {_kind(target)}.")
+    flat, labels = _binary(logits, target) if task == "binary" else _multiclass(logits, target)
+    item = torch.arange(len(logits), device=logits.device).repeat_interleave(len(labels) // max(len(logits), 1))
+    if ignore_index is not None:
+        keep = labels != ignore_index
+        flat, labels, item = flat[keep], labels[keep], item[keep]
+    return Rows(flat, labels, item, len(logits))
+
+
+def _multiclass(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    if target.is_floating_point() or target.dtype == torch.bool:
+        raise TypeError(f"The target must hold class indices as int64, got {target.dtype}; use target.long().")
+    if logits.ndim < 2:
+        raise ValueError(f"Logits must have shape (N, C) or (N, C, ...), got {tuple(logits.shape)}.")
+    if logits.shape[1] == 1:
+        raise ValueError(
+            f"Logits of shape {tuple(logits.shape)} have one class, and a softmax over one class is always 1: "
+            'say task="binary" for a one-logit (sigmoid) head.'
+        )
+    if logits.shape == target.shape:
+        raise ValueError(
+            f"The target has the shape of the logits, {tuple(target.shape)}: one-hot? "
+            "Pass class indices, target.argmax(1)."
+        )
+    if target.shape != logits.shape[:1] + logits.shape[2:]:
+        raise ValueError(
+            f"Logits of shape {tuple(logits.shape)} (class axis 1) need a target of shape "
+            f"{tuple(logits.shape[:1] + logits.shape[2:])}, got {tuple(target.shape)}."
+        )
+    return logits.movedim(1, -1).flatten(0, -2), target.flatten().long()
+
+
+def _binary(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    if _without_unit_axis(logits) != _without_unit_axis(target):
+        raise ValueError(
+            f'task="binary" needs one logit per target, got logits of shape {tuple(logits.shape)} and a target of '
+            f'shape {tuple(target.shape)}; for one logit per class say task="multiclass".'
+        )
+    positive = logits.flatten()
+    if target.is_floating_point() and bool((target != target.round()).any()):
+        raise ValueError("A binary target must be 0 or 1, got a value between: soft labels have no calibration error.")
+    return torch.stack([torch.zeros_like(positive), positive], 1), target.flatten().long()
+
+
+def _without_unit_axis(tensor: Tensor) -> torch.Size:
+    shape = tensor.shape
+    return shape[:1] + shape[2:] if len(shape) > 1 and shape[1] == 1 else shape
+
+
+def _kind(value: object) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__

@@ -1,0 +1,112 @@
+"""The clamp itself: a perturbation added to every input, and a map applied to every logit."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lightning_clamp.clamping.perturbation import shifted
+
+
+class Clamp(nn.Module):
+    r"""What calibration learned: :math:`\mathrm{softmax}(a \circ f(x + \delta) / T + b)`.
+
+    The tensors are buffers, so no optimizer, average or gradient check ever sees them. ``Clamp()`` is the identity.
+
+    Args:
+        perturbation: :math:`\delta`, the shape of one input, or None for no perturbation.
+        log_temperature: Logarithm of the temperature, a scalar; a temperature is thus always positive.
+        class_bias: :math:`b`, shape ``(C,)``, or None. One value for a one-logit head.
+        class_scale: :math:`a`, shape ``(C,)``, or None. One value for a one-logit head.
+
+    Reference:
+        Tang, Chen and Ho, "Neural Clamping: Joint Input Perturbation and Temperature Scaling for Neural Network
+        Calibration", TMLR 2024; with class bias and scale, vector scaling of Guo et al., ICML 2017.
+    """
+
+    perturbation: Tensor | None
+    log_temperature: Tensor
+    class_bias: Tensor | None
+    class_scale: Tensor | None
+
+    def __init__(
+        self,
+        perturbation: Tensor | None = None,
+        log_temperature: float | Tensor = 0.0,
+        class_bias: Tensor | None = None,
+        class_scale: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        log_temperature = torch.as_tensor(log_temperature, dtype=None if _is_float(log_temperature) else torch.float32)
+        if log_temperature.ndim != 0 or not bool(torch.isfinite(log_temperature)):
+            raise ValueError(f"`log_temperature` must be one finite number, got {log_temperature}.")
+        self.register_buffer("perturbation", _copied(perturbation))
+        self.register_buffer("log_temperature", _copied(log_temperature))
+        self.register_buffer("class_bias", _copied(class_bias))
+        self.register_buffer("class_scale", _copied(class_scale))
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> "Clamp":
+        """Rebuild a clamp from its :meth:`~torch.nn.Module.state_dict`; parts that are absent were not chosen."""
+        names = {"perturbation", "log_temperature", "class_bias", "class_scale"}
+        if unknown := set(state) - names:
+            raise ValueError(
+                f"A clamp has {sorted(names)}, got also {sorted(unknown)}: is this another module's state?"
+            )
+        return cls(**state)
+
+    @property
+    def temperature(self) -> Tensor:
+        """The temperature T > 0, a scalar."""
+        return self.log_temperature.exp()
+
+    @property
+    def perturbation_norm(self) -> float:
+        """Euclidean norm of the perturbation, in units of the network's input; 0.0 without one."""
+        return 0.0 if self.perturbation is None else float(self.perturbation.norm())
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the clamp changes nothing."""
+        parts = (self.perturbation, self.class_bias, self.class_scale)
+        return float(self.log_temperature) == 0.0 and all(part is None for part in parts)
+
+    def perturb(self, inputs: Tensor) -> Tensor:
+        """Add the perturbation to every input, shape ``(N, *perturbation.shape)``; the dtype of the input is kept."""
+        if self.perturbation is not None and inputs.shape[1:] != self.perturbation.shape:
+            raise ValueError(
+                f"The clamp was fitted to inputs of shape {tuple(self.perturbation.shape)}, got a batch of shape "
+                f"{tuple(inputs.shape)}: resize the inputs, or fit with grids=() for a clamp that leaves them alone."
+            )
+        return shifted(inputs, self.perturbation)
+
+    def scale(self, logits: Tensor) -> Tensor:
+        """Map logits ``(N, C, ...)`` (or one-logit outputs of any shape) to calibrated logits, at least float32."""
+        scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        factor = (-self.log_temperature.to(scores)).exp()
+        if self.class_scale is not None:
+            factor = factor * _per_class(self.class_scale, scores)
+        scores = scores * factor
+        return scores if self.class_bias is None else scores + _per_class(self.class_bias, scores)
+
+    def extra_repr(self) -> str:
+        """Summary shown by ``print(clamp)``."""
+        parts = [f"temperature={float(self.temperature):.4g}"]
+        if self.perturbation is not None:
+            parts.append(f"perturbation={tuple(self.perturbation.shape)}, norm={self.perturbation_norm:.4g}")
+        parts += [name for name in ("class_bias", "class_scale") if getattr(self, name) is not None]
+        return ", ".join(parts)
+
+
+def _per_class(values: Tensor, logits: Tensor) -> Tensor:
+    """Shape one value per class so that it broadcasts along axis 1 of ``logits``."""
+    values = values.to(logits)
+    return values.reshape(()) if values.numel() == 1 else values.reshape(-1, *[1] * (logits.ndim - 2))
+
+
+def _copied(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().clone()
+
+
+def _is_float(value: float | Tensor) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()

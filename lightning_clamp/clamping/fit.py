@@ -1,0 +1,200 @@
+"""The public engine: one call that looks at the data, runs a solver, and never returns anything worse."""
+
+import inspect
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+
+from lightning_clamp._rows import TASKS, Task
+from lightning_clamp.clamping.clamp import Clamp
+from lightning_clamp.clamping.frozen import frozen
+from lightning_clamp.clamping.passes import Batches, CalibrationSet, Logits, Network, Progress
+from lightning_clamp.clamping.selection import Candidate, Fit, fit_by_scoring
+from lightning_clamp.clamping.sgd import fit_by_sgd
+from lightning_clamp.clamping.survey import Survey, survey
+from lightning_clamp.clamping.temperature import OUTPUT_MAPS, TemperatureFit, fit_temperature
+from lightning_clamp.metrics.calibration_error import ReliabilityCurve, ReliabilityDiagram
+from lightning_clamp.metrics.proper_scores import Accuracy, NegativeLogLikelihood
+
+Solver: TypeAlias = Literal["scoring", "sgd", "temperature"]
+
+
+@dataclass(frozen=True)
+class CalibrationResult:
+    """What a calibration did.
+
+    Attributes:
+        clamp: The fitted clamp: ``clamp.scale(network(clamp.perturb(x)))`` are calibrated logits.
+        solver: The solver that was run.
+        before: ``nll`` (nats per row), ``ece`` and ``accuracy`` (fractions) on the calibration set, uncalibrated.
+        after: The same with the clamp.
+        reliability: Reliability curves before and after.
+        candidates: Everything that was considered (solver ``"scoring"`` only).
+        chosen: The candidate that was chosen, among them.
+        reason: What was chosen and why, in words.
+        history: NLL and temperature pass by pass, or loss and temperature epoch by epoch.
+        n_samples: Size of the calibration set.
+        passes: Passes over the calibration set, forward only or with a backward to the input.
+        seconds: Time taken, reading the data included.
+    """
+
+    clamp: Clamp
+    solver: Solver
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    reliability: tuple[ReliabilityCurve, ReliabilityCurve]
+    candidates: tuple[Candidate, ...]
+    chosen: Candidate | None
+    reason: str
+    history: tuple[dict[str, float], ...]
+    n_samples: int
+    passes: int
+    seconds: float
+
+
+def fit_clamp(
+    network: Network,
+    batches: Batches,
+    *,
+    solver: Solver = "scoring",
+    task: Task = "multiclass",
+    ignore_index: int | None = None,
+    cache_bytes: int = 2**28,
+    progress: Progress | None = None,
+    **options: Any,
+) -> CalibrationResult:
+    r"""Fit a clamp to a frozen network.
+
+    Args:
+        network: Callable from a batch of inputs, ``(N, *shape)``, to logits: ``(N, C)``, dense ``(N, C, ...)``, or one
+            logit per position for ``task="binary"``. An ``nn.Module`` is put in eval mode and frozen meanwhile, its
+            flags, buffers and the random state are restored, and batches are moved to its device.
+        batches: Re-iterable of pairs ``(inputs, target)``, such as a DataLoader; held-out data, not augmented.
+        solver: ``"scoring"`` (smooth perturbations by Fisher scoring and output maps, chosen by a criterion),
+            ``"sgd"`` (Neural Clamping as published) or ``"temperature"`` (T alone).
+        task: ``"multiclass"`` (softmax) or ``"binary"`` (one logit, sigmoid).
+        ignore_index: Target value of positions to leave out.
+        cache_bytes: Logits of a pass are kept up to this size; beyond it they are recomputed.
+        progress: Called after every batch with what is being done and how many batches of this pass are done.
+        **options: Of the solver: see :func:`~.selection.fit_by_scoring` (``grids``, ``outputs``, ``max_passes``) and
+            :func:`~.sgd.fit_by_sgd` (``epochs``, ``lr``, ``gamma``, …).
+
+    Returns:
+        The clamp with everything that led to it. If calibration would not lower the NLL of the calibration set, the
+        clamp is the identity, and a warning says so.
+
+    Raises:
+        TypeError: If batches are no pairs of tensors, labels have no integer dtype, or an option is unknown.
+        ValueError: If the set is empty or has fewer than 10 samples, a logit is not finite, a label is out of range,
+            or the network returns probabilities.
+        RuntimeError: If the output carries no gradient to the input and a perturbation was asked for.
+
+    Example:
+        >>> logits, target = torch.randn(500, 3) * 4, torch.randint(3, (500,))
+        >>> result = fit_clamp(torch.nn.Identity(), [(logits, target)], solver="temperature")
+        >>> bool(result.clamp.temperature > 3) and result.after["nll"] < result.before["nll"]
+        True
+    """
+    check_options(solver, task, options)
+    started = time.perf_counter()
+    data = CalibrationSet(
+        network, batches, task=task, ignore_index=ignore_index, cache_bytes=cache_bytes, progress=progress
+    )
+    with frozen(network):
+        seen = survey(data)
+        before, curve_before = _measured(Clamp(), seen.logits, data)
+        _warn_of_training_data(before)
+        fit = _solved(solver, data, seen, options)
+        after, curve_after = _measured(fit.clamp, fit.logits, data)
+    if not fit.clamp.is_identity and not after["nll"] < before["nll"]:
+        worse = (
+            f"the clamp had an NLL of {after['nll']:.6g} on the calibration set, against {before['nll']:.6g} without"
+        )
+        fit = Fit(Clamp(), seen.logits, f"nothing was changed: {worse}", fit.candidates, None, fit.history)
+        after, curve_after = before, curve_before
+    if fit.clamp.is_identity:
+        warnings.warn(f"The network was left as it is: {fit.reason}.", stacklevel=2)
+    return CalibrationResult(
+        clamp=fit.clamp,
+        solver=solver,
+        before=before,
+        after=after,
+        reliability=(curve_before, curve_after),
+        candidates=fit.candidates,
+        chosen=fit.chosen,
+        reason=fit.reason,
+        history=fit.history,
+        n_samples=seen.n_samples,
+        passes=data.passes,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _fit_temperature_alone(data: CalibrationSet, seen: Survey, base: TemperatureFit) -> Fit:
+    dtype = torch.promote_types(seen.dtype, torch.float32)
+    clamp = Clamp(log_temperature=torch.tensor(base.log_temperature, dtype=dtype))
+    return Fit(clamp, seen.logits, "temperature scaling, as asked")
+
+
+_SOLVERS: dict[Solver, Callable[..., Fit]] = {
+    "scoring": fit_by_scoring,
+    "sgd": fit_by_sgd,
+    "temperature": _fit_temperature_alone,
+}
+
+
+def check_options(solver: Solver, task: Task, options: Mapping[str, Any]) -> None:
+    """Refuse unknown solvers, tasks and options, and option values that cannot be, before any work is done."""
+    if solver not in _SOLVERS:
+        raise ValueError(f"`solver` must be one of {tuple(_SOLVERS)}, got {solver!r}.")
+    if task not in TASKS:
+        raise ValueError(f"`task` must be one of {TASKS}, got {task!r}.")
+    parameters = inspect.signature(_SOLVERS[solver]).parameters.values()
+    known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    if unknown := set(options) - set(known):
+        raise TypeError(
+            f"solver={solver!r} has no option {', '.join(sorted(unknown))}; it has {', '.join(known) or 'none'}."
+        )
+    if wrong := set(options.get("outputs", ())) - set(OUTPUT_MAPS):
+        raise ValueError(f"`outputs` must be among {OUTPUT_MAPS}, got {', '.join(sorted(map(str, wrong)))}.")
+    if any(not isinstance(size, int) or size < 1 for size in options.get("grids", ())):
+        raise ValueError(f"`grids` must be whole numbers of at least 1, got {options['grids']}.")
+    if options.get("max_passes", 1) < 1 or options.get("epochs", 1) < 1:
+        raise ValueError("`max_passes` and `epochs` must be at least 1.")
+
+
+def _solved(solver: Solver, data: CalibrationSet, seen: Survey, options: Mapping[str, Any]) -> Fit:
+    base = fit_temperature(seen.logits)
+    if solver != "sgd" and not base.interior:
+        reason = (
+            "no finite temperature minimises the NLL of this calibration set (every sample right, or outputs that say "
+            "nothing of the labels); check the labels, or take more data"
+        )
+        return Fit(Clamp(), seen.logits, reason)
+    return _SOLVERS[solver](data, seen, base, **options)
+
+
+def _measured(clamp: Clamp, logits: Logits, data: CalibrationSet) -> tuple[dict[str, float], ReliabilityCurve]:
+    """Metrics of the clamped logits, through the clamp itself."""
+    options: dict[str, Any] = {"task": data.task, "ignore_index": data.ignore_index}
+    nll, accuracy, diagram = NegativeLogLikelihood(**options), Accuracy(**options), ReliabilityDiagram(**options)
+    for batch, target in logits.batches():
+        scaled = clamp.scale(batch)
+        for metric in (nll, accuracy, diagram):
+            metric.to(scaled.device).update(scaled, target)
+    curve = diagram.cpu().compute()
+    ece = float(curve.expected_calibration_error)
+    return {"nll": float(nll.compute()), "ece": ece, "accuracy": float(accuracy.compute())}, curve
+
+
+def _warn_of_training_data(before: Mapping[str, float]) -> None:
+    if before["accuracy"] > 0.998 and before["nll"] < 0.02:
+        warnings.warn(
+            f"The calibration set has accuracy {before['accuracy']:.4f} and NLL {before['nll']:.4f}: is it the "
+            "training set? Calibrate on held-out data, or the confidences will be those of memory.",
+            stacklevel=3,
+        )

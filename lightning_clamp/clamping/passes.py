@@ -1,0 +1,298 @@
+"""Passes over the calibration set, each of which ends in additive sums.
+
+Every number the solvers use is a sum over samples, formed in :func:`summed` alone: the result does not depend on the
+order or the size of the batches, and a reduction over several devices has one place to go.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from typing import NamedTuple, Protocol, TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_clamp._rows import Rows, Task, as_rows, is_dense
+from lightning_clamp.clamping.perturbation import Grid, shifted
+
+Network: TypeAlias = Callable[[Tensor], Tensor]
+Batches: TypeAlias = Iterable[Sequence[Tensor]]
+Progress: TypeAlias = Callable[[str, int], None]
+
+# Finite-difference step of the curvature of dense outputs, as a fraction of the root mean square of the inputs: small
+# enough to stay on the network's tangent, large enough to stand out of float32 rounding.
+_STEP = 0.01
+# Rows of finite differences held at once, in elements.
+_CHUNK_ELEMENTS = 2**25
+
+
+def summed(parts: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Sum tuples of tensors position by position, in float64. The one place where sums over samples are formed."""
+    total: list[Tensor] = []
+    for part in parts:
+        if not total:
+            total = [torch.zeros(t.shape, dtype=torch.float64, device=t.device) for t in part]
+        for accumulated, term in zip(total, part, strict=True):
+            accumulated += term
+    return tuple(total)
+
+
+class RowSource(Protocol):
+    """Something that yields the same rows of logits every time it is iterated."""
+
+    def __iter__(self) -> Iterator[Rows]:
+        """Yield the rows batch by batch."""
+        ...
+
+
+class ScoreSums(NamedTuple):
+    """Sums over samples of the derivatives of the loss in ``(coefficients, log T)``; p of them.
+
+    Attributes:
+        gradient: Sum of the scores, ``(p,)``.
+        curvature: Expected second derivative of the summed loss (Fisher information), ``(p, p)``.
+        covariance: Sum of the outer products of the per-sample scores, ``(p, p)``. Equal to the curvature for class
+            outputs, where both are the empirical Fisher; for dense outputs the pixels of an image are correlated and
+            they differ (Takeuchi, 1976).
+    """
+
+    gradient: Tensor
+    curvature: Tensor
+    covariance: Tensor
+
+
+class CalibrationSet:
+    """A network and its calibration batches, seen as a source of logits and of sums.
+
+    Args:
+        network: Callable from inputs to logits. Freezing it is the caller's business (:func:`.frozen`).
+        batches: Re-iterable of ``(inputs, target)``.
+        task: See :func:`lightning_clamp._rows.as_rows`.
+        ignore_index: See :func:`lightning_clamp._rows.as_rows`.
+        cache_bytes: Logits of a pass are kept in memory up to this size, and recomputed when needed beyond it.
+        progress: Called after every batch with what is being done and the number of batches done in this pass.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        batches: Batches,
+        *,
+        task: Task,
+        ignore_index: int | None,
+        cache_bytes: int,
+        progress: Progress | None = None,
+    ) -> None:
+        if isinstance(batches, Iterator):
+            raise TypeError("`batches` is read several times: pass a DataLoader or a list, not a generator.")
+        self.network = network
+        self.batches = batches
+        self.task: Task = task
+        self.ignore_index = ignore_index
+        self.cache_bytes = cache_bytes
+        self.progress = progress
+        self.passes = 0
+        self.device = next((p.device for p in network.parameters()), None) if isinstance(network, nn.Module) else None
+
+    @property
+    def n_batches(self) -> int | None:
+        """Number of batches, None where it is not known."""
+        return len(self.batches) if isinstance(self.batches, Sized) else None
+
+    def read(self, what: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """One pass over the batches, on the network's device; ``what`` is shown as progress."""
+        self.passes += 1
+        for index, batch in enumerate(self.batches):
+            inputs, target = _pair(batch)
+            yield inputs.to(self.device), target.to(self.device)
+            if self.progress is not None:
+                self.progress(what, index + 1)
+
+    def rows(self, logits: Tensor, target: Tensor) -> Rows:
+        """Lay one batch out as rows."""
+        return as_rows(logits, target, task=self.task, ignore_index=self.ignore_index)
+
+    def call(self, inputs: Tensor) -> Tensor:
+        """Logits of one batch; says what to do if the network does not return a tensor of one row per input."""
+        logits = self.network(inputs)
+        if not isinstance(logits, Tensor):
+            raise TypeError(
+                f"The network must return a tensor of logits, got {type(logits).__name__}: "
+                "wrap it in a function that returns the logits alone."
+            )
+        if len(logits) != len(inputs):
+            raise ValueError(f"The network returned {len(logits)} rows for a batch of {len(inputs)} inputs.")
+        return logits
+
+    def forward(self, perturbation: Tensor | None, what: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """One forward pass without gradients: inputs, logits and target, batch by batch."""
+        for inputs, target in self.read(what):
+            with torch.no_grad():
+                yield inputs, self.call(shifted(inputs, perturbation)), target
+
+
+class Logits:
+    """The network's logits at one perturbation: kept where they fit, recomputed where they do not.
+
+    Args:
+        data: Network and batches.
+        perturbation: The point in input space, None for the origin.
+        recompute: Keep nothing; for a point that no pass has been made at.
+    """
+
+    def __init__(self, data: CalibrationSet, perturbation: Tensor | None, *, recompute: bool = False) -> None:
+        self.data = data
+        self.perturbation = perturbation
+        self._kept: list[tuple[Tensor, Tensor]] | None = None if recompute else []
+        self._bytes = 0
+
+    def keep(self, logits: Tensor, target: Tensor) -> None:
+        """Remember a batch; past the limit all are forgotten."""
+        self._bytes += logits.nbytes + target.nbytes
+        if self._bytes > self.data.cache_bytes:
+            self._kept = None
+        elif self._kept is not None:
+            self._kept.append((logits.detach().clone(), target))
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield logits as the network returned them, with their target."""
+        if self._kept is not None:
+            yield from self._kept
+        else:
+            for _, logits, target in self.data.forward(self.perturbation, "logits"):
+                yield logits, target
+
+    def __iter__(self) -> Iterator[Rows]:
+        """Yield the rows batch by batch, logits as float64."""
+        for logits, target in self.batches():
+            rows = self.data.rows(logits, target)
+            yield rows._replace(logits=rows.logits.double())
+
+
+def score_pass(
+    data: CalibrationSet,
+    perturbation: Tensor | None,
+    log_temperature: float,
+    grids: Sequence[Grid],
+    *,
+    input_scale: float,
+    what: str,
+) -> tuple[list[ScoreSums], Logits]:
+    """One forward and one backward to the input: the score sums of every grid, and the logits passed on the way.
+
+    Args:
+        data: Network and batches.
+        perturbation: The point in input space, the shape of one input; None for the origin.
+        log_temperature: The point in log T.
+        grids: Grids whose coefficients to differentiate in. They share the pass: since the perturbation is added to
+            every input, the input gradient projected on a grid is the sample's score.
+        input_scale: Root mean square of the inputs; sets the finite-difference step for dense outputs.
+        what: Shown as progress.
+
+    Raises:
+        TypeError: If the inputs are no float tensors.
+        RuntimeError: If the network's output does not depend differentiably on its input.
+    """
+    logits_seen = Logits(data, perturbation)
+
+    def parts() -> Iterator[tuple[Tensor, ...]]:
+        for inputs, target in data.read(what):
+            logits, item_scores = _input_scores(data, inputs, target, perturbation, log_temperature, grids)
+            logits_seen.keep(logits, target)
+            terms = []
+            for grid, scores in zip(grids, item_scores, strict=True):
+                outer = scores.T @ scores
+                curvature = outer
+                if is_dense(logits, data.task):
+                    curvature = _gauss_newton(data, inputs, target, perturbation, log_temperature, grid, input_scale)
+                terms += [scores.sum(0), curvature, outer]
+            yield tuple(terms)
+
+    total = summed(parts())
+    return [ScoreSums(*total[3 * i : 3 * i + 3]) for i in range(len(grids))], logits_seen
+
+
+def _input_scores(
+    data: CalibrationSet,
+    inputs: Tensor,
+    target: Tensor,
+    perturbation: Tensor | None,
+    log_temperature: float,
+    grids: Sequence[Grid],
+) -> tuple[Tensor, list[Tensor]]:
+    """Logits of one batch, and per grid the score of every item in (coefficients, log T), float64."""
+    if not inputs.is_floating_point():
+        raise TypeError(
+            f"The inputs are {inputs.dtype}, and a perturbation needs float inputs: "
+            'pass grids=() or solver="temperature" to calibrate the outputs only.'
+        )
+    point = shifted(inputs, perturbation).detach().clone().requires_grad_()
+    logits = data.call(point)
+    if not logits.requires_grad:
+        raise RuntimeError(
+            "The network's output carries no gradient to its input (a forward under `no_grad`, `detach` or rounding?): "
+            'remove it, or pass grids=() or solver="temperature" to calibrate the outputs only.'
+        )
+    rows = data.rows(logits, target)
+    scaled = rows.logits.double() * math.exp(-log_temperature)
+    loss = F.cross_entropy(scaled, rows.target, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, point)
+    temperature_score = rows.per_item(log_temperature_score(scaled.detach(), rows.target))[:, None]
+    return logits.detach(), [torch.cat([grid.project(gradient), temperature_score], 1) for grid in grids]
+
+
+def log_temperature_score(scaled: Tensor, target: Tensor) -> Tensor:
+    """Derivative of each row's cross-entropy in log T: the target's scaled logit minus the expected one, ``(M,)``."""
+    return scaled.gather(1, target[:, None])[:, 0] - (scaled.softmax(1) * scaled).sum(1)
+
+
+def _gauss_newton(
+    data: CalibrationSet,
+    inputs: Tensor,
+    target: Tensor,
+    perturbation: Tensor | None,
+    log_temperature: float,
+    grid: Grid,
+    input_scale: float,
+) -> Tensor:
+    r"""Fisher information :math:`\sum J^T (\mathrm{diag}(p) - p p^T) J` of one batch in (coefficients, log T).
+
+    The pixels of an image are correlated, so the outer product of its summed score says nothing about curvature. The
+    columns of J are taken by forward differences of the logits: p forward passes, no graph, a positive semi-definite
+    result that is the same for any batch size.
+    """
+    step = _STEP * (input_scale or 1.0)
+    images = [grid.image(unit) for unit in step * torch.eye(grid.n_coefficients, dtype=torch.float64)]
+    total = torch.zeros(len(images) + 1, len(images) + 1, dtype=torch.float64, device=inputs.device)
+    with torch.no_grad():
+        base = data.call(shifted(inputs[:1], perturbation))
+        chunk = max(1, _CHUNK_ELEMENTS // (base.numel() * (len(images) + 1)))
+        for part, labels in zip(torch.split(inputs, chunk), torch.split(target, chunk), strict=True):
+            here = shifted(part, perturbation)
+            scaled = data.rows(data.call(here), labels).logits.double() * math.exp(-log_temperature)
+            columns = []
+            for image in images:
+                there = data.rows(data.call(shifted(here, image)), labels).logits.double()
+                columns.append((there * math.exp(-log_temperature) - scaled) / step)
+            jacobian = torch.stack([*columns, -scaled])  # (p, M, C)
+            probs = scaled.softmax(1)
+            centred = jacobian - (jacobian * probs).sum(2, keepdim=True)
+            total += (centred * probs).flatten(1) @ centred.flatten(1).T
+    return total
+
+
+def _pair(batch: object) -> tuple[Tensor, Tensor]:
+    """Check that a batch is ``(inputs, target)``."""
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        size = f" of {len(batch)} items" if isinstance(batch, Sized) else ""
+        raise TypeError(
+            f"Every calibration batch must be a pair (inputs, target), got {type(batch).__name__}{size}: "
+            "pass a loader that yields pairs."
+        )
+    inputs, target = cast("Sequence[object]", batch)
+    if not isinstance(inputs, Tensor) or not isinstance(target, Tensor):
+        raise TypeError(
+            f"Inputs and target of a calibration batch must be tensors, got {type(inputs).__name__} "
+            f"and {type(target).__name__}."
+        )
+    return inputs, target

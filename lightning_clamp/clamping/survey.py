@@ -1,0 +1,135 @@
+"""A first look at the calibration set: one forward pass that counts, checks, and keeps the logits."""
+
+import warnings
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_clamp._rows import Rows, is_dense
+from lightning_clamp.clamping.passes import CalibrationSet, Logits, summed
+
+MIN_SAMPLES = 10
+
+
+class Survey(NamedTuple):
+    """What one forward pass over the calibration set tells.
+
+    Attributes:
+        logits: The network's unchanged logits.
+        shape: Shape of one input; None if the inputs differ in shape.
+        dense: Whether a sample holds several positions (pixels).
+        n_samples: Items; the unit in which coefficients are counted against data.
+        n_rows: Scored positions; equal to ``n_samples`` for class outputs without ``ignore_index``.
+        samples_per_class: Items in which each class occurs, ``(C,)``, float64.
+        input_scale: Root mean square of the inputs.
+        dtype: Floating dtype of the inputs, or of the logits for integer inputs.
+        device: Device of the inputs.
+    """
+
+    logits: Logits
+    shape: tuple[int, ...] | None
+    dense: bool
+    n_samples: int
+    n_rows: int
+    samples_per_class: Tensor
+    input_scale: float
+    dtype: torch.dtype
+    device: torch.device
+
+
+def survey(data: CalibrationSet) -> Survey:
+    """Pass over ``data`` once without gradients.
+
+    Raises:
+        ValueError: If the set is empty or smaller than 10 samples, a logit is not finite, a label is out of range, or
+            the outputs are probabilities.
+    """
+    logits_seen = Logits(data, None)
+    shapes: set[tuple[int, ...]] = set()
+    kinds: set[tuple[bool, torch.dtype, torch.device]] = set()
+
+    def parts() -> Iterator[tuple[Tensor, ...]]:
+        seen = 0
+        for inputs, logits, target in data.forward(None, "first look"):
+            rows = data.rows(logits, target)
+            _check_values(rows, seen)
+            logits_seen.keep(logits, target)
+            seen += len(inputs)
+            shapes.add(tuple(inputs.shape[1:]))
+            dtype = inputs.dtype if inputs.is_floating_point() else logits.dtype
+            kinds.add((is_dense(logits, data.task), dtype, inputs.device))
+            squares = (inputs.double() ** 2).sum()
+            counts = [len(inputs), len(rows.target), inputs.numel(), _outside_simplex(logits, data.task == "binary")]
+            yield _class_items(rows).sum(0), squares, torch.tensor(counts, dtype=torch.float64)
+
+    total = summed(parts())
+    if not total:
+        raise ValueError("The calibration set is empty: pass a loader that yields at least one batch.")
+    samples_per_class, squares, counts = total
+    n_samples, n_rows, n_values, n_outside = (int(count) for count in counts)
+    _check_size(n_samples, n_rows)
+    if n_outside == 0:
+        _complain_of_probabilities(data.task == "binary")
+    dense, dtype, device = max(kinds, key=lambda kind: kind[0])
+    scale = (float(squares) / n_values) ** 0.5
+    shape = shapes.pop() if len(shapes) == 1 else None
+    return Survey(logits_seen, shape, dense, n_samples, n_rows, samples_per_class.cpu(), scale, dtype, device)
+
+
+def _class_items(rows: Rows) -> Tensor:
+    """1 where a class occurs in an item, ``(n_items, C)``."""
+    n_classes = rows.logits.shape[1]
+    occurs = torch.zeros(rows.n_items * n_classes, dtype=torch.float64, device=rows.logits.device)
+    return occurs.index_fill(0, rows.item * n_classes + rows.target, 1.0).reshape(rows.n_items, n_classes)
+
+
+def _check_values(rows: Rows, offset: int) -> None:
+    finite = torch.isfinite(rows.logits).all(1)
+    if not bool(finite.all()):
+        first = int(rows.item[~finite][0]) + offset
+        raise ValueError(
+            f"The network returned NaN or infinite logits for sample {first} of the calibration set: "
+            "find that sample, or the weights that overflow, before calibrating."
+        )
+    n_classes = rows.logits.shape[1]
+    wrong = rows.target[(rows.target < 0) | (rows.target >= n_classes)]
+    if len(wrong):
+        raise ValueError(
+            f"The calibration set has the label {int(wrong[0])}, but the network has {n_classes} classes, 0 to "
+            f"{n_classes - 1}: start the labels at 0, or name a padding label with ignore_index={int(wrong[0])}."
+        )
+
+
+def _check_size(n_samples: int, n_rows: int) -> None:
+    if n_rows == 0:
+        raise ValueError("Every label of the calibration set is `ignore_index`: nothing is left to calibrate on.")
+    if n_samples < MIN_SAMPLES:
+        raise ValueError(
+            f"The calibration set has {n_samples} samples; a temperature needs at least {MIN_SAMPLES}, "
+            "and hundreds to be worth having."
+        )
+
+
+def _outside_simplex(logits: Tensor, binary: bool) -> int:
+    """How many outputs cannot be probabilities: outside [0, 1], or in a row that does not sum to 1."""
+    outside = ((logits < 0) | (logits > 1)).sum()
+    if binary:
+        return int(outside)
+    tolerance = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 2e-2
+    return int(outside + ((logits.float().sum(1) - 1).abs() > tolerance).sum())
+
+
+def _complain_of_probabilities(binary: bool) -> None:
+    if binary:
+        warnings.warn(
+            "Every output of the network lies in [0, 1]: if these are probabilities, return the logits instead "
+            "(leave the final sigmoid out).",
+            stacklevel=2,
+        )
+    else:
+        raise ValueError(
+            "The network returns probabilities (every row lies in [0, 1] and sums to 1): return the logits, that is "
+            "leave the final softmax out, or return their logarithm."
+        )
