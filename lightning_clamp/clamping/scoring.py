@@ -87,7 +87,7 @@ def fit_grids(
 
 
 def _fit_grid(data: CalibrationSet, seen: Survey, grid: Grid, best: GridFit, max_passes: int) -> GridFit:
-    """Step ``-curvature⁻¹ gradient`` in (coefficients, log T) while that promises something; halved if the NLL rises."""
+    """Step ``-curvature⁻¹ gradient`` in (coefficients, log T) while it pays; halve the step when the NLL rises."""
     started = time.perf_counter()
     assert best.sums is not None
     point = torch.zeros(grid.n_coefficients + 1, dtype=torch.float64)

@@ -1,0 +1,132 @@
+"""The calibrated checkpoint: a Lightning checkpoint of the weights, with the clamp and the weights' fingerprint.
+
+It holds tensors, numbers and strings only, so that ``torch.load(weights_only=True)`` reads it.
+"""
+
+import hashlib
+import io
+import os
+import pickle
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import lightning
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_clamp._rows import Task
+from lightning_clamp.clamping import Clamp
+
+FORMAT = 1
+_KEY = "lightning_clamp"
+
+
+class Calibrated(NamedTuple):
+    """What a calibration leaves behind, and what it belongs to.
+
+    Attributes:
+        clamp: The clamp.
+        fingerprint: :func:`fingerprint` of the network it was fitted to.
+        task: How the logits are read.
+        ignore_index: Target value left out.
+        before: Metrics on the calibration set without the clamp.
+        after: The same with it.
+    """
+
+    clamp: Clamp
+    fingerprint: str
+    task: Task
+    ignore_index: int | None
+    before: dict[str, float]
+    after: dict[str, float]
+
+
+def fingerprint(network: nn.Module) -> str:
+    """Digest of names, dtypes, shapes and values of a module's state: equal weights, equal fingerprint."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in network.state_dict().items():
+        if isinstance(tensor, Tensor):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def to_state(calibrated: Calibrated) -> dict[str, Any]:
+    """A plain dict that ``weights_only=True`` loads."""
+    clamp = {name: tensor.cpu() for name, tensor in calibrated.clamp.state_dict().items()}
+    return {**calibrated._asdict(), "format": FORMAT, "clamp": clamp}
+
+
+def from_state(state: Mapping[str, Any]) -> Calibrated:
+    """The inverse of :func:`to_state`."""
+    if state.get("format") != FORMAT:
+        raise ValueError(
+            f"The saved clamp has format {state.get('format')!r}, and this version reads format {FORMAT}: "
+            "use the version of lightning_clamp that wrote it."
+        )
+    fields = {name: state[name] for name in Calibrated._fields}
+    return Calibrated(**{**fields, "clamp": Clamp.from_state(state["clamp"])})
+
+
+def calibrated_checkpoint(module: LightningModule, calibrated: Calibrated, epoch: int, step: int) -> dict[str, Any]:
+    """A checkpoint that ``type(module).load_from_checkpoint`` and :func:`read_calibrated` both read."""
+    checkpoint: dict[str, Any] = {
+        "epoch": epoch,
+        "global_step": step,
+        "pytorch-lightning_version": lightning.__version__,
+        "state_dict": module.state_dict(),
+        _KEY: to_state(calibrated),
+    }
+    if hparams := _plain(dict(module.hparams)):
+        checkpoint[module.CHECKPOINT_HYPER_PARAMS_KEY] = hparams
+        # Private, and written as Lightning's own checkpoints do: the name of the one argument that holds all
+        # hyperparameters, without which load_from_checkpoint cannot put them back.
+        checkpoint[module.CHECKPOINT_HYPER_PARAMS_NAME] = getattr(module, "_hparams_name", None)
+    module.on_save_checkpoint(checkpoint)
+    return checkpoint
+
+
+def _plain(hparams: dict[str, Any]) -> dict[str, Any]:
+    """Those hyperparameters that ``weights_only=True`` loads; the others are named in a warning."""
+    left_out = [name for name, value in hparams.items() if not _loads_safely(value)]
+    if left_out:
+        rank_zero_warn(
+            f"The hyperparameters {', '.join(left_out)} are objects that a safe load refuses, so they are not in the "
+            "calibrated checkpoint: pass them to CalibrationModule.from_checkpoint."
+        )
+    return {name: value for name, value in hparams.items() if name not in left_out}
+
+
+def _loads_safely(value: Any) -> bool:
+    buffer = io.BytesIO()
+    try:
+        torch.save(value, buffer)
+        buffer.seek(0)
+        torch.load(buffer, weights_only=True)
+    except (pickle.PickleError, AttributeError, TypeError):
+        return False
+    return True
+
+
+def read_calibrated(path: str | os.PathLike[str], map_location: Any = None) -> Calibrated:
+    """Read the clamp from a calibrated checkpoint.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged, holds objects a safe load refuses, or holds no clamp.
+    """
+    try:
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(
+            f"{os.fspath(path)!r} is damaged, or no checkpoint that can be loaded safely: "
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from error
+    if not isinstance(checkpoint, dict) or _KEY not in checkpoint:
+        raise ValueError(
+            f"{os.fspath(path)!r} holds no clamp: pass the file whose name ends in -calibrated.ckpt, "
+            "or calibrate this one first."
+        )
+    return from_state(checkpoint[_KEY])

@@ -1,0 +1,137 @@
+"""How the Trainer sees calibration: which loader is the calibration set, its batches, the network's precision."""
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any, NamedTuple
+
+from lightning.fabric.utilities.data import sized_len
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+from torch.utils.data import Subset
+
+_HOOK = "calibration_dataloader"
+
+
+class CalibrationSource(NamedTuple):
+    """Where the calibration set comes from.
+
+    Attributes:
+        loader: Yields pairs ``(inputs, target)``.
+        limit: Batches to read, None for all.
+        is_validation: Whether it is the validation loader, for want of anything better.
+    """
+
+    loader: Any
+    limit: int | None
+    is_validation: bool = False
+
+
+def find_calibration_set(trainer: Trainer, module: LightningModule, given: Any) -> CalibrationSource:
+    """Find the calibration set, in this order.
+
+    The loader given to the callback; the ``calibration_dataloader()`` of the datamodule, then of the module; the
+    validation loader, of which as many batches are read as the Trainer validates on.
+
+    Raises:
+        MisconfigurationException: If there is none, or there are several validation loaders.
+    """
+    fast = int(getattr(trainer, "fast_dev_run", 0)) or None
+    if given is not None:
+        return CalibrationSource(given, fast)
+    for owner in (_datamodule(trainer), module):
+        if hook := getattr(owner, "calibration_dataloader", None):
+            return CalibrationSource(hook(), fast)
+    loaders = trainer.val_dataloaders
+    if isinstance(loaders, list | tuple) and len(loaders) == 1:
+        (loaders,) = loaders
+    if isinstance(loaders, dict | list | tuple) and len(loaders) > 1:
+        raise MisconfigurationException(
+            f"There are {len(loaders)} validation loaders, and which is the calibration set? Pass "
+            "NeuralClamping(calibration_dataloader=...)."
+        )
+    limit = trainer.num_val_batches[0] if trainer.num_val_batches else 0
+    if loaders is None or limit == 0:
+        raise MisconfigurationException(
+            "There is no calibration set: pass NeuralClamping(calibration_dataloader=...), or give the datamodule a "
+            "`calibration_dataloader()`, or the Trainer a validation loader."
+        )
+    return CalibrationSource(loaders, None if limit == float("inf") else int(limit), is_validation=True)
+
+
+def _datamodule(trainer: Trainer) -> LightningDataModule | None:
+    # Public, but set by a connector where mypy does not look.
+    datamodule: LightningDataModule | None = trainer.datamodule  # type: ignore[attr-defined]
+    return datamodule
+
+
+def warn_if_training_data(loader: Any, trainer: Trainer) -> None:
+    """Warn if the calibration set is, or overlaps with, the training set."""
+    calibration, training = (_dataset(part) for part in (loader, trainer.train_dataloader))
+    if calibration is None or training is None:
+        return
+    if calibration is training:
+        shared = "is the training set itself"
+    elif overlap := _overlap(calibration, training):
+        shared = f"shares {overlap} samples with the training set"
+    else:
+        return
+    rank_zero_warn(
+        f"The calibration set {shared}: confidences will be fitted to memory. Hold some data out for calibration."
+    )
+
+
+def _dataset(loader: Any) -> Any:
+    return getattr(loader, "dataset", None)
+
+
+def _overlap(first: Any, second: Any) -> int:
+    if isinstance(first, Subset) and isinstance(second, Subset) and first.dataset is second.dataset:
+        return len(set(first.indices) & set(second.indices))
+    return 0
+
+
+class CalibrationBatches:
+    """The calibration set as Lightning would hand it to a validation step: transfer hooks run, on the device."""
+
+    def __init__(self, source: CalibrationSource, trainer: Trainer, module: LightningModule) -> None:
+        self.loader = source.loader
+        self.limit = source.limit
+        self.trainer = trainer
+        self.module = module
+
+    @property
+    def n_batches(self) -> int | None:
+        """Number of batches; None for loaders that do not know it."""
+        length = sized_len(self.loader)
+        return length if self.limit is None or length is None else min(self.limit, length)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the batches."""
+        owner = self._owner_of("on_before_batch_transfer")
+        for batch in islice(self.loader, self.limit):
+            batch = self.trainer.precision_plugin.convert_input(batch)
+            batch = owner.on_before_batch_transfer(batch, 0)
+            yield self.trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+    def _owner_of(self, hook: str) -> LightningModule | LightningDataModule:
+        """As Lightning: the datamodule's hook if it overrides it, else the module's."""
+        datamodule = _datamodule(self.trainer)
+        return datamodule if datamodule is not None and is_overridden(hook, datamodule) else self.module
+
+
+class TrainedNetwork(nn.Module):
+    """The module's forward in the Trainer's precision."""
+
+    def __init__(self, trainer: Trainer, module: LightningModule) -> None:
+        super().__init__()
+        self.module = module
+        self.precision = trainer.precision_plugin
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Logits as the module's own steps would see them."""
+        with self.precision.forward_context():
+            logits: Tensor = self.module(inputs)
+        return logits

@@ -1,0 +1,109 @@
+"""Before and after: names and numbers, a text table, pictures, and every logger the Trainer has."""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_clamp.clamping import CalibrationResult, Clamp
+from lightning_clamp.metrics import plot_reliability
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def scalars(result: CalibrationResult) -> dict[str, float]:
+    """The numbers that are logged, by their log key."""
+    chosen = result.chosen
+    numbers = {
+        **{f"before/{name}": value for name, value in result.before.items()},
+        **{f"after/{name}": value for name, value in result.after.items()},
+        "temperature": float(result.clamp.temperature),
+        "perturbation_norm": result.clamp.perturbation_norm,
+        "grid": float(chosen.grid if chosen is not None else 0),
+        "passes": float(result.passes),
+        "seconds": result.seconds,
+    }
+    return {f"calibration/{name}": value for name, value in numbers.items()}
+
+
+def table(result: CalibrationResult) -> str:
+    """A few lines of text: the metrics before and after, and what was chosen and why."""
+    lines = [f"{'calibration set':<16}{'before':>10}{'after':>10}"]
+    for name, form in (("nll", ".4f"), ("ece", ".2%"), ("accuracy", ".2%")):
+        lines.append(f"{name:<16}{result.before[name]:>10{form}}{result.after[name]:>10{form}}")
+    lines.append(
+        f"T = {float(result.clamp.temperature):.3f}, |δ| = {result.clamp.perturbation_norm:.3g}, "
+        f"{result.n_samples} samples, {result.passes} passes, {result.seconds:.1f} s"
+    )
+    lines.append(f"chosen: {result.reason}")
+    return "\n".join(lines)
+
+
+def log_result(trainer: Trainer, result: CalibrationResult) -> None:
+    """Write the numbers to ``trainer.callback_metrics`` and every logger, and pictures where a logger takes them."""
+    numbers = scalars(result)
+    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in numbers.items()})
+    for logger in trainer.loggers:
+        logger.log_metrics(numbers, step=trainer.global_step)
+    log_figures(trainer.loggers, result, trainer.global_step)
+
+
+def log_figures(loggers: Sequence[Logger], result: CalibrationResult, step: int) -> None:
+    """Log the reliability diagram and the perturbation to TensorBoard and Weights & Biases."""
+    takers = [logger for logger in loggers if isinstance(logger, TensorBoardLogger | WandbLogger)]
+    if not takers:
+        return
+    if find_spec("matplotlib") is None:
+        rank_zero_warn("matplotlib is not installed, so no calibration figures are logged: pip install matplotlib.")
+        return
+    from matplotlib import pyplot as plt
+
+    before, after = result.reliability
+    figures = {"reliability": plot_reliability(after, before=before)[0]}
+    if result.clamp.perturbation is not None:
+        figures["perturbation"] = plot_perturbation(result.clamp)
+    for name, figure in figures.items():
+        for logger in takers:
+            if isinstance(logger, WandbLogger):
+                _log_to_wandb(logger, f"calibration/{name}", figure, step)
+            else:
+                logger.experiment.add_figure(f"calibration/{name}", figure, step, close=False)
+        plt.close(figure)
+
+
+def _log_to_wandb(logger: WandbLogger, key: str, figure: "Figure", step: int) -> None:
+    from wandb import Image
+
+    logger.log_image(key, [Image(figure)], step)
+
+
+def plot_perturbation(clamp: Clamp) -> "Figure":
+    """Draw the perturbation in units of the network's input: an image per channel, or one bar per feature.
+
+    Raises:
+        ValueError: If the clamp has none.
+    """
+    from matplotlib import pyplot as plt
+
+    if clamp.perturbation is None:
+        raise ValueError("This clamp leaves its inputs alone: there is no perturbation to draw.")
+    delta = clamp.perturbation.detach().float().cpu()
+    limit = float(delta.abs().max()) or 1.0
+    if delta.ndim != 3:
+        figure, axes = plt.subplots(figsize=(4.2, 2.4), layout="constrained")
+        axes.bar(range(delta.numel()), delta.flatten())
+        axes.set(xlabel="feature", ylabel="perturbation")
+        return figure
+    figure, panels = plt.subplots(
+        1, len(delta), figsize=(1.9 * len(delta) + 0.9, 2.3), squeeze=False, layout="constrained"
+    )
+    for channel, (panel, image) in enumerate(zip(panels[0], delta, strict=True)):
+        drawn = panel.imshow(image, cmap="RdBu_r", vmin=-limit, vmax=limit)
+        panel.set(title=f"channel {channel}", xticks=[], yticks=[])
+    figure.colorbar(drawn, ax=panels[0], shrink=0.8, label="added to the input")
+    return figure
