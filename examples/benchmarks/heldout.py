@@ -109,7 +109,11 @@ def scores(clamp: Clamp, network: nn.Module, images: Tensor, target: Tensor) -> 
     with torch.no_grad():
         logits = torch.cat([clamp.scale(network(clamp.perturb(part))) for part in images.split(500)]).double()
     error = expected_calibration_error(logits.softmax(1), target)
-    return F.cross_entropy(logits, target, reduction="none"), float(error), float((logits.argmax(1) == target).double().mean())
+    return (
+        F.cross_entropy(logits, target, reduction="none"),
+        float(error),
+        float((logits.argmax(1) == target).double().mean()),
+    )
 
 
 def _number(value: float | None, form: str) -> str:

@@ -114,7 +114,7 @@ def fit_clamp(
         worse = (
             f"the clamp had an NLL of {after['nll']:.6g} on the calibration set, against {before['nll']:.6g} without"
         )
-        fit = Fit(Clamp(), seen.logits, f"nothing was changed: {worse}", fit.candidates, None, fit.history)
+        fit = Fit(Clamp(), seen.logits, worse, fit.candidates, None, fit.history)
         after, curve_after = before, curve_before
     if fit.clamp.is_identity:
         warnings.warn(f"The network was left as it is: {fit.reason}.", stacklevel=2)

@@ -90,9 +90,11 @@ def fit_by_sgd(
             stepper.zero_grad()
             loss.backward()
             stepper.step()
-            losses.append(float(loss))
-        history.append({"epoch": epoch + 1, "loss": math.fsum(losses) / len(losses), "temperature": float(temperature)})
-    return _finished(data, seen, perturbation.detach(), float(temperature), epochs, history)
+            losses.append(float(loss.detach()))
+        history.append(
+            {"epoch": epoch + 1, "loss": math.fsum(losses) / len(losses), "temperature": float(temperature.detach())}
+        )
+    return _finished(data, seen, perturbation.detach(), float(temperature.detach()), epochs, history)
 
 
 def _start(
@@ -144,7 +146,7 @@ def _finished(
     history: list[dict[str, float]],
 ) -> Fit:
     if not temperature > 0 or not bool(torch.isfinite(perturbation).all()):
-        reason = f"after {epochs} epochs T = {temperature:.4g}, which is no temperature: nothing was changed"
+        reason = f"after {epochs} epochs T = {temperature:.4g}, which is no temperature"
         return Fit(Clamp(), seen.logits, reason, history=tuple(history))
     log_temperature = torch.tensor(temperature, dtype=torch.float64).log().to(perturbation.dtype)
     clamp = Clamp(perturbation.cpu(), log_temperature)

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,13 +37,15 @@ def plot_reliability(
 
     if ax is None:
         _, ax = plt.subplots(figsize=(4.2, 4.2), layout="constrained")
-    n_bins = len(curve.counts)
-    left, width = torch.arange(n_bins) / n_bins, 1 / n_bins
-    filled = curve.counts > 0
-    share = curve.counts / curve.counts.sum()
+    # matplotlib computes with NumPy arrays; a single bin arrives as a scalar from a metric's compute().
+    confidence, accuracy, counts = (torch.atleast_1d(part).cpu().numpy() for part in curve)
+    n_bins = len(counts)
+    left, width = np.arange(n_bins) / n_bins, 1 / n_bins
+    filled = counts > 0
+    share = counts / counts.sum()
     ax.bar(
         left[filled],
-        curve.accuracy[filled],
+        accuracy[filled],
         color=_BAR,
         edgecolor="white",
         linewidth=0.6,
@@ -52,8 +55,8 @@ def plot_reliability(
     )
     ax.bar(
         left[filled],
-        (curve.confidence - curve.accuracy)[filled],
-        bottom=curve.accuracy[filled],
+        (confidence - accuracy)[filled],
+        bottom=accuracy[filled],
         color=_GAP,
         alpha=0.3,
         edgecolor=_GAP,
@@ -67,10 +70,8 @@ def plot_reliability(
     ax.bar(left, -0.12 * share / share.max(), color="0.6", width=width, align="edge")
     ax.axhline(0, color="0.35", linewidth=0.8)
     if before is not None:
-        seen = before.counts > 0
         ax.plot(
-            before.confidence[seen],
-            before.accuracy[seen],
+            *(torch.atleast_1d(part)[torch.atleast_1d(before.counts > 0)].cpu().numpy() for part in before[:2]),
             color=_OTHER,
             marker="o",
             markerfacecolor="none",

@@ -1,0 +1,26 @@
+"""Every test starts from the same random state, draws without a screen, and leaves no environment behind."""
+
+import os
+
+import matplotlib as mpl
+import pytest
+import torch
+
+mpl.use("Agg")
+# The tensors here are tiny: threads would only wait for each other, above all on a busy machine.
+torch.set_num_threads(1)
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("WANDB_SILENT", "true")
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_figures_left():
+    from matplotlib import pyplot as plt
+
+    yield
+    plt.close("all")
