@@ -8,7 +8,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_clamp._rows import Task
 from lightning_clamp.checkpoint import Calibrated, calibrated_checkpoint, fingerprint, from_state, to_state
@@ -156,8 +155,10 @@ class NeuralClamping(Callback):
         except Exception as error:  # hours of training must not be lost to whatever a network can raise
             if self.on_error == "raise":
                 raise
-            what = "the model stays uncalibrated" if self.result is None else "the calibrated model is in memory only"
-            rank_zero_warn(f"NeuralClamping failed, and {what}. {type(error).__name__}: {error}")
+            state = (
+                "stays uncalibrated" if self.result is None else "is calibrated, but not all of it is saved and logged"
+            )
+            rank_zero_warn(f"NeuralClamping failed: the model {state}. {type(error).__name__}: {error}")
 
     def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> CalibrationResult:
         assert self._source is not None
@@ -165,7 +166,7 @@ class NeuralClamping(Callback):
         # Transfer hooks that augment ask whether the Trainer is training; these batches are for measuring.
         trainer.validating = True
         try:
-            with isolate_rng(), shown_progress(trainer, batches.n_batches) as progress:
+            with shown_progress(trainer, batches.n_batches) as progress:
                 return fit_clamp(
                     TrainedNetwork(trainer, pl_module),
                     batches,
@@ -183,12 +184,12 @@ class NeuralClamping(Callback):
             result.clamp, fingerprint(pl_module), self.task, self.ignore_index, dict(result.before), dict(result.after)
         )
         rank_zero_info(table(result))
-        log_result(trainer, result)
         if (path := self._path(trainer)) is not None:
             checkpoint = calibrated_checkpoint(pl_module, self._calibrated, trainer.current_epoch, trainer.global_step)
             trainer.strategy.save_checkpoint(checkpoint, path)
             self.checkpoint_path = path
             rank_zero_info(f"saved: {path}")
+        log_result(trainer, result)
 
     def _path(self, trainer: Trainer) -> str | None:
         """Where to save; None for nowhere."""

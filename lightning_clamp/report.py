@@ -92,11 +92,11 @@ def plot_perturbation(clamp: Clamp) -> "Figure":
 
     if clamp.perturbation is None:
         raise ValueError("This clamp leaves its inputs alone: there is no perturbation to draw.")
-    delta = clamp.perturbation.detach().float().cpu()
-    limit = float(delta.abs().max()) or 1.0
+    delta = clamp.perturbation.detach().float().cpu().numpy()
+    limit = float(abs(delta).max()) or 1.0
     if delta.ndim != 3:
         figure, axes = plt.subplots(figsize=(4.2, 2.4), layout="constrained")
-        axes.bar(range(delta.numel()), delta.flatten())
+        axes.bar(range(delta.size), delta.flatten())
         axes.set(xlabel="feature", ylabel="perturbation")
         return figure
     figure, panels = plt.subplots(

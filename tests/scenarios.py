@@ -75,10 +75,6 @@ class LitClassifier(LightningModule):
         x, y = batch
         return F.cross_entropy(self(x), y)
 
-    def validation_step(self, batch, batch_idx):
-        x, y = batch
-        self.log("val_loss", F.cross_entropy(self(x), y))
-
     def test_step(self, batch, batch_idx):
         x, y = batch
         self.log("test_nll", F.cross_entropy(self(x), y))
@@ -88,6 +84,14 @@ class LitClassifier(LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=self.hparams["lr"])
+
+
+class Validating(LitClassifier):
+    """The same with a validation loop."""
+
+    def validation_step(self, batch, batch_idx):
+        x, y = batch
+        self.log("val_loss", F.cross_entropy(self(x), y))
 
 
 def loader(n: int, seed: int, size: int = 100, shift: bool = True) -> DataLoader:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_clamp import CalibrationModule, NeuralClamping
-from tests.scenarios import SHIFT, LitClassifier, SmallNet, images, loader, sampled
+from tests.scenarios import SHIFT, LitClassifier, SmallNet, Validating, images, loader, sampled
 from tests.test_frozen import assert_same, trace
 
 
@@ -151,7 +151,9 @@ def test_a_failure_of_the_report_keeps_the_clamp(tmp_path, calibration_set, monk
     callback = NeuralClamping(calibration_set)
     run = trainer(tmp_path, callback, ModelCheckpoint(tmp_path))
     monkeypatch.setattr("lightning_clamp.callback.calibrated_checkpoint", full)
-    with pytest.warns(UserWarning, match="the calibrated model is in memory only. OSError: disk full"):
+    with pytest.warns(
+        UserWarning, match="the model is calibrated, but not all of it is saved and logged. OSError: disk full"
+    ):
         run.fit(LitClassifier(), train_loader())
     assert isinstance(callback.calibrated_module(), CalibrationModule)
     assert callback.checkpoint_path is None
@@ -233,9 +235,6 @@ class DataModule(LightningDataModule):
     def train_dataloader(self):
         return train_loader()
 
-    def val_dataloader(self):
-        return loader(100, seed=40)
-
     def calibration_dataloader(self):
         return loader(400, seed=42)
 
@@ -257,10 +256,10 @@ def test_the_validation_set_is_taken_with_a_warning_and_as_far_as_the_trainer_re
     validation = loader(300, seed=44, size=100)
     callback = NeuralClamping(solver="temperature")
     with pytest.warns(UserWarning, match="which also served to choose the model"):
-        trainer(tmp_path, callback).fit(LitClassifier(), train_loader(), validation)
+        trainer(tmp_path, callback).fit(Validating(), train_loader(), validation)
     assert callback.result.n_samples == 300
     with pytest.warns(UserWarning, match="which also served to choose the model"):
-        trainer(tmp_path, callback, limit_val_batches=2).fit(LitClassifier(), train_loader(), validation)
+        trainer(tmp_path, callback, limit_val_batches=2).fit(Validating(), train_loader(), validation)
     assert callback.result.n_samples == 200
 
 
@@ -274,7 +273,7 @@ def test_without_a_calibration_set_training_does_not_start(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:NeuralClamping will calibrate on the validation set")
 def test_of_several_validation_loaders_none_is_guessed(tmp_path):
-    class Several(LitClassifier):
+    class Several(Validating):
         def validation_step(self, batch, batch_idx, dataloader_idx=0):
             pass
 
@@ -388,6 +387,7 @@ def test_a_keyword_call_is_clamped_as_well(tmp_path, calibration_set):
     torch.testing.assert_close(torch.cat(run.predict(model, data)), expected)
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_checkpoint_saved_after_fit_carries_the_clamp_to_another_process(fitted, tmp_path):
     run, model, callback = fitted
     run.save_checkpoint(tmp_path / "after.ckpt")
@@ -405,6 +405,7 @@ def test_a_checkpoint_saved_after_fit_carries_the_clamp_to_another_process(fitte
 # The rest of a Trainer's life
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_a_finished_run_says_that_it_was_not_calibrated_again(fitted):
     run, model, callback = fitted
     with pytest.warns(UserWarning, match="Training had nothing left to do, so NeuralClamping did not run"):
@@ -412,6 +413,7 @@ def test_a_finished_run_says_that_it_was_not_calibrated_again(fitted):
     assert isinstance(callback.calibrated_module(), CalibrationModule)
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_a_longer_fit_is_calibrated_anew(fitted):
     run, model, callback = fitted
     before = callback.result

@@ -1,17 +1,19 @@
 """Freeze a network for a while, and leave no trace."""
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 
 @contextmanager
 def frozen(network: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Put a network in eval mode with its parameters frozen, and restore every flag, buffer and RNG state after.
+    """Put a network in eval mode with its parameters frozen, and restore every flag, buffer and random state after.
 
-    Gradients are enabled inside, also where the caller is under ``no_grad`` or ``inference_mode``. A plain callable has
+    The random states are those of torch, NumPy and Python, which loaders and transforms draw from. Gradients are enabled inside, also where the caller is under ``no_grad`` or ``inference_mode``. A plain callable has
     no flags to set; only the random state is kept for it.
     """
     modules = list(network.modules()) if isinstance(network, nn.Module) else []
@@ -24,6 +26,7 @@ def frozen(network: Callable[[Tensor], Tensor]) -> Iterator[None]:
     # cuDNN refuses the backward of a recurrent layer in eval mode; torch's own kernels do not.
     recurrent = any(isinstance(module, nn.RNNBase) for module in modules)
     devices = {parameter.device.index for parameter in parameters if parameter.device.type == "cuda"}
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - the state users' transforms use
     try:
         for module in modules:
             module.training = False
@@ -37,6 +40,8 @@ def frozen(network: Callable[[Tensor], Tensor]) -> Iterator[None]:
         ):
             yield
     finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
         for module, flag in zip(modules, training, strict=True):
             module.training = flag
         for parameter, flag in zip(parameters, requires_grad, strict=True):

@@ -1,0 +1,189 @@
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+from lightning_clamp import CalibrationModule, Clamp, NeuralClamping
+from lightning_clamp.checkpoint import (
+    Calibrated,
+    calibrated_checkpoint,
+    fingerprint,
+    from_state,
+    read_calibrated,
+    to_state,
+)
+from tests.scenarios import LitClassifier, SmallNet, images, loader
+from tests.test_callback import train_loader, trainer
+
+
+def calibrated(clamp=None, network=None) -> Calibrated:
+    clamp = clamp or Clamp(torch.randn(3, 8, 8), 0.5, torch.randn(4), torch.rand(4))
+    return Calibrated(clamp, fingerprint(network or SmallNet()), "multiclass", None, {"nll": 2.0}, {"nll": 1.0})
+
+
+@pytest.fixture
+def saved(tmp_path):
+    callback = NeuralClamping(loader(1000, seed=30), outputs=("temperature",))
+    run, model = trainer(tmp_path, callback, ModelCheckpoint(tmp_path)), LitClassifier(temperature=3.0)
+    run.fit(model, train_loader())
+    return callback, model
+
+
+def test_the_saved_file_restores_the_calibrated_model(saved, tmp_path):
+    callback, _ = saved
+    path = callback.checkpoint_path
+    assert os.path.dirname(path) == str(tmp_path)
+    assert path.endswith("epoch=0-step=2-calibrated.ckpt")
+    module = CalibrationModule.from_checkpoint(path, LitClassifier)
+    x = images(20)
+    assert torch.equal(module(x), callback.calibrated_module()(x))
+    assert module.network.hparams["temperature"] == 3.0
+    torch.testing.assert_close(module.predict_proba(x).sum(1), torch.ones(20))
+
+
+def test_the_saved_file_is_a_checkpoint_of_the_network_and_loads_safely(saved):
+    callback, model = saved
+    content = torch.load(callback.checkpoint_path, weights_only=True)
+    assert set(content["lightning_clamp"]) == {
+        "format", "clamp", "fingerprint", "task", "ignore_index", "before", "after",
+    }  # fmt: skip
+    again = LitClassifier.load_from_checkpoint(callback.checkpoint_path, weights_only=True)
+    assert fingerprint(again) == fingerprint(model) == content["lightning_clamp"]["fingerprint"]
+
+
+def test_no_half_written_file_is_left(saved, tmp_path):
+    assert sorted(path.name for path in tmp_path.glob("*.ckpt*")) == [
+        "epoch=0-step=2-calibrated.ckpt",
+        "epoch=0-step=2.ckpt",
+    ]
+
+
+def test_nothing_is_saved_where_the_user_saves_nothing_or_says_so(tmp_path):
+    for callback, others in (
+        (NeuralClamping(loader(200, 1)), []),
+        (NeuralClamping(loader(200, 1), save=False), [ModelCheckpoint(tmp_path)]),
+    ):
+        trainer(tmp_path, callback, *others).fit(LitClassifier(), train_loader())
+        assert callback.checkpoint_path is None
+    elsewhere = NeuralClamping(loader(200, 1), dirpath=tmp_path / "there")
+    trainer(tmp_path, elsewhere).fit(LitClassifier(), train_loader())
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["epoch=0-step=2-calibrated.ckpt"]
+
+
+def test_state_is_plain_and_round_trips(tmp_path):
+    first = calibrated()
+    torch.save(to_state(first), tmp_path / "state.pt")
+    again = from_state(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert again[1:] == first[1:]
+    x = torch.randn(5, 4)
+    assert torch.equal(again.clamp.scale(x), first.clamp.scale(x))
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [(lambda n: None, True), (lambda n: n.linear.bias.data.add_(1e-6), False), (lambda n: n.half(), False)],
+)
+def test_the_fingerprint_changes_with_the_weights_alone(change, same):
+    first, second = SmallNet(), SmallNet().eval()
+    change(second)
+    assert (fingerprint(first) == fingerprint(second)) == same
+
+
+def test_the_fingerprint_covers_scalars_buffers_and_bfloat16():
+    network = nn.BatchNorm1d(3).bfloat16()
+    before = fingerprint(network)
+    network.num_batches_tracked += 1
+    assert fingerprint(network) != before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is damaged, or no checkpoint"),
+        (b"not a checkpoint at all", "is damaged, or no checkpoint"),
+        ({"state_dict": {}}, "holds no clamp: pass the file whose name ends in -calibrated.ckpt"),
+        ([1, 2], "holds no clamp"),
+        ({"lightning_clamp": {"format": 99}}, "has format 99, and this version reads format 1"),
+        ({"lightning_clamp": {}, "evil": SimpleNamespace()}, "is damaged, or no checkpoint that can be loaded safely"),
+    ],
+)
+def test_a_foreign_or_damaged_file_costs_one_sentence(tmp_path, content, message):
+    path = tmp_path / "file.ckpt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_calibrated(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_truncated_file_costs_one_sentence(saved, tmp_path):
+    callback, _ = saved
+    whole = Path(callback.checkpoint_path).read_bytes()
+    (tmp_path / "half.ckpt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="is damaged"):
+        CalibrationModule.from_checkpoint(tmp_path / "half.ckpt", LitClassifier)
+
+
+def test_a_missing_file_is_a_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        read_calibrated(tmp_path / "nowhere.ckpt")
+
+
+class Needy(LightningModule):
+    """Takes a network, which no safe checkpoint can hold."""
+
+    def __init__(self, net: nn.Module, width: int = 4) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x)
+
+
+@pytest.mark.filterwarnings("ignore:Attribute 'net' is an instance of `nn.Module`")
+def test_hyperparameters_that_cannot_be_loaded_safely_are_named_and_given_again(tmp_path):
+    model = Needy(SmallNet(), width=7)
+    with pytest.warns(UserWarning, match="The hyperparameters net are objects that a safe load refuses"):
+        torch.save(calibrated_checkpoint(model, calibrated(network=model), 1, 2), tmp_path / "needy.ckpt")
+    with pytest.raises(TypeError, match="Needy could not be built from .* pass its arguments to from_checkpoint"):
+        CalibrationModule.from_checkpoint(tmp_path / "needy.ckpt", Needy)
+    module = CalibrationModule.from_checkpoint(tmp_path / "needy.ckpt", Needy, net=SmallNet())
+    assert module.network.hparams["width"] == 7
+
+
+class OneArgument(LightningModule):
+    """Keeps all hyperparameters in one argument."""
+
+    def __init__(self, config: dict) -> None:
+        super().__init__()
+        self.save_hyperparameters(config)
+        self.net = SmallNet(config["temperature"])
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def test_hyperparameters_in_one_argument_come_back_as_one(tmp_path):
+    """Fails when Lightning moves the private name that the checkpoint needs for this."""
+    model = OneArgument({"temperature": 3.0})
+    torch.save(calibrated_checkpoint(model, calibrated(network=model), 1, 2), tmp_path / "one.ckpt")
+    module = CalibrationModule.from_checkpoint(tmp_path / "one.ckpt", OneArgument)
+    assert module.network.net.temperature == 3.0
+
+
+def test_the_modules_own_checkpoint_hooks_are_called(tmp_path):
+    class Hooked(LitClassifier):
+        def on_save_checkpoint(self, checkpoint):
+            checkpoint["extra"] = 5
+
+        def on_load_checkpoint(self, checkpoint):
+            self.extra = checkpoint["extra"]
+
+    model = Hooked()
+    torch.save(calibrated_checkpoint(model, calibrated(network=model), 1, 2), tmp_path / "hooked.ckpt")
+    assert CalibrationModule.from_checkpoint(tmp_path / "hooked.ckpt", Hooked).network.extra == 5

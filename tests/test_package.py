@@ -1,0 +1,69 @@
+"""What importing costs, what the layers may know of each other, and that every example runs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lightning_clamp
+
+ROOT = Path(lightning_clamp.__file__).parent
+HEAVY = ("torchvision", "matplotlib", "tensorboard", "wandb", "sklearn", "scipy")
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = f"import sys, lightning_clamp; print([m for m in {HEAVY} if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def test_every_public_name_is_there_and_others_are_not():
+    for name in lightning_clamp.__all__:
+        assert getattr(lightning_clamp, name) is not None
+        assert name in dir(lightning_clamp)
+    with pytest.raises(AttributeError, match="no attribute 'NeuralClamp'; it offers CalibrationModule"):
+        _ = lightning_clamp.NeuralClamp
+
+
+def imports(path: Path) -> set[str]:
+    """Names imported when the module is, with those inside functions and TYPE_CHECKING left out."""
+    tree = ast.parse(path.read_text())
+    nodes = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    return {alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names} | {
+        n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.module
+    }
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    names = imports(path)
+    assert not {name for name in names if name.split(".")[0] in HEAVY}
+    part = path.relative_to(ROOT).parts[0]
+    if part in ("clamping", "metrics", "_rows.py"):
+        assert not {name for name in names if name.split(".")[0] == "lightning"}
+    ours = {name.split(".")[1] for name in names if name.startswith("lightning_clamp.")}
+    allowed = {"metrics": {"metrics", "_rows"}, "clamping": {"clamping", "metrics", "_rows"}, "_rows.py": set()}
+    assert ours <= allowed.get(part, ours)
+
+
+def test_the_quickstart_runs_and_writes_what_it_says(tmp_path):
+    script = ROOT.parent / "examples" / "quickstart.py"
+    done = subprocess.run(
+        [sys.executable, script, "--epochs", "8", "--out", tmp_path], capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    assert "held-out test" in done.stdout
+    assert (tmp_path / "reliability.png").stat().st_size > 10_000
+    assert list((tmp_path / "checkpoints").glob("*-calibrated.ckpt"))
+    assert list(tmp_path.rglob("events.out.tfevents.*"))
+
+
+SCRIPTS = [path for path in sorted((ROOT.parent / "examples").rglob("*.py")) if "def main(" in path.read_text()]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_every_example_explains_itself(script):
+    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout
