@@ -150,7 +150,7 @@ def test_hyperparameters_that_cannot_be_loaded_safely_are_named_and_given_again(
     model = Needy(SmallNet(), width=7)
     with pytest.warns(UserWarning, match="The hyperparameters net are objects that a safe load refuses"):
         torch.save(calibrated_checkpoint(model, calibrated(network=model), 1, 2), tmp_path / "needy.ckpt")
-    with pytest.raises(TypeError, match="Needy could not be built from .* pass its arguments to from_checkpoint"):
+    with pytest.raises(TypeError, match=r"Needy could not be built from .* pass its arguments to from_checkpoint"):
         CalibrationModule.from_checkpoint(tmp_path / "needy.ckpt", Needy)
     module = CalibrationModule.from_checkpoint(tmp_path / "needy.ckpt", Needy, net=SmallNet())
     assert module.network.hparams["width"] == 7

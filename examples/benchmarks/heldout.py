@@ -44,16 +44,20 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     print(f"torch {torch.__version__}, {arguments.device}, {torch.get_num_threads()} threads")
-    for case in arguments.case or CASES:
-        run(case, arguments.data, arguments.jpeg, torch.device(arguments.device))
+    summary = [row for case in arguments.case or CASES for row in run(case, arguments, torch.device(arguments.device))]
+    print("\nHeld-out NLL (change against temperature scaling in units of .001, ± one paired standard error) and ECE")
+    print("| network and data | uncalibrated | temperature | plain Neural Clamping | default |")
+    print("|---|---|---|---|---|")
+    print("\n".join(summary))
 
 
-def run(case: str, folder: Path, jpeg: int, device: torch.device) -> None:
-    """Both directions of one case."""
+def run(case: str, arguments: argparse.Namespace, device: torch.device) -> Iterator[str]:
+    """Both directions of one case, each a row of the summary."""
+    folder = arguments.data
     name, network, weights, normalisation, quality = CASES[case]
     network.load_state_dict(load_file(folder / "weights" / f"{weights}.safetensors"))
     network.to(device).eval().to(memory_format=torch.channels_last)
-    images, target = read(folder, name, normalisation, None if quality is None else jpeg)
+    images, target = read(folder, name, normalisation, None if quality is None else arguments.jpeg)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     for direction, (fit, held) in enumerate((order.chunk(2), order.chunk(2)[::-1]), start=1):
         batches = list(zip(images[fit].split(250), target[fit].split(250), strict=True))
@@ -61,8 +65,9 @@ def run(case: str, folder: Path, jpeg: int, device: torch.device) -> None:
         result = fit_clamp(network, batches)
         seconds = time.perf_counter() - started
         print(f"\n## {case}, direction {direction}: {len(fit)} to fit, {len(held)} held out")
-        report(result, network, images[held].to(device), target[held].to(device))
+        cells = report(result, network, images[held].to(device), target[held].to(device))
         print(f"{result.passes} passes, {seconds:.0f} s. {result.reason}")
+        yield f"| {case}, direction {direction} | {' | '.join(cells)} |"
 
 
 def read(folder: Path, name: str, normalisation: dict, quality: int | None) -> tuple[Tensor, Tensor]:
@@ -75,8 +80,8 @@ def read(folder: Path, name: str, normalisation: dict, quality: int | None) -> t
     return scaled, torch.from_numpy(load.labels(name)).long()
 
 
-def report(result: CalibrationResult, network: nn.Module, images: Tensor, target: Tensor) -> None:
-    """Print one row per candidate, and the choices of plain Neural Clamping and of the default."""
+def report(result: CalibrationResult, network: nn.Module, images: Tensor, target: Tensor) -> list[str]:
+    """Print one row per candidate; return the summary: uncalibrated, temperature, plain choice, default choice."""
     fitted = [candidate for candidate in result.candidates if candidate.clamp is not None]
     alone = scores(fitted[0].clamp, network, images, target)
     uncalibrated = scores(Clamp(), network, images, target)
@@ -84,6 +89,7 @@ def report(result: CalibrationResult, network: nn.Module, images: Tensor, target
     print(f"uncalibrated: NLL {uncalibrated[0].mean():.4f}, ECE {uncalibrated[1]:.2%}")
     print("| candidate | p | score test p | AIC | ΔNLL held out | NLL | ECE | accuracy | passes | chosen |")
     print("|---|---|---|---|---|---|---|---|---|---|")
+    cells = {}
     for candidate in fitted:
         losses, error, accuracy = scores(candidate.clamp, network, images, target)
         change = losses - alone[0]
@@ -94,6 +100,15 @@ def report(result: CalibrationResult, network: nn.Module, images: Tensor, target
             f"| {losses.mean():.4f} | {error:.2%} | {accuracy:.2%} | {candidate.passes} "
             f"| {' and '.join(_choices(candidate, plain, result.chosen))} |"
         )
+        change_text = f" ({1000 * float(change.mean()):+.1f} ± {1000 * deviation:.1f})" if change.any() else ""
+        cells[candidate.name] = f"{candidate.name}: {losses.mean():.4f}{change_text}, {error:.1%}"
+    assert result.chosen is not None
+    return [
+        f"{uncalibrated[0].mean():.4f}, {uncalibrated[1]:.1%}",
+        cells["temperature"].removeprefix("temperature: "),
+        cells[plain.name],
+        cells[result.chosen.name],
+    ]
 
 
 def _choices(candidate: Candidate, plain: Candidate, chosen: Candidate | None) -> Iterator[str]:

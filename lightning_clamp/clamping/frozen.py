@@ -13,8 +13,9 @@ from torch import Tensor, nn
 def frozen(network: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Put a network in eval mode with its parameters frozen, and restore every flag, buffer and random state after.
 
-    The random states are those of torch, NumPy and Python, which loaders and transforms draw from. Gradients are enabled inside, also where the caller is under ``no_grad`` or ``inference_mode``. A plain callable has
-    no flags to set; only the random state is kept for it.
+    The random states are those of torch, NumPy and Python, which loaders and transforms draw from. Gradients are
+    enabled inside, also where the caller is under ``no_grad`` or ``inference_mode``. A plain callable has no flags to
+    set; only the random state is kept for it.
     """
     modules = list(network.modules()) if isinstance(network, nn.Module) else []
     parameters = list(network.parameters()) if isinstance(network, nn.Module) else []

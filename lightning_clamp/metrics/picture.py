@@ -3,12 +3,11 @@
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from numpy.typing import NDArray
 
     from lightning_clamp.metrics.calibration_error import ReliabilityCurve
 
@@ -37,8 +36,7 @@ def plot_reliability(
 
     if ax is None:
         _, ax = plt.subplots(figsize=(4.2, 4.2), layout="constrained")
-    # matplotlib computes with NumPy arrays; a single bin arrives as a scalar from a metric's compute().
-    confidence, accuracy, counts = (torch.atleast_1d(part).cpu().numpy() for part in curve)
+    confidence, accuracy, counts = _arrays(curve)
     n_bins = len(counts)
     left, width = np.arange(n_bins) / n_bins, 1 / n_bins
     filled = counts > 0
@@ -51,15 +49,15 @@ def plot_reliability(
         linewidth=0.6,
         width=width,
         align="edge",
-        label="accuracy",
+        label=f"accuracy, ECE {_percent(curve)}",
     )
     ax.bar(
         left[filled],
         (confidence - accuracy)[filled],
         bottom=accuracy[filled],
-        color=_GAP,
-        alpha=0.3,
+        facecolor="none",
         edgecolor=_GAP,
+        hatch="////",
         linewidth=0.8,
         width=width,
         align="edge",
@@ -70,8 +68,10 @@ def plot_reliability(
     ax.bar(left, -0.12 * share / share.max(), color="0.6", width=width, align="edge")
     ax.axhline(0, color="0.35", linewidth=0.8)
     if before is not None:
+        others, their_accuracy, their_counts = _arrays(before)
         ax.plot(
-            *(torch.atleast_1d(part)[torch.atleast_1d(before.counts > 0)].cpu().numpy() for part in before[:2]),
+            others[their_counts > 0],
+            their_accuracy[their_counts > 0],
             color=_OTHER,
             marker="o",
             markerfacecolor="none",
@@ -79,15 +79,20 @@ def plot_reliability(
             linewidth=1,
             label=f"before, ECE {_percent(before)}",
         )
-    ax.set(xlim=(0, 1), ylim=(-0.14, 1), xlabel="confidence", ylabel="accuracy", title=title or "")
+    ax.set(
+        xlim=(0, 1), ylim=(-0.14, 1), xlabel="confidence", ylabel=f"accuracy, ECE {_percent(curve)}", title=title or ""
+    )
     ax.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
-    ax.text(0.97, 0.03, f"ECE {_percent(curve)}", ha="right", va="bottom", transform=ax.transAxes, fontweight="bold")
     ax.legend(loc="upper left", frameon=False, fontsize="small")
     figure = ax.get_figure(root=True)
     assert figure is not None
     return figure, ax
 
 
+def _arrays(curve: "ReliabilityCurve") -> "tuple[NDArray[np.float64], ...]":
+    """The curve for matplotlib; a single bin arrives as a scalar from a metric's ``compute()``."""
+    return tuple(part.reshape(-1).cpu().numpy() for part in curve)
+
+
 def _percent(curve: "ReliabilityCurve") -> str:
-    error: Tensor = curve.expected_calibration_error
-    return f"{100 * float(error):.1f} %"
+    return f"{100 * float(curve.expected_calibration_error):.1f} %"
