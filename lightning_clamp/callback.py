@@ -136,7 +136,7 @@ class NeuralClamping(Callback):
         self._ended = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that there is a calibration set before training time is spent."""
+        """Check that there is a calibration set that can be read, before training time is spent."""
         self._source = find_calibration_set(trainer, pl_module, self.calibration_dataloader)
         if self._source.is_validation:
             rank_zero_warn(
@@ -144,6 +144,7 @@ class NeuralClamping(Callback):
                 "`calibration_dataloader` for confidences that owe it nothing."
             )
         warn_if_training_data(self._source.loader, trainer)
+        self._batches(trainer, pl_module).check()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Calibrate, report and save; a failure is reported and never loses the finished training."""
@@ -161,8 +162,7 @@ class NeuralClamping(Callback):
             rank_zero_warn(f"NeuralClamping failed: the model {state}. {type(error).__name__}: {error}")
 
     def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> CalibrationResult:
-        assert self._source is not None
-        batches = CalibrationBatches(self._source, trainer, pl_module)
+        batches = self._batches(trainer, pl_module)
         # Transfer hooks that augment ask whether the Trainer is training; these batches are for measuring.
         trainer.validating = True
         try:
@@ -178,6 +178,10 @@ class NeuralClamping(Callback):
                 )
         finally:
             trainer.training = True
+
+    def _batches(self, trainer: Trainer, pl_module: LightningModule) -> CalibrationBatches:
+        assert self._source is not None
+        return CalibrationBatches(self._source, trainer, pl_module)
 
     def _report(self, trainer: Trainer, pl_module: LightningModule, result: CalibrationResult) -> None:
         self._calibrated = Calibrated(

@@ -1,6 +1,6 @@
 """How the Trainer sees calibration: which loader is the calibration set, its batches, the network's precision."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -11,6 +11,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils.data import Subset
+
+from lightning_clamp.clamping import as_pair, kept_random_state
 
 _HOOK = "calibration_dataloader"
 
@@ -115,6 +117,27 @@ class CalibrationBatches:
             batch = self.trainer.precision_plugin.convert_input(batch)
             batch = owner.on_before_batch_transfer(batch, 0)
             yield self.trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+    def check(self) -> None:
+        """Read the first batch, so that a set that cannot be used is refused before training and not after.
+
+        Raises:
+            MisconfigurationException: If the set cannot be iterated again and again, is empty, or yields no pairs.
+        """
+        if not isinstance(self.loader, Iterable) or isinstance(self.loader, Iterator):
+            raise MisconfigurationException(
+                f"The calibration set must be a DataLoader or a list of batches, got {type(self.loader).__name__}."
+            )
+        with kept_random_state():
+            for batch in self:
+                try:
+                    as_pair(batch)
+                except TypeError as error:
+                    raise MisconfigurationException(
+                        f"NeuralClamping cannot use the calibration set. {error}"
+                    ) from error
+                return
+        raise MisconfigurationException("The calibration set is empty: pass a loader that yields at least one batch.")
 
     def _owner_of(self, hook: str) -> LightningModule | LightningDataModule:
         """As Lightning: the datamodule's hook if it overrides it, else the module's."""

@@ -133,7 +133,8 @@ def test_training_is_the_same_with_and_without_the_callback(tmp_path, calibratio
     for callbacks in ([], [NeuralClamping(calibration_set)]):
         torch.manual_seed(1)
         model = LitClassifier()
-        trainer(tmp_path, *callbacks, max_epochs=2).fit(model, train_loader())
+        shuffled = DataLoader(train_loader().dataset, batch_size=50, shuffle=True)
+        trainer(tmp_path, *callbacks, max_epochs=2).fit(model, shuffled)
         weights.append(model.state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
@@ -195,9 +196,7 @@ FAILURES = {
     "NaN": (None, poisoned, "NaN or infinite logits for sample 3"),
     "labels from 1": (None, lambda x, y: TensorDataset(x, y + 1), "start the labels at 0"),
     "float labels": (None, lambda x, y: TensorDataset(x, y.float()), r"use target.long\(\)"),
-    "dicts": (None, Dicts, r"pair \(inputs, target\), got dict of 2 items"),
     "tiny": (None, lambda x, y: TensorDataset(x[:5], y[:5]), "has 5 samples; a temperature needs at least 10"),
-    "empty": (None, lambda x, y: TensorDataset(x[:0], y[:0]), "is empty"),
 }
 
 
@@ -271,6 +270,24 @@ def test_without_a_calibration_set_training_does_not_start(tmp_path):
     assert torch.equal(before["values"]["net.conv.weight"], model.net.conv.weight)
 
 
+UNUSABLE = {
+    "dicts": (pairs(Dicts), r"cannot use the calibration set. .* pair \(inputs, target\), got dict of 2 items"),
+    "inputs alone": (DataLoader(images(50), batch_size=10), r"pair \(inputs, target\), got Tensor"),
+    "empty": (pairs(lambda x, y: TensorDataset(x[:0], y[:0])), "The calibration set is empty"),
+    "generator": ((batch for batch in [1]), "must be a DataLoader or a list of batches, got generator"),
+    "datamodule": (LightningDataModule(), "must be a DataLoader or a list of batches, got LightningDataModule"),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_a_calibration_set_that_cannot_be_read_is_refused_before_training(tmp_path, case):
+    data, message = UNUSABLE[case]
+    run, model = trainer(tmp_path, NeuralClamping(data)), LitClassifier()
+    with pytest.raises(MisconfigurationException, match=message):
+        run.fit(model, train_loader())
+    assert run.global_step == 0
+
+
 @pytest.mark.filterwarnings("ignore:NeuralClamping will calibrate on the validation set")
 def test_of_several_validation_loaders_none_is_guessed(tmp_path):
     class Several(Validating):
@@ -307,6 +324,7 @@ def test_transfer_hooks_run_as_for_validation(tmp_path, calibration_set):
     run = trainer(tmp_path, callback)
     run.fit(Augmenting(), train_loader())
     assert not any(stages[-4:])
+    assert callback.result.passes == 1
     assert callback.result.after["nll"] < callback.result.before["nll"] < 2
 
 

@@ -1,13 +1,17 @@
 """What importing costs, what the layers may know of each other, and that every example runs."""
 
 import ast
+import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+from lightning.pytorch import Trainer
 
 import lightning_clamp
+from tests.scenarios import LitClassifier, SmallNet, images, loader
 
 ROOT = Path(lightning_clamp.__file__).parent
 HEAVY = ("torchvision", "matplotlib", "tensorboard", "wandb", "sklearn", "scipy")
@@ -67,3 +71,24 @@ def test_every_example_explains_itself(script):
     done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "usage:" in done.stdout
+
+
+def test_the_readmes_python_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT.parent / "README.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) == 2
+    # Lightning's own defaults, as in the README: tidy them for the test alone.
+    monkeypatch.setattr("lightning.pytorch.Trainer", partial(Trainer, accelerator="cpu", enable_progress_bar=False))
+    names = {
+        "model": LitClassifier(),
+        "network": SmallNet(2.0),
+        "MyModel": LitClassifier,
+        "train_loader": loader(200, 20, shift=False),
+        "calibration_loader": loader(1000, 30),
+        "test_loader": loader(200, 40),
+        "images": images(5),
+    }
+    for block in blocks:
+        exec(block, names)
+    assert names["probabilities"].shape == (5, 4)
+    assert names["result"].after["nll"] < names["result"].before["nll"]

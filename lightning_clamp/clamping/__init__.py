@@ -2,6 +2,17 @@
 
 from lightning_clamp.clamping.clamp import Clamp
 from lightning_clamp.clamping.fit import CalibrationResult, Solver, check_options, fit_clamp
+from lightning_clamp.clamping.frozen import kept_random_state
+from lightning_clamp.clamping.passes import as_pair
 from lightning_clamp.clamping.selection import Candidate
 
-__all__ = ["CalibrationResult", "Candidate", "Clamp", "Solver", "check_options", "fit_clamp"]
+__all__ = [
+    "CalibrationResult",
+    "Candidate",
+    "Clamp",
+    "Solver",
+    "as_pair",
+    "check_options",
+    "fit_clamp",
+    "kept_random_state",
+]

@@ -103,7 +103,7 @@ class CalibrationSet:
         """One pass over the batches, on the network's device; ``what`` is shown as progress."""
         self.passes += 1
         for index, batch in enumerate(self.batches):
-            inputs, target = _pair(batch)
+            inputs, target = as_pair(batch)
             yield inputs.to(self.device), target.to(self.device)
             if self.progress is not None:
                 self.progress(what, index + 1)
@@ -281,8 +281,8 @@ def _gauss_newton(
     return total
 
 
-def _pair(batch: object) -> tuple[Tensor, Tensor]:
-    """Check that a batch is ``(inputs, target)``."""
+def as_pair(batch: object) -> tuple[Tensor, Tensor]:
+    """Check that a batch is a pair of tensors ``(inputs, target)``."""
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         size = f" of {len(batch)} items" if isinstance(batch, Sized) else ""
         raise TypeError(
