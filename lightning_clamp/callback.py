@@ -115,6 +115,11 @@ class NeuralClamping(Callback):
                 f"NeuralClamping calibrates on one device, and this Trainer has {trainer.world_size}: train without "
                 "it, load the checkpoint on one device and pass the model to lightning_clamp.fit_clamp."
             )
+        if trainer.strategy.root_device.type == "mps":
+            raise MisconfigurationException(
+                "NeuralClamping sums in float64, which MPS does not have: use Trainer(accelerator='cpu'), or train without "
+                "it and pass the model to lightning_clamp.fit_clamp on the CPU."
+            )
         self._move_behind_averaging(trainer)
 
     def _move_behind_averaging(self, trainer: Trainer) -> None:

@@ -493,6 +493,14 @@ def test_several_devices_are_refused_before_training(tmp_path):
             callback.setup(run, model, "fit")
 
 
+def test_a_device_without_float64_is_refused_before_training(tmp_path):
+    run, callback = trainer(tmp_path, NeuralClamping(loader(100, 1))), NeuralClamping(loader(100, 1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(run.strategy), "root_device", property(lambda self: torch.device("mps")))
+        with pytest.raises(MisconfigurationException, match="float64, which MPS does not have"):
+            callback.setup(run, LitClassifier(), "fit")
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
