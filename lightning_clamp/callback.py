@@ -117,8 +117,8 @@ class NeuralClamping(Callback):
             )
         if trainer.strategy.root_device.type == "mps":
             raise MisconfigurationException(
-                "NeuralClamping sums in float64, which MPS does not have: use Trainer(accelerator='cpu'), or train without "
-                "it and pass the model to lightning_clamp.fit_clamp on the CPU."
+                "NeuralClamping sums in float64, which MPS does not have: use Trainer(accelerator='cpu'), or train "
+                "without it and pass the model to lightning_clamp.fit_clamp on the CPU."
             )
         self._move_behind_averaging(trainer)
 
