@@ -10,7 +10,14 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_clamp._rows import Task
-from lightning_clamp.checkpoint import Calibrated, calibrated_checkpoint, fingerprint, from_state, to_state
+from lightning_clamp.checkpoint import (
+    STATE_KEY,
+    Calibrated,
+    calibrated_checkpoint,
+    fingerprint,
+    from_state,
+    to_state,
+)
 from lightning_clamp.clamping import CalibrationResult, Solver, check_options, fit_clamp
 from lightning_clamp.data import (
     CalibrationBatches,
@@ -31,7 +38,8 @@ class NeuralClamping(Callback):
     ``Trainer(callbacks=[NeuralClamping()])`` is all it takes. At the end of ``fit`` a clamp (an input perturbation and
     an output map) is fitted to held-out data with the network frozen; the metrics before and after go to every logger,
     a calibrated checkpoint is saved, and ``trainer.test`` and ``trainer.predict`` use the clamp. The model itself is
-    left exactly as training left it.
+    left exactly as training left it. One Trainer takes one of these callbacks; to compare solvers, pass the trained
+    model to :func:`~lightning_clamp.fit_clamp`.
 
     Args:
         calibration_dataloader: Held-out pairs ``(inputs, target)``, not augmented. By default the
@@ -42,6 +50,7 @@ class NeuralClamping(Callback):
         save: Whether to save ``…-calibrated.ckpt``.
         dirpath: Folder to save in; by default the one the Trainer's ``ModelCheckpoint`` saves in, and nothing is saved
             where there is none.
+        cache_bytes: Logits of a pass are kept up to this size; beyond it they are recomputed.
         on_error: ``"warn"`` reports a calibration that fails and lets ``fit`` return normally, the model uncalibrated;
             ``"raise"`` raises.
         **options: Of the solver, such as ``outputs=("temperature",)``; see :func:`~lightning_clamp.fit_clamp`.
@@ -64,6 +73,7 @@ class NeuralClamping(Callback):
         ignore_index: int | None = None,
         save: bool = True,
         dirpath: str | os.PathLike[str] | None = None,
+        cache_bytes: int = 2**28,
         on_error: Literal["warn", "raise"] = "warn",
         **options: Any,
     ) -> None:
@@ -76,6 +86,7 @@ class NeuralClamping(Callback):
         self.ignore_index = ignore_index
         self.save = save
         self.dirpath = dirpath
+        self.cache_bytes = cache_bytes
         self.on_error = on_error
         self.options = options
         self.result: CalibrationResult | None = None
@@ -88,26 +99,33 @@ class NeuralClamping(Callback):
 
     @property
     def state_key(self) -> str:
-        """Key of this callback's state in checkpoints; callbacks with different solvers keep apart."""
-        return f"{type(self).__qualname__}[{self.solver}]"
+        """Key of this callback's state in checkpoints."""
+        return STATE_KEY
 
     def calibrated_module(self) -> CalibrationModule:
         """A copy of the trained model with its clamp, independent of the Trainer.
 
         Raises:
-            RuntimeError: If nothing has been calibrated.
+            RuntimeError: If nothing has been calibrated, or the model's weights have changed since.
         """
         if self._calibrated is None or self._module is None:
             raise RuntimeError("Nothing has been calibrated yet: run trainer.fit first, and read what it reported.")
+        if fingerprint(self._module) != self._calibrated.fingerprint:
+            raise RuntimeError(
+                "The model's weights are no longer the calibrated ones (another checkpoint was loaded, or it was "
+                f"trained on): use CalibrationModule.from_checkpoint with the file saved after fit ({self.checkpoint_path})."
+            )
+        saved = self._calibrated
         network = copy.deepcopy(self._module)
-        clamp = copy.deepcopy(self._calibrated.clamp).to(network.device)
-        return CalibrationModule(network, clamp, task=self.task, ignore_index=self.ignore_index)
+        clamp = copy.deepcopy(saved.clamp).to(network.device)
+        return CalibrationModule(network, clamp, task=saved.task, ignore_index=saved.ignore_index)
 
     # Fit
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, and move behind the callbacks that still change weights, before any training."""
-        self._module = pl_module
+        if not isinstance(pl_module, CalibrationModule):
+            self._module = pl_module
         if stage != "fit":
             return
         if trainer.world_size > 1:
@@ -139,17 +157,23 @@ class NeuralClamping(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget that an earlier fit ended."""
         self._ended = False
+        self._source = self.result = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that there is a calibration set that can be read, before training time is spent."""
-        self._source = find_calibration_set(trainer, pl_module, self.calibration_dataloader)
-        if self._source.is_validation:
+        if (source := find_calibration_set(trainer, pl_module, self.calibration_dataloader)) is not None:
+            self._accept(source, trainer, pl_module)
+
+    def _accept(self, source: CalibrationSource, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take a calibration set, if it can be read, with the warnings it deserves."""
+        self._source = source
+        if source.is_validation:
             rank_zero_warn(
                 "NeuralClamping will calibrate on the validation set, which also served to choose the model: pass a "
                 "`calibration_dataloader` for confidences that owe it nothing."
             )
-        warn_if_training_data(self._source.loader, trainer)
-        self._batches(trainer, pl_module).check()
+        warn_if_training_data(source.loader, trainer)
+        CalibrationBatches(source, trainer, pl_module).check()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Calibrate, report and save; a failure is reported and never loses the finished training."""
@@ -167,7 +191,14 @@ class NeuralClamping(Callback):
             rank_zero_warn(f"NeuralClamping failed: the model {state}. {type(error).__name__}: {error}")
 
     def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> CalibrationResult:
-        batches = self._batches(trainer, pl_module)
+        if self._source is None and (source := find_calibration_set(trainer, pl_module, None)) is not None:
+            self._accept(source, trainer, pl_module)
+        if self._source is None:
+            raise MisconfigurationException(
+                "The Trainer never loaded its validation set, which was to be the calibration set: pass "
+                "NeuralClamping(calibration_dataloader=...)."
+            )
+        batches = CalibrationBatches(self._source, trainer, pl_module)
         # Transfer hooks that augment ask whether the Trainer is training; these batches are for measuring.
         trainer.validating = True
         try:
@@ -178,15 +209,12 @@ class NeuralClamping(Callback):
                     solver=self.solver,
                     task=self.task,
                     ignore_index=self.ignore_index,
+                    cache_bytes=self.cache_bytes,
                     progress=progress,
                     **self.options,
                 )
         finally:
             trainer.training = True
-
-    def _batches(self, trainer: Trainer, pl_module: LightningModule) -> CalibrationBatches:
-        assert self._source is not None
-        return CalibrationBatches(self._source, trainer, pl_module)
 
     def _report(self, trainer: Trainer, pl_module: LightningModule, result: CalibrationResult) -> None:
         self._calibrated = Calibrated(
@@ -221,8 +249,8 @@ class NeuralClamping(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook behind, and say that an interrupted training was not calibrated."""
         self._remove_hooks()
-        if trainer.state.fn == "fit" and not self._ended:
-            rank_zero_info(f"Training stopped with {type(exception).__name__}: the model was not calibrated.")
+        if trainer.state.fn == "fit" and self.result is None:
+            rank_zero_info(f"The fit stopped with {type(exception).__name__}: the model was not calibrated.")
 
     # Test and predict
 

@@ -20,7 +20,8 @@ from lightning_clamp._rows import Task
 from lightning_clamp.clamping import Clamp
 
 FORMAT = 1
-_KEY = "lightning_clamp"
+# Key of the callback's state in every checkpoint, this one and Lightning's own.
+STATE_KEY = "NeuralClamping"
 
 
 class Calibrated(NamedTuple):
@@ -71,13 +72,13 @@ def from_state(state: Mapping[str, Any]) -> Calibrated:
 
 
 def calibrated_checkpoint(module: LightningModule, calibrated: Calibrated, epoch: int, step: int) -> dict[str, Any]:
-    """A checkpoint that ``type(module).load_from_checkpoint`` and :func:`read_calibrated` both read."""
+    """A checkpoint for ``load_from_checkpoint``, :func:`read_calibrated`, and ``ckpt_path`` of test and predict."""
     checkpoint: dict[str, Any] = {
         "epoch": epoch,
         "global_step": step,
         "pytorch-lightning_version": lightning.__version__,
         "state_dict": module.state_dict(),
-        _KEY: to_state(calibrated),
+        "callbacks": {STATE_KEY: to_state(calibrated)},
     }
     if hparams := _plain(dict(module.hparams)):
         checkpoint[module.CHECKPOINT_HYPER_PARAMS_KEY] = hparams
@@ -110,23 +111,24 @@ def _loads_safely(value: Any) -> bool:
     return True
 
 
-def read_calibrated(path: str | os.PathLike[str], map_location: Any = None) -> Calibrated:
-    """Read the clamp from a calibrated checkpoint.
+def read_calibrated(path: str | os.PathLike[str]) -> Calibrated:
+    """Read the clamp, to the CPU, from a calibrated checkpoint or any that Lightning saved after calibration.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is damaged, holds objects a safe load refuses, or holds no clamp.
     """
     try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
         raise ValueError(
             f"{os.fspath(path)!r} is damaged, or no checkpoint that can be loaded safely: "
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
         ) from error
-    if not isinstance(checkpoint, dict) or _KEY not in checkpoint:
+    states = checkpoint.get("callbacks", {}) if isinstance(checkpoint, dict) else {}
+    if STATE_KEY not in states:
         raise ValueError(
             f"{os.fspath(path)!r} holds no clamp: pass the file whose name ends in -calibrated.ckpt, "
             "or calibrate this one first."
         )
-    return from_state(checkpoint[_KEY])
+    return from_state(states[STATE_KEY])

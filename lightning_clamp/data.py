@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from lightning_clamp.clamping import as_pair, kept_random_state
+from lightning_clamp.clamping import MIN_SAMPLES, as_pair, kept_random_state
 
 _HOOK = "calibration_dataloader"
 
@@ -31,25 +31,34 @@ class CalibrationSource(NamedTuple):
     is_validation: bool = False
 
 
-def find_calibration_set(trainer: Trainer, module: LightningModule, given: Any) -> CalibrationSource:
+def find_calibration_set(trainer: Trainer, module: LightningModule, given: Any) -> CalibrationSource | None:
     """Find the calibration set, in this order.
 
     The loader given to the callback; the ``calibration_dataloader()`` of the datamodule, then of the module; the
     validation loader, of which as many batches are read as the Trainer validates on.
 
+    Returns:
+        The set; None where it will be a validation loader that the Trainer has not loaded yet, as it does late when the
+        first epoch does not validate.
+
     Raises:
         MisconfigurationException: If there is none, or there are several validation loaders.
     """
-    fast = int(getattr(trainer, "fast_dev_run", 0)) or None
+    # A dry run reads enough batches, of whatever size, to try the calibration.
+    fast = MIN_SAMPLES if getattr(trainer, "fast_dev_run", False) else None
     if given is not None:
         return CalibrationSource(given, fast)
     for owner in (_datamodule(trainer), module):
         if hook := getattr(owner, "calibration_dataloader", None):
             return CalibrationSource(hook(), fast)
     loaders = trainer.val_dataloaders
+    if loaders is None and trainer.enable_validation:
+        return None
+    if isinstance(loaders, dict):
+        loaders = list(loaders.values())
     if isinstance(loaders, list | tuple) and len(loaders) == 1:
         (loaders,) = loaders
-    if isinstance(loaders, dict | list | tuple) and len(loaders) > 1:
+    if isinstance(loaders, list | tuple):
         raise MisconfigurationException(
             f"There are {len(loaders)} validation loaders, and which is the calibration set? Pass "
             "NeuralClamping(calibration_dataloader=...)."

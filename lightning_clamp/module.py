@@ -58,7 +58,8 @@ class CalibrationModule(LightningModule):
         """Restore a calibrated model from the file that the callback saved.
 
         Args:
-            path: The ``…-calibrated.ckpt`` file. It is read with ``weights_only=True``: nothing in it is executed.
+            path: The ``…-calibrated.ckpt`` file, or a checkpoint that Lightning saved after calibration. It is read
+                with ``weights_only=True``: nothing in it is executed.
             network_class: Class of the LightningModule that was trained.
             map_location: Device for the tensors, as in ``torch.load``.
             **init_arguments: Arguments of ``network_class`` that ``save_hyperparameters`` did not save.
@@ -67,7 +68,7 @@ class CalibrationModule(LightningModule):
             ValueError: If the file is no calibrated checkpoint, is damaged, or is of a newer format.
             TypeError: If ``network_class`` needs arguments that are neither saved nor given.
         """
-        saved = read_calibrated(path, map_location)
+        saved = read_calibrated(path)
         try:
             network = network_class.load_from_checkpoint(
                 os.fspath(path), map_location=map_location, weights_only=True, **init_arguments

@@ -376,6 +376,36 @@ def test_a_step_that_goes_around_forward_is_an_error(tmp_path, calibration_set, 
     assert not model._forward_hooks
 
 
+def test_a_calibrated_module_is_not_clamped_again_by_the_next(fitted):
+    run, _, callback = fitted
+    module, data = callback.calibrated_module(), loader(100, seed=51)
+    run.predict(module, data)
+    x = data.dataset.tensors[0]
+    assert torch.equal(callback.calibrated_module()(x), module(x))
+
+
+def test_changed_weights_are_not_paired_with_the_old_clamp(fitted):
+    _, model, callback = fitted
+    with torch.no_grad():
+        model.net.linear.bias.add_(0.1)
+    with pytest.raises(RuntimeError, match=r"weights are no longer the calibrated ones .*-calibrated.ckpt"):
+        callback.calibrated_module()
+
+
+def test_two_callbacks_are_refused_by_the_trainer(tmp_path, calibration_set):
+    """They would clamp twice; Lightning refuses a second callback with the same state key."""
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `NeuralClamping`"):
+        trainer(tmp_path, NeuralClamping(calibration_set), NeuralClamping(calibration_set, solver="temperature"))
+
+
+@pytest.mark.filterwarnings("ignore:NeuralClamping will calibrate on the validation set")
+def test_a_validation_set_that_is_loaded_late_is_found(tmp_path):
+    callback = NeuralClamping(solver="temperature")
+    run = trainer(tmp_path, callback, max_epochs=2, check_val_every_n_epoch=2, num_sanity_val_steps=0)
+    run.fit(Validating(), train_loader(), {"only": loader(300, seed=44)})
+    assert callback.result.n_samples == 300
+
+
 def test_other_weights_are_not_clamped(fitted):
     run, model, _ = fitted
     data = loader(200, seed=52)
@@ -448,14 +478,15 @@ def test_an_interrupted_training_says_that_it_was_not_calibrated(tmp_path, calib
 
     with caplog.at_level("INFO"), pytest.raises(RuntimeError, match="training went wrong"):
         trainer(tmp_path, NeuralClamping(calibration_set)).fit(Broken(), train_loader())
-    assert "Training stopped with RuntimeError: the model was not calibrated." in caplog.text
+    assert "The fit stopped with RuntimeError: the model was not calibrated." in caplog.text
 
 
-def test_an_interrupted_calibration_leaves_the_model_as_it_was(tmp_path, calibration_set):
+def test_an_interrupted_calibration_leaves_the_model_as_it_was(tmp_path, calibration_set, caplog):
     model, first = FailingAt(4, KeyboardInterrupt), Snapshot()
     run = trainer(tmp_path, Arm(), first, NeuralClamping(calibration_set))
-    with pytest.raises(SystemExit):
+    with caplog.at_level("INFO"), pytest.raises(SystemExit):
         run.fit(model, train_loader())
+    assert "The fit stopped with KeyboardInterrupt: the model was not calibrated." in caplog.text
     after = trace(model)
     assert_same({**first.taken[0], "rng": after["rng"], "random": after["random"]}, after)
 
@@ -474,11 +505,11 @@ def test_it_moves_behind_callbacks_that_still_change_the_weights(tmp_path, calib
     torch.testing.assert_close(torch.cat(run.predict(model, data)), expected)
 
 
-def test_fast_dev_run_tries_it_on_one_batch_and_saves_nothing(tmp_path, calibration_set):
+def test_fast_dev_run_tries_it_on_a_few_batches_and_saves_nothing(tmp_path, calibration_set):
     callback = NeuralClamping(calibration_set)
     run = trainer(tmp_path, callback, ModelCheckpoint(tmp_path), fast_dev_run=True)
     run.fit(LitClassifier(), train_loader())
-    assert callback.result.n_samples == 500
+    assert callback.result.n_samples == 2000
     assert callback.checkpoint_path is None
     assert not list(tmp_path.glob("*calibrated*"))
 
@@ -508,8 +539,8 @@ def test_a_device_without_float64_is_refused_before_training(tmp_path):
         ({"task": "multilabel"}, ValueError, "`task` must be one of"),
         ({"on_error": "ignore"}, ValueError, "`on_error` must be 'warn' or 'raise'"),
         ({"epochs": 5}, TypeError, "solver='scoring' has no option epochs"),
-        ({"outputs": ("beta",)}, ValueError, "`outputs` must be among"),
-        ({"solver": "sgd", "epochs": 0}, ValueError, "must be at least 1"),
+        ({"outputs": ("beta",)}, ValueError, "`outputs` must be a sequence of names among"),
+        ({"solver": "sgd", "epochs": 0}, ValueError, "`epochs` must be a whole number of at least 1, got 0"),
     ],
 )
 def test_wrong_arguments_are_refused_when_the_callback_is_made(arguments, error, message):

@@ -49,11 +49,12 @@ def test_the_saved_file_restores_the_calibrated_model(saved, tmp_path):
 def test_the_saved_file_is_a_checkpoint_of_the_network_and_loads_safely(saved):
     callback, model = saved
     content = torch.load(callback.checkpoint_path, weights_only=True)
-    assert set(content["lightning_clamp"]) == {
+    state = content["callbacks"][callback.state_key]
+    assert set(state) == {
         "format", "clamp", "fingerprint", "task", "ignore_index", "before", "after",
     }  # fmt: skip
     again = LitClassifier.load_from_checkpoint(callback.checkpoint_path, weights_only=True)
-    assert fingerprint(again) == fingerprint(model) == content["lightning_clamp"]["fingerprint"]
+    assert fingerprint(again) == fingerprint(model) == state["fingerprint"]
 
 
 def test_no_half_written_file_is_left(saved, tmp_path):
@@ -108,8 +109,8 @@ def test_the_fingerprint_covers_scalars_buffers_and_bfloat16():
         (b"not a checkpoint at all", "is damaged, or no checkpoint"),
         ({"state_dict": {}}, "holds no clamp: pass the file whose name ends in -calibrated.ckpt"),
         ([1, 2], "holds no clamp"),
-        ({"lightning_clamp": {"format": 99}}, "has format 99, and this version reads format 1"),
-        ({"lightning_clamp": {}, "evil": SimpleNamespace()}, "is damaged, or no checkpoint that can be loaded safely"),
+        ({"callbacks": {"NeuralClamping": {"format": 99}}}, "has format 99, and this version reads format 1"),
+        ({"callbacks": {}, "evil": SimpleNamespace()}, "is damaged, or no checkpoint that can be loaded safely"),
     ],
 )
 def test_a_foreign_or_damaged_file_costs_one_sentence(tmp_path, content, message):
@@ -187,3 +188,26 @@ def test_the_modules_own_checkpoint_hooks_are_called(tmp_path):
     model = Hooked()
     torch.save(calibrated_checkpoint(model, calibrated(network=model), 1, 2), tmp_path / "hooked.ckpt")
     assert CalibrationModule.from_checkpoint(tmp_path / "hooked.ckpt", Hooked).network.extra == 5
+
+
+def test_the_saved_file_serves_as_ckpt_path_and_a_later_lightning_checkpoint_as_calibrated(saved, tmp_path):
+    callback, _ = saved
+    data, fresh = loader(100, 3), NeuralClamping()
+    expected = callback.calibrated_module()(data.dataset.tensors[0])
+    run = trainer(tmp_path, fresh)
+    predicted = run.predict(LitClassifier(temperature=3.0), data, ckpt_path=callback.checkpoint_path, weights_only=True)
+    torch.testing.assert_close(torch.cat(predicted), expected)
+    run.save_checkpoint(tmp_path / "later.ckpt")
+    again = CalibrationModule.from_checkpoint(tmp_path / "later.ckpt", LitClassifier)
+    torch.testing.assert_close(again(data.dataset.tensors[0]), expected)
+
+
+def test_the_clamp_is_read_to_the_cpu_wherever_it_was_saved(tmp_path, monkeypatch):
+    """A file written on a GPU opens on a machine without one."""
+    seen = {}
+    load = torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, **k: seen.update(k) or load(*a, **k))
+    torch.save({"callbacks": {"NeuralClamping": to_state(calibrated())}}, tmp_path / "x.ckpt")
+    read_calibrated(tmp_path / "x.ckpt")
+    assert seen["map_location"] == "cpu"
+    assert seen["weights_only"] is True

@@ -291,19 +291,22 @@ BAD = {
     "bare": (bad(batches=[X]), TypeError, r"pair \(inputs, target\), got Tensor"),
     "lists": (bad(batches=[([1], [2])]), TypeError, "must be tensors, got list and list"),
     "no_grad": (bad(network=torch.no_grad()(SmallNet())), RuntimeError, "carries no gradient .* under `no_grad`"),
-    "integers": (
-        bad(network=lambda x: SmallNet()(x.float()), batches=[(T, sampled(SmallNet()(T.float()).detach()))]),
-        TypeError,
-        r"grids=\(\)",
-    ),
     "not a tensor": (bad(network=lambda x: {"logits": x}), TypeError, "must return a tensor of logits, got dict"),
-    "rows": (bad(network=lambda x: SmallNet()(x)[:5]), ValueError, "returned 5 rows for a batch of 100"),
+    "rows": (bad(network=lambda x: SmallNet()(x)[:5]), ValueError, r"logits of shape \(5, 4\) for a batch of 100"),
+    "squeezed": (bad(network=lambda x: SmallNet()(x).sum()), ValueError, r"logits of shape \(\) for a batch of 100"),
     "solver": (bad(solver="adam"), ValueError, "must be one of .*'scoring'.*got 'adam'"),
     "task": (bad(task="regression"), ValueError, "`task` must be one of"),
     "option": (bad(lr=0.1), TypeError, "solver='scoring' has no option lr; it has grids, outputs, max_passes"),
-    "output": (bad(outputs=("matrix",)), ValueError, "`outputs` must be among .* got matrix"),
-    "grid": (bad(grids=(0,)), ValueError, r"`grids` must be whole numbers of at least 1, got \(0,\)"),
-    "passes": (bad(max_passes=0), ValueError, "must be at least 1"),
+    "output": (bad(outputs=("matrix",)), ValueError, r"`outputs` must be .* got \('matrix',\)"),
+    "outputs as text": (bad(outputs="temperature"), ValueError, "`outputs` must be a sequence .* got 'temperature'"),
+    "grid": (bad(grids=(0,)), ValueError, r"`grids` must be a sequence of whole numbers of at least 1, got \(0,\)"),
+    "grids as number": (bad(grids=4), ValueError, "`grids` must be a sequence .* got 4"),
+    "passes": (bad(max_passes=0), ValueError, "`max_passes` must be a whole number of at least 1, got 0"),
+    "optimizer": (bad(solver="sgd", optimizer="adam"), ValueError, "`optimizer` must be 'sgd' or 'adamw', got 'adam'"),
+    "start": (bad(solver="sgd", initial="datadriven"), ValueError, "`initial` must be 'random', 'data-driven'"),
+    "start's shape": (bad(solver="sgd", initial=torch.zeros(1, 3, 8, 8)), ValueError, "the shape of one input"),
+    "learning rate": (bad(solver="sgd", lr=-3.0), ValueError, "`lr` must be positive, got -3.0"),
+    "tokens": (bad(solver="sgd", network=lambda x: SmallNet()(x.float()), batches=[(T, Y)]), TypeError, "needs float"),
 }
 
 
@@ -324,12 +327,58 @@ def test_one_logit_outputs_between_0_and_1_raise_a_warning():
         fit_clamp(IDENTITY, [(x, (torch.rand(100) < x).long())], task="binary", solver="temperature")
 
 
-def test_integer_inputs_can_have_their_outputs_calibrated():
+def test_integer_inputs_have_their_outputs_calibrated():
     network = nn.Sequential(nn.Embedding(10, 4), nn.Flatten(), nn.Linear(12, 3))
     tokens = torch.randint(10, (500, 3))
     y = sampled(network(tokens).detach().double())
-    result = fit_clamp(lambda x: 3 * network(x), [(tokens, y)], grids=())
+    result = fit_clamp(lambda x: 3 * network(x), [(tokens, y)])
     assert float(result.clamp.temperature) > 1
+    assert result.clamp.perturbation is None
+    assert "grid because nothing can be added to integer inputs" in result.reason
+    with pytest.raises(TypeError, match=r"inputs are torch.int64, and a perturbation needs float"):
+        Clamp(torch.zeros(3)).perturb(tokens)
+
+
+def test_a_method_of_a_module_is_frozen_with_it():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
+    x, y = images(200), torch.randint(4, (200,))
+    before = trace(network)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit_clamp(network.forward, batches(3 * x, y), solver="sgd", epochs=2)
+    assert_same(before, trace(network))
+
+
+def test_even_a_function_around_a_module_leaves_no_gradients_on_it():
+    network, x, y = shifted_images(100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit_clamp(lambda inputs: network(inputs), batches(x, y), solver="sgd", epochs=1)
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_a_class_that_is_separated_has_no_output_map():
+    """Its scale would grow for ever, and be whatever the tolerance makes it."""
+    logits, y = calibrated_logits(600, 3)
+    logits[:, 2] = torch.where(y == 2, 8.0, -8.0)
+    result = fit_clamp(IDENTITY, [(2 * logits, y)], grids=())
+    assert {c.output: c.note for c in result.candidates if c.note} == {
+        "vector": "its best map is not finite and positive"
+    }
+    assert "left out: vector because its best map" in result.reason
+
+
+def test_dense_outputs_in_half_precision_have_no_grid():
+    network, x, y = dense_problem(200)
+    result = fit_clamp(lambda inputs: network(inputs).bfloat16(), batches(x, y, 100), grids=(1,))
+    assert "1×1 grid because the curvature of dense outputs drowns in half precision" in result.reason
+
+
+def test_dense_passes_are_counted_with_those_of_the_curvature():
+    network, x, y = dense_problem(100)
+    result = fit_clamp(network, batches(x, y, 100), grids=(1,), max_passes=1)
+    # A look, a pass with gradients, and for its curvature one forward to compare with and one per coefficient.
+    assert result.passes == 1 + 1 + 4
 
 
 def test_recurrent_networks_work():

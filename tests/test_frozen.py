@@ -50,6 +50,16 @@ def test_no_trace_is_left_also_after_a_failure(fails):
     assert_same(before, trace(network))
 
 
+def test_a_buffer_that_the_network_replaces_is_put_back():
+    network = build()
+    mean = network[1].running_mean
+    value = mean.clone()
+    with frozen(network):
+        network[1].running_mean = network[1].running_mean + 1
+    assert network[1].running_mean is mean
+    assert torch.equal(mean, value)
+
+
 @pytest.mark.parametrize("surrounding", [torch.no_grad, torch.inference_mode])
 def test_gradients_flow_inside_whatever_the_caller_is_under(surrounding):
     network = build()

@@ -145,6 +145,17 @@ def test_one_logit_heads_are_their_two_class_twins(metric_class):
     torch.testing.assert_close(flat(one_prob.compute()), flat(two.compute()))
 
 
+def test_a_one_logit_probability_of_exactly_1_is_certainty():
+    """A float32 sigmoid saturates above 17."""
+    probs, target = torch.tensor([20.0, -3.0, 2.0]).sigmoid(), torch.tensor([1, 0, 1])
+    assert probs[0] == 1
+    options = {"task": "binary", "probs": True}
+    assert Accuracy(**options)(probs, target) == 1
+    expected = F.binary_cross_entropy(probs, target.float())
+    assert NegativeLogLikelihood(**options)(probs, target) == pytest.approx(float(expected), rel=1e-6)
+    assert ExpectedCalibrationError(**options)(probs, target) < 0.1
+
+
 @pytest.mark.parametrize("metric_class", METRICS)
 def test_dense_outputs_are_counted_by_pixel_without_the_ignored(metric_class):
     logits, target = torch.randn(4, 3, 5, 6), torch.randint(3, (4, 5, 6))

@@ -89,7 +89,7 @@ def test_the_score_test_is_chi_squared_where_the_input_is_right():
         statistics.append(score_test(sums).statistic)
     statistics = torch.tensor(statistics)
     assert float(statistics.mean()) == pytest.approx(3, abs=4 * math.sqrt(6 / 150))
-    assert float((statistics > chi2.ppf(0.9, 3)).double().mean()) == pytest.approx(0.1, abs=0.1)
+    assert 0.03 < float((statistics > chi2.ppf(0.9, 3)).double().mean()) < 0.2
 
 
 def test_a_known_shift_and_temperature_are_recovered():

@@ -5,8 +5,10 @@ from lightning_clamp.clamping.fit import CalibrationResult, Solver, check_option
 from lightning_clamp.clamping.frozen import kept_random_state
 from lightning_clamp.clamping.passes import as_pair
 from lightning_clamp.clamping.selection import Candidate
+from lightning_clamp.clamping.survey import MIN_SAMPLES
 
 __all__ = [
+    "MIN_SAMPLES",
     "CalibrationResult",
     "Candidate",
     "Clamp",

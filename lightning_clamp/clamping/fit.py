@@ -72,7 +72,8 @@ def fit_clamp(
     Args:
         network: Callable from a batch of inputs, ``(N, *shape)``, to logits: ``(N, C)``, dense ``(N, C, ...)``, or one
             logit per position for ``task="binary"``. An ``nn.Module`` is put in eval mode and frozen meanwhile, its
-            flags, buffers and the random state are restored, and batches are moved to its device.
+            flags, buffers and the random state are restored, and batches are moved to its device. Pass the module (or
+            one of its methods) and not a lambda around it: what is inside a function cannot be frozen.
         batches: Re-iterable of pairs ``(inputs, target)``, such as a DataLoader; held-out data, not augmented.
         solver: ``"scoring"`` (smooth perturbations by Fisher scoring and output maps, chosen by a criterion),
             ``"sgd"`` (Neural Clamping as published) or ``"temperature"`` (T alone).
@@ -160,12 +161,36 @@ def check_options(solver: Solver, task: Task, options: Mapping[str, Any]) -> Non
         raise TypeError(
             f"solver={solver!r} has no option {', '.join(sorted(unknown))}; it has {', '.join(known) or 'none'}."
         )
-    if wrong := set(options.get("outputs", ())) - set(OUTPUT_MAPS):
-        raise ValueError(f"`outputs` must be among {OUTPUT_MAPS}, got {', '.join(sorted(map(str, wrong)))}.")
-    if any(not isinstance(size, int) or size < 1 for size in options.get("grids", ())):
-        raise ValueError(f"`grids` must be whole numbers of at least 1, got {options['grids']}.")
-    if options.get("max_passes", 1) < 1 or options.get("epochs", 1) < 1:
-        raise ValueError("`max_passes` and `epochs` must be at least 1.")
+    for name, right, must in _CHECKS:
+        if name in options and not right(options[name]):
+            raise ValueError(f"`{name}` must be {must}, got {options[name]!r}.")
+
+
+def _sequence_of(right: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list | tuple) and all(right(item) for item in value)
+
+
+def _at_least_1(value: Any) -> bool:
+    return isinstance(value, int) and value >= 1
+
+
+# Option, what it must fulfil, and the same in words.
+_CHECKS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("grids", _sequence_of(_at_least_1), "a sequence of whole numbers of at least 1"),
+    ("outputs", _sequence_of(lambda value: value in OUTPUT_MAPS), f"a sequence of names among {OUTPUT_MAPS}"),
+    ("max_passes", _at_least_1, "a whole number of at least 1"),
+    ("epochs", _at_least_1, "a whole number of at least 1"),
+    ("lr", lambda value: value > 0, "positive"),
+    ("gamma", lambda value: value is None or value >= 0, "at least 0, or None for the cross-entropy"),
+    ("dropout", lambda value: 0 <= value < 1, "at least 0 and below 1"),
+    ("initial_temperature", lambda value: value > 0, "positive"),
+    ("optimizer", lambda value: value in ("sgd", "adamw"), "'sgd' or 'adamw'"),
+    (
+        "initial",
+        lambda value: isinstance(value, torch.Tensor) or value in ("random", "data-driven"),
+        "'random', 'data-driven' or a tensor",
+    ),
+)
 
 
 def _solved(solver: Solver, data: CalibrationSet, seen: Survey, options: Mapping[str, Any]) -> Fit:

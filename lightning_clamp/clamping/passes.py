@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import NamedTuple, Protocol, TypeAlias, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_clamp._rows import Rows, Task, as_rows, is_dense
+from lightning_clamp.clamping.frozen import module_of
 from lightning_clamp.clamping.perturbation import Grid, shifted
 
 Network: TypeAlias = Callable[[Tensor], Tensor]
@@ -92,12 +93,8 @@ class CalibrationSet:
         self.cache_bytes = cache_bytes
         self.progress = progress
         self.passes = 0
-        self.device = next((p.device for p in network.parameters()), None) if isinstance(network, nn.Module) else None
-
-    @property
-    def n_batches(self) -> int | None:
-        """Number of batches, None where it is not known."""
-        return len(self.batches) if isinstance(self.batches, Sized) else None
+        module = module_of(network)
+        self.device = None if module is None else next((p.device for p in module.parameters()), None)
 
     def read(self, what: str) -> Iterator[tuple[Tensor, Tensor]]:
         """One pass over the batches, on the network's device; ``what`` is shown as progress."""
@@ -118,10 +115,13 @@ class CalibrationSet:
         if not isinstance(logits, Tensor):
             raise TypeError(
                 f"The network must return a tensor of logits, got {type(logits).__name__}: "
-                "wrap it in a function that returns the logits alone."
+                "wrap it in an nn.Module whose forward returns the logits alone."
             )
-        if len(logits) != len(inputs):
-            raise ValueError(f"The network returned {len(logits)} rows for a batch of {len(inputs)} inputs.")
+        if logits.shape[:1] != inputs.shape[:1]:
+            raise ValueError(
+                f"The network returned logits of shape {tuple(logits.shape)} for a batch of {len(inputs)} inputs: the "
+                "first axis must be that of the batch (a `squeeze` loses it when a batch has one item)."
+            )
         return logits
 
     def forward(self, perturbation: Tensor | None, what: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -209,6 +209,9 @@ def score_pass(
             yield tuple(terms)
 
     total = summed(parts())
+    if total and not torch.equal(total[1], total[2]):
+        # The curvature of dense outputs took a forward pass per coefficient, and one to compare with.
+        data.passes += sum(grid.n_coefficients + 1 for grid in grids)
     return [ScoreSums(*total[3 * i : 3 * i + 3]) for i in range(len(grids))], logits_seen
 
 

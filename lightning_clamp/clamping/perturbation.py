@@ -70,5 +70,13 @@ def available_sizes(sizes: Sequence[int], shape: Sequence[int]) -> list[int]:
 
 
 def shifted(inputs: Tensor, perturbation: Tensor | None) -> Tensor:
-    """Add a perturbation ``(*shape)`` to every input ``(N, *shape)``; the dtype of the inputs is kept."""
-    return inputs if perturbation is None else (inputs + perturbation.to(inputs.device)).to(inputs.dtype)
+    """Add a perturbation ``(*shape)`` to every input ``(N, *shape)``; the dtype of the inputs is kept.
+
+    Raises:
+        TypeError: If there is a perturbation and the inputs are no floats: it would be rounded away.
+    """
+    if perturbation is None:
+        return inputs
+    if not inputs.is_floating_point():
+        raise TypeError(f"The inputs are {inputs.dtype}, and a perturbation needs float inputs: convert them first.")
+    return (inputs + perturbation.to(inputs.device)).to(inputs.dtype)

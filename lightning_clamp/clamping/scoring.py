@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_clamp.clamping.passes import CalibrationSet, Logits, ScoreSums, score_pass
 from lightning_clamp.clamping.perturbation import Grid
 from lightning_clamp.clamping.survey import Survey
-from lightning_clamp.clamping.temperature import TemperatureFit, fit_temperature, newton_gain, newton_step, solve
+from lightning_clamp.clamping.temperature import TemperatureFit, fit_temperature, newton_step, solve
 
 # A step that promises less than this share of a nat per parameter is lost in the fit's own error, half a nat each.
 _WORTHWHILE = 0.01
@@ -92,7 +92,7 @@ def _fit_grid(data: CalibrationSet, seen: Survey, grid: Grid, best: GridFit, max
     assert best.sums is not None
     point = torch.zeros(grid.n_coefficients + 1, dtype=torch.float64)
     point[-1] = best.temperature.log_temperature
-    step, promise = newton_step(best.sums), newton_gain(best.sums)
+    step, promise = newton_step(best.sums)
     passes, history = 1, list(best.history)
     while passes < max_passes and promise > _WORTHWHILE * len(point):
         there = point + step
@@ -102,7 +102,7 @@ def _fit_grid(data: CalibrationSet, seen: Survey, grid: Grid, best: GridFit, max
         if trial.temperature.nll < best.temperature.nll:
             best, point = trial, there
             assert best.sums is not None
-            step, promise = newton_step(best.sums), newton_gain(best.sums)
+            step, promise = newton_step(best.sums)
         else:
             # Half the step keeps three quarters of what the quadratic model promised.
             step, promise = step / 2, 0.75 * promise

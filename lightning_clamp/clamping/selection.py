@@ -24,6 +24,8 @@ from lightning_clamp.clamping.temperature import (
 )
 
 GRIDS = (1, 2, 4, 8)
+# Derivatives of one item's logits that are held at once for dense outputs: half a gigabyte in float64.
+_MOST_ELEMENTS = 2**26
 
 
 @dataclass(frozen=True)
@@ -132,17 +134,36 @@ def _usable_grids(sizes: Iterable[int], seen: Survey) -> tuple[list[Grid], list[
     usable: list[Grid] = []
     dropped: list[Candidate] = []
     for size in sorted(set(sizes)):
-        if seen.shape is None:
-            dropped.append(Candidate(size, "temperature", 0, note="the inputs differ in shape"))
-        elif not available_sizes([size], seen.shape):
-            note = f"inputs of shape {seen.shape} have no such grid"
+        if note := _inputs_refused(size, seen):
             dropped.append(Candidate(size, "temperature", 0, note=note))
-        elif (grid := make_grid(size, seen.shape)).n_coefficients * MIN_SAMPLES > seen.n_samples:
-            note = f"{seen.n_samples} samples are fewer than {MIN_SAMPLES} per coefficient"
+            continue
+        assert seen.shape is not None
+        grid = make_grid(size, seen.shape)
+        if note := _grid_refused(grid, seen):
             dropped.append(Candidate(size, "temperature", grid.n_coefficients + 1, note=note))
         else:
             usable.append(grid)
     return usable, dropped
+
+
+def _inputs_refused(size: int, seen: Survey) -> str:
+    if not seen.float_inputs:
+        return "nothing can be added to integer inputs"
+    if seen.shape is None:
+        return "the inputs differ in shape"
+    if not available_sizes([size], seen.shape):
+        return f"inputs of shape {seen.shape} have no such grid"
+    return ""
+
+
+def _grid_refused(grid: Grid, seen: Survey) -> str:
+    if grid.n_coefficients * MIN_SAMPLES > seen.n_samples:
+        return f"{seen.n_samples} samples are fewer than {MIN_SAMPLES} per coefficient"
+    if seen.dense and seen.logit_dtype in (torch.float16, torch.bfloat16):
+        return "the curvature of dense outputs drowns in half precision"
+    if seen.dense and (grid.n_coefficients + 1) * seen.row_elements > _MOST_ELEMENTS:
+        return "the curvature of outputs this large would not fit in memory"
+    return ""
 
 
 def _candidate(fit: GridFit, kind: OutputMap, seen: Survey, base: TemperatureFit, *, binary: bool) -> Candidate:
@@ -243,7 +264,6 @@ def _criterion(record: Candidate) -> float:
 def _reason(chosen: Candidate, records: Sequence[Candidate], seen: Survey) -> str:
     """Why the choice was made, in words."""
     fitted = [record for record in records if record.criterion is not None and record.n_parameters > 1]
-    dropped = [f"{record.name}: {record.note}" for record in records if record.note and record.output == "temperature"]
     if chosen.n_parameters > 1:
         assert chosen.achieved_gain is not None
         assert chosen.criterion is not None
@@ -263,4 +283,15 @@ def _reason(chosen: Candidate, records: Sequence[Candidate], seen: Survey) -> st
         )
     else:
         words = "temperature alone: there was no richer candidate"
-    return f"{words} (left out: {'; '.join(dropped)})" if dropped else words
+    return f"{words}{_left_out(records)}"
+
+
+def _left_out(records: Sequence[Candidate]) -> str:
+    """What was not fitted, by the reason for it; a map that is refused for one grid is refused for all."""
+    names: dict[str, list[str]] = {}
+    for record in records:
+        if record.note and (record.output == "temperature" or record.grid == 0):
+            name = f"{record.grid}×{record.grid} grid" if record.grid else record.output
+            names.setdefault(record.note, []).append(name)
+    parts = [f"{' and '.join(those)} because {note}" for note, those in names.items()]
+    return f" (left out: {'; '.join(parts)})" if parts else ""

@@ -71,6 +71,8 @@ def fit_by_sgd(
     """
     if seen.shape is None:
         raise ValueError('The inputs differ in shape, so no one perturbation fits them: use solver="temperature".')
+    if isinstance(initial, Tensor) and initial.shape != seen.shape:
+        raise ValueError(f"`initial` must have the shape of one input, {seen.shape}, got {tuple(initial.shape)}.")
     torch.manual_seed(seed)
     perturbation, temperature = _start(data, seen, initial, initial_scale, initial_temperature)
     parameters = [perturbation, temperature]
@@ -87,8 +89,8 @@ def fit_by_sgd(
             moved = shifted(images, F.dropout(perturbation, dropout))
             rows = data.rows(data.call(moved) / temperature, target)
             loss = loss_weight * _loss(rows, gamma) + norm_weight * torch.linalg.vector_norm(perturbation)
-            stepper.zero_grad()
-            loss.backward()
+            # Not backward(): a network that could not be frozen must not find gradients on its weights.
+            perturbation.grad, temperature.grad = torch.autograd.grad(loss, parameters)
             stepper.step()
             losses.append(float(loss.detach()))
         history.append(

@@ -23,8 +23,11 @@ class Survey(NamedTuple):
         n_samples: Items; the unit in which coefficients are counted against data.
         n_rows: Scored positions; equal to ``n_samples`` for class outputs without ``ignore_index``.
         samples_per_class: Items in which each class occurs, ``(C,)``, float64.
+        row_elements: Most logits that one item has.
         input_scale: Root mean square of the inputs.
         dtype: Floating dtype of the inputs, or of the logits for integer inputs.
+        logit_dtype: Dtype of the network's logits.
+        float_inputs: Whether the inputs are floats, so that something can be added to them.
         device: Device of the inputs.
     """
 
@@ -34,8 +37,11 @@ class Survey(NamedTuple):
     n_samples: int
     n_rows: int
     samples_per_class: Tensor
+    row_elements: int
     input_scale: float
     dtype: torch.dtype
+    logit_dtype: torch.dtype
+    float_inputs: bool
     device: torch.device
 
 
@@ -48,7 +54,7 @@ def survey(data: CalibrationSet) -> Survey:
     """
     logits_seen = Logits(data, None)
     shapes: set[tuple[int, ...]] = set()
-    kinds: set[tuple[bool, torch.dtype, torch.device]] = set()
+    last: list[tuple[Tensor, Tensor]] = []
 
     def parts() -> Iterator[tuple[Tensor, ...]]:
         seen = 0
@@ -58,8 +64,7 @@ def survey(data: CalibrationSet) -> Survey:
             logits_seen.keep(logits, target)
             seen += len(inputs)
             shapes.add(tuple(inputs.shape[1:]))
-            dtype = inputs.dtype if inputs.is_floating_point() else logits.dtype
-            kinds.add((is_dense(logits, data.task), dtype, inputs.device))
+            last[:] = [(inputs, logits)]
             squares = (inputs.double() ** 2).sum()
             counts = [len(inputs), len(rows.target), inputs.numel(), _outside_simplex(logits, data.task == "binary")]
             yield _class_items(rows).sum(0), squares, torch.tensor(counts, dtype=torch.float64)
@@ -72,10 +77,21 @@ def survey(data: CalibrationSet) -> Survey:
     _check_size(n_samples, n_rows)
     if n_outside == 0:
         _complain_of_probabilities(data.task == "binary")
-    dense, dtype, device = max(kinds, key=lambda kind: kind[0])
-    scale = (float(squares) / n_values) ** 0.5
-    shape = shapes.pop() if len(shapes) == 1 else None
-    return Survey(logits_seen, shape, dense, n_samples, n_rows, samples_per_class.cpu(), scale, dtype, device)
+    ((inputs, logits),) = last
+    return Survey(
+        logits=logits_seen,
+        shape=shapes.pop() if len(shapes) == 1 else None,
+        dense=is_dense(logits, data.task),
+        n_samples=n_samples,
+        n_rows=n_rows,
+        samples_per_class=samples_per_class.cpu(),
+        row_elements=logits[:1].numel(),
+        input_scale=(float(squares) / n_values) ** 0.5,
+        dtype=inputs.dtype if inputs.is_floating_point() else logits.dtype,
+        logit_dtype=logits.dtype,
+        float_inputs=inputs.is_floating_point(),
+        device=inputs.device,
+    )
 
 
 def _class_items(rows: Rows) -> Tensor:

@@ -18,6 +18,7 @@ LOG_TEMPERATURE_BOUND = 10.0
 _MAX_STEPS = 100
 _TOLERANCE = 1e-9
 _FLAT = 1e-9
+_FLAT_RELATIVE = 1e-6
 
 
 class TemperatureFit(NamedTuple):
@@ -85,7 +86,7 @@ class OutputMapFit(NamedTuple):
         class_scale: ``(C,)``, float64.
         class_bias: ``(C,)``, float64, of mean 0.
         nll: Mean negative log-likelihood per row, in nats.
-        converged: False if no finite optimum was reached (classes that are perfectly separated).
+        converged: False if there is no finite optimum (a class is perfectly separated), or it was not reached.
         at_start: Score sums at the temperature-only point, temperature last.
         at_end: Score sums at the optimum.
     """
@@ -120,20 +121,37 @@ def fit_output_map(kind: OutputMap, rows: RowSource, n_classes: int, log_tempera
     """
     ties = _ties(kind, n_classes)
     point = _temperature_point(n_classes, log_temperature)
-    nll, sums = _map_derivatives(rows, point, ties)
-    at_start, converged = sums, False
+    nll, at_start = _map_derivatives(rows, point, ties)
+    sums, converged = at_start, False
     for _ in range(_MAX_STEPS):
-        step = ties @ newton_step(sums)
-        if newton_gain(sums) < _TOLERANCE:
+        free, gain = newton_step(sums)
+        if gain < _TOLERANCE:
             converged = True
             break
-        trial_nll, trial = _map_derivatives(rows, point + step, ties)
+        step = ties @ free
+        trial_nll, trial = _map_derivatives(rows, point + step, ties, covariance=False)
         while not trial_nll <= nll and float(step.abs().max()) > 1e-12:
             step = step / 2
-            trial_nll, trial = _map_derivatives(rows, point + step, ties)
+            trial_nll, trial = _map_derivatives(rows, point + step, ties, covariance=False)
         point, nll, sums = point + step, trial_nll, trial
     scale, bias = point.chunk(2)
-    return OutputMapFit(scale, bias - bias.mean(), nll, converged, at_start, sums)
+    _, at_end = _map_derivatives(rows, point, ties)
+    finite = converged and _is_determined(at_start, at_end)
+    return OutputMapFit(scale, bias - bias.mean(), nll, finite, at_start, at_end)
+
+
+def _is_determined(at_start: ScoreSums, at_end: ScoreSums) -> bool:
+    """Whether every direction still has curvature at the end.
+
+    Where a class is separated, the loss falls for ever along a direction and flattens: Newton's steps there are all of
+    one length, and where they stop is up to the tolerance.
+    """
+    root, failed = torch.linalg.cholesky_ex(at_start.curvature.cpu())
+    if int(failed):
+        return True
+    half = torch.linalg.solve_triangular(root, at_end.curvature.cpu(), upper=False)
+    relative = torch.linalg.solve_triangular(root, half.T, upper=False)
+    return float(torch.linalg.eigvalsh((relative + relative.T) / 2).min()) > _FLAT_RELATIVE
 
 
 def output_map_sums(kind: OutputMap, rows: RowSource, n_classes: int, log_temperature: float) -> ScoreSums:
@@ -146,9 +164,10 @@ def _temperature_point(n_classes: int, log_temperature: float) -> Tensor:
     return torch.cat([scale, torch.zeros_like(scale)])
 
 
-def newton_step(sums: ScoreSums) -> Tensor:
-    """The step ``-curvature⁻¹ gradient``; directions without curvature are left alone."""
-    return -solve(sums.curvature, sums.gradient)
+def newton_step(sums: ScoreSums) -> tuple[Tensor, float]:
+    """The step ``-curvature⁻¹ gradient``, and the fall of the summed loss that it promises (half the decrement)."""
+    step = -solve(sums.curvature, sums.gradient)
+    return step, -0.5 * float(sums.gradient.cpu() @ step)
 
 
 def solve(matrix: Tensor, right: Tensor) -> Tensor:
@@ -156,11 +175,6 @@ def solve(matrix: Tensor, right: Tensor) -> Tensor:
     columns = right.cpu().reshape(len(matrix), -1)
     solution: Tensor = torch.linalg.lstsq(matrix.cpu(), columns, driver="gelsd").solution
     return solution.reshape(right.shape)
-
-
-def newton_gain(sums: ScoreSums) -> float:
-    """Half the squared Newton decrement: the fall of the summed loss that one more step promises."""
-    return -0.5 * float(sums.gradient.cpu() @ newton_step(sums))
 
 
 def _ties(kind: OutputMap, n_classes: int) -> Tensor:
@@ -176,28 +190,27 @@ def _ties(kind: OutputMap, n_classes: int) -> Tensor:
     return torch.cat([torch.cat([eye, none])[:, 1:], biases, common], 1)
 
 
-def _map_derivatives(rows: RowSource, point: Tensor, ties: Tensor) -> tuple[float, ScoreSums]:
-    """Mean loss per row, and the score sums in the free parameters."""
+def _map_derivatives(
+    rows: RowSource, point: Tensor, ties: Tensor, *, covariance: bool = True
+) -> tuple[float, ScoreSums]:
+    """Mean loss per row, and the score sums in the free parameters; the covariance is zero where not asked for."""
     scale, bias = point.chunk(2)
 
     def part(batch: Rows) -> tuple[Tensor, ...]:
-        logits, columns = batch.logits, ties.to(batch.logits)
+        logits = batch.logits
         log_probs = (scale.to(logits) * logits + bias.to(logits)).log_softmax(1)
         probs = log_probs.exp()
         error = probs.scatter_add(1, batch.target[:, None], -torch.ones_like(probs[:, :1]))
-        scores = batch.per_item(torch.cat([error * logits, error], 1)) @ columns
+        scores = batch.per_item(torch.cat([error * logits, error], 1))
         spread = torch.cat([probs * logits, probs], 1)
         nll = F.nll_loss(log_probs, batch.target, reduction="sum")
-        return (
-            nll,
-            torch.tensor(float(len(batch.target))),
-            scores.sum(0),
-            columns.T @ (_block_diagonal(probs, logits) - spread.T @ spread) @ columns,
-            scores.T @ scores,
-        )
+        curvature = _block_diagonal(probs, logits) - spread.T @ spread
+        outer = scores.T @ scores if covariance else torch.zeros_like(curvature)
+        return nll, torch.tensor(float(len(batch.target))), scores.sum(0), curvature, outer
 
-    nll, count, *sums = summed(part(batch) for batch in rows)
-    return float(nll) / float(count), ScoreSums(*sums)
+    nll, count, gradient, curvature, outer = (total.cpu() for total in summed(part(batch) for batch in rows))
+    sums = ScoreSums(ties.T @ gradient, ties.T @ curvature @ ties, ties.T @ outer @ ties)
+    return float(nll) / float(count), sums
 
 
 def _block_diagonal(probs: Tensor, logits: Tensor) -> Tensor:

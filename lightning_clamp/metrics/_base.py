@@ -43,9 +43,11 @@ class RowMetric(Metric):
 
     def log_probs(self, preds: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities ``(M, C)``, at least float32, and targets ``(M,)`` of the scored positions."""
-        if self.probs and self.task == "binary":
-            preds = preds.to(torch.promote_types(preds.dtype, torch.float32)).logit()
         rows = as_rows(preds, target, task=self.task, ignore_index=self.ignore_index)
         scores = rows.logits.to(torch.promote_types(rows.logits.dtype, torch.float32))
-        logs = scores.log() if self.probs and self.task == "multiclass" else scores.log_softmax(1)
-        return logs, rows.target
+        if not self.probs:
+            return scores.log_softmax(1), rows.target
+        if self.task == "binary":
+            positive = scores[:, 1]
+            scores = torch.stack([1 - positive, positive], 1)
+        return scores.log(), rows.target
