@@ -113,7 +113,7 @@ class NeuralClamping(Callback):
         if fingerprint(self._module) != self._calibrated.fingerprint:
             raise RuntimeError(
                 "The model's weights are no longer the calibrated ones (another checkpoint was loaded, or it was "
-                f"trained on): use CalibrationModule.from_checkpoint with the file saved after fit ({self.checkpoint_path})."
+                f"trained on): use CalibrationModule.from_checkpoint on what fit saved, {self.checkpoint_path}."
             )
         saved = self._calibrated
         network = copy.deepcopy(self._module)

@@ -1,4 +1,4 @@
-"""CIFAR ResNets (He et al., 2016, section 4.2), with the layer names of the weights the benchmark loads."""
+"""CIFAR ResNets (He et al., 2016, section 4.2) with the layer names of the weights that are loaded; a small U-Net."""
 
 import torch
 from torch import Tensor, nn
@@ -70,3 +70,31 @@ class CifarResNet(nn.Module):
         for stage in (self.layer1, self.layer2, self.layer3):
             hidden = stage(hidden)
         return self.linear(torch.flatten(F.adaptive_avg_pool2d(hidden, 1), 1))
+
+
+def _double_convolution(before: int, after: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU(),
+        nn.Conv2d(after, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU(),
+    )  # fmt: skip
+
+
+class UNet(nn.Module):
+    """Two levels, one logit per pixel (Ronneberger et al., 2015, much smaller)."""
+
+    def __init__(self, width: int = 12) -> None:
+        super().__init__()
+        self.fine = _double_convolution(3, width)
+        self.middle = _double_convolution(width, 2 * width)
+        self.coarse = _double_convolution(2 * width, 2 * width)
+        self.up_middle = _double_convolution(4 * width, width)
+        self.up_fine = _double_convolution(2 * width, width)
+        self.head = nn.Conv2d(width, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``(N, 1, H, W)`` of images ``(N, 3, H, W)``; H and W multiples of 4."""
+        fine = self.fine(x)
+        middle = self.middle(F.max_pool2d(fine, 2))
+        coarse = self.coarse(F.max_pool2d(middle, 2))
+        middle = self.up_middle(torch.cat([F.interpolate(coarse, scale_factor=2), middle], 1))
+        return self.head(self.up_fine(torch.cat([F.interpolate(middle, scale_factor=2), fine], 1)))
