@@ -146,10 +146,10 @@ def _is_determined(at_start: ScoreSums, at_end: ScoreSums) -> bool:
     Where a class is separated, the loss falls for ever along a direction and flattens: Newton's steps there are all of
     one length, and where they stop is up to the tolerance.
     """
-    root, failed = torch.linalg.cholesky_ex(at_start.curvature.cpu())
+    root, failed = torch.linalg.cholesky_ex(at_start.curvature)
     if int(failed):
         return True
-    half = torch.linalg.solve_triangular(root, at_end.curvature.cpu(), upper=False)
+    half = torch.linalg.solve_triangular(root, at_end.curvature, upper=False)
     relative = torch.linalg.solve_triangular(root, half.T, upper=False)
     return float(torch.linalg.eigvalsh((relative + relative.T) / 2).min()) > _FLAT_RELATIVE
 
