@@ -29,9 +29,11 @@ def shown_progress(trainer: Trainer, total: int | None) -> Iterator[Callable[[st
 @contextmanager
 def _tqdm(bar: TQDMProgressBar, total: int | None) -> Iterator[Callable[[str, int], None]]:
     line = bar.init_validation_tqdm()
-    line.total = total
 
     def update(what: str, done: int) -> None:
+        if done == 1:
+            # A new pass: its own clock, or the rate would be that of all passes before.
+            line.reset(total)
         line.set_description(f"Calibrating ({what})", refresh=False)
         if done % bar.refresh_rate == 0 or done == total:
             line.n = done
@@ -50,6 +52,8 @@ def _rich(bar: RichProgressBar, total: int | None) -> Iterator[Callable[[str, in
     task = progress.add_task("Calibrating", total=total)
 
     def update(what: str, done: int) -> None:
+        if done == 1:
+            progress.reset(task, total=total)
         progress.update(task, description=f"Calibrating ({what})", completed=done)
         bar.refresh()
 
