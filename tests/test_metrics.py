@@ -215,6 +215,7 @@ def test_the_diagram_is_drawn_with_one_bar_per_filled_bin(n_bins):
     filled = int((torch.atleast_1d(diagram.compute().counts) > 0).sum())
     bars = [container for container in ax.containers if container.get_label().startswith("accuracy, ECE")]
     assert len(bars[0]) == filled
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("confidence", "accuracy")
     _, own = plt.subplots()
     assert plot_reliability(diagram.compute(), before=diagram.compute(), ax=own)[1] is own
     assert figure is not own.figure
