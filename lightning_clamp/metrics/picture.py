@@ -79,9 +79,7 @@ def plot_reliability(
             linewidth=1,
             label=f"before, ECE {_percent(before)}",
         )
-    ax.set(
-        xlim=(0, 1), ylim=(-0.14, 1), xlabel="confidence", ylabel="accuracy", title=title or ""
-    )
+    ax.set(xlim=(0, 1), ylim=(-0.14, 1), xlabel="confidence", ylabel="accuracy", title=title or "")
     ax.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     ax.legend(loc="upper left", frameon=False, fontsize="small")
     figure = ax.get_figure(root=True)
