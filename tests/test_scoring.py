@@ -36,7 +36,7 @@ def sums_at(network, x, y, size, coefficients=None, log_temperature=0.3):
     data = CalibrationSet(network, batches(x, y, 16), task="multiclass", ignore_index=None, cache_bytes=2**20)
     image = None if coefficients is None else grid.image(coefficients).to(x.dtype)
     with frozen(network):
-        (sums,), _ = score_pass(data, image, log_temperature, [grid], input_scale=1e-4, what="")
+        (sums,), _ = score_pass(data, image, log_temperature, [grid], dense_scale=1e-4 if y.ndim > 1 else None, what="")
     return sums, grid
 
 

@@ -137,8 +137,7 @@ def fit_clamp(
 
 
 def _fit_temperature_alone(data: CalibrationSet, seen: Survey, base: TemperatureFit) -> Fit:
-    dtype = torch.promote_types(seen.dtype, torch.float32)
-    clamp = Clamp(log_temperature=torch.tensor(base.log_temperature, dtype=dtype))
+    clamp = Clamp(log_temperature=torch.tensor(base.log_temperature, dtype=seen.parameter_dtype))
     return Fit(clamp, seen.logits, "temperature scaling, as asked")
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_clamp._rows import Rows, Task, as_rows, is_dense
+from lightning_clamp._rows import Rows, Task, as_rows
 from lightning_clamp.clamping.frozen import module_of
 from lightning_clamp.clamping.perturbation import Grid, shifted
 
@@ -175,7 +175,7 @@ def score_pass(
     log_temperature: float,
     grids: Sequence[Grid],
     *,
-    input_scale: float,
+    dense_scale: float | None,
     what: str,
 ) -> tuple[list[ScoreSums], Logits]:
     """One forward and one backward to the input: the score sums of every grid, and the logits passed on the way.
@@ -186,11 +186,11 @@ def score_pass(
         log_temperature: The point in log T.
         grids: Grids whose coefficients to differentiate in. They share the pass: since the perturbation is added to
             every input, the input gradient projected on a grid is the sample's score.
-        input_scale: Root mean square of the inputs; sets the finite-difference step for dense outputs.
+        dense_scale: For dense outputs, the root mean square of the inputs, which sets the finite-difference step of
+            their curvature; None for class outputs, whose curvature is the covariance.
         what: Shown as progress.
 
     Raises:
-        TypeError: If the inputs are no float tensors.
         RuntimeError: If the network's output does not depend differentiably on its input.
     """
     logits_seen = Logits(data, perturbation)
@@ -203,13 +203,14 @@ def score_pass(
             for grid, scores in zip(grids, item_scores, strict=True):
                 outer = scores.T @ scores
                 curvature = outer
-                if is_dense(logits, data.task):
-                    curvature = _gauss_newton(data, inputs, target, perturbation, log_temperature, grid, input_scale)
+                if dense_scale is not None:
+                    step, most = _STEP * (dense_scale or 1.0), _CHUNK_ELEMENTS // logits[:1].numel()
+                    curvature = _gauss_newton(data, inputs, target, perturbation, log_temperature, grid, step, most)
                 terms += [scores.sum(0), curvature, outer]
             yield tuple(terms)
 
     total = summed(parts())
-    if total and not torch.equal(total[1], total[2]):
+    if dense_scale is not None:
         # The curvature of dense outputs took a forward pass per coefficient, and one to compare with.
         data.passes += sum(grid.n_coefficients + 1 for grid in grids)
     return [ScoreSums(*total[3 * i : 3 * i + 3]) for i in range(len(grids))], logits_seen
@@ -224,11 +225,6 @@ def _input_scores(
     grids: Sequence[Grid],
 ) -> tuple[Tensor, list[Tensor]]:
     """Logits of one batch, and per grid the score of every item in (coefficients, log T), float64."""
-    if not inputs.is_floating_point():
-        raise TypeError(
-            f"The inputs are {inputs.dtype}, and a perturbation needs float inputs: "
-            'pass grids=() or solver="temperature" to calibrate the outputs only.'
-        )
     point = shifted(inputs, perturbation).detach().clone().requires_grad_()
     logits = data.call(point)
     if not logits.requires_grad:
@@ -256,20 +252,20 @@ def _gauss_newton(
     perturbation: Tensor | None,
     log_temperature: float,
     grid: Grid,
-    input_scale: float,
+    step: float,
+    most_columns: int,
 ) -> Tensor:
     r"""Fisher information :math:`\sum J^T (\mathrm{diag}(p) - p p^T) J` of one batch in (coefficients, log T).
 
     The pixels of an image are correlated, so the outer product of its summed score says nothing about curvature. The
     columns of J are taken by forward differences of the logits: p forward passes, no graph, a positive semi-definite
-    result that is the same for any batch size.
+    result that is the same for any batch size. ``step`` is that of the differences; at most ``most_columns`` of them,
+    of one item each, are held at once.
     """
-    step = _STEP * (input_scale or 1.0)
     images = [grid.image(unit) for unit in step * torch.eye(grid.n_coefficients, dtype=torch.float64)]
     total = torch.zeros(len(images) + 1, len(images) + 1, dtype=torch.float64, device=inputs.device)
     with torch.no_grad():
-        base = data.call(shifted(inputs[:1], perturbation))
-        chunk = max(1, _CHUNK_ELEMENTS // (base.numel() * (len(images) + 1)))
+        chunk = max(1, most_columns // (len(images) + 1))
         for part, labels in zip(torch.split(inputs, chunk), torch.split(target, chunk), strict=True):
             here = shifted(part, perturbation)
             scaled = data.rows(data.call(here), labels).logits.double() * math.exp(-log_temperature)

@@ -76,7 +76,7 @@ def fit_grids(
         return
     started = time.perf_counter()
     first, logits = score_pass(
-        data, None, base.log_temperature, grids, input_scale=seen.input_scale, what="all grids, pass 1"
+        data, None, base.log_temperature, grids, dense_scale=seen.dense_scale, what="all grids, pass 1"
     )
     shared = (time.perf_counter() - started) / len(grids)
     for grid, sums in zip(grids, first, strict=True):
@@ -112,9 +112,9 @@ def _fit_grid(data: CalibrationSet, seen: Survey, grid: Grid, best: GridFit, max
 
 def _evaluate(data: CalibrationSet, seen: Survey, grid: Grid, point: Tensor, what: str, previous: GridFit) -> GridFit:
     """One pass at a point: its sums, and the best temperature for its logits."""
-    perturbation = grid.image(point[:-1]).to(torch.promote_types(seen.dtype, torch.float32))
+    perturbation = grid.image(point[:-1]).to(seen.parameter_dtype)
     log_temperature = float(point[-1])
-    (sums,), logits = score_pass(data, perturbation, log_temperature, [grid], input_scale=seen.input_scale, what=what)
+    (sums,), logits = score_pass(data, perturbation, log_temperature, [grid], dense_scale=seen.dense_scale, what=what)
     temperature = fit_temperature(logits, start=log_temperature)
     return previous._replace(perturbation=perturbation, logits=logits, temperature=temperature, sums=sums)
 

@@ -113,13 +113,14 @@ def fit_by_scoring(
     """
     usable, records = _usable_grids(grids, seen)
     kinds: list[OutputMap] = ["temperature", *(kind for kind in OUTPUT_MAPS[1:] if kind in outputs)]
+    alone = _alone(seen, base)
     untouched = GridFit(0, 0, None, seen.logits, base, None, ScoreTest())
     chosen, chosen_logits = None, seen.logits
     history: list[dict[str, float]] = []
     for fit in chain([untouched], fit_grids(data, seen, base, usable, max_passes)):
         history += [{"grid": fit.size, **step} for step in fit.history]
         for kind in kinds:
-            record = _candidate(fit, kind, seen, base, binary=data.task == "binary")
+            record = _candidate(fit, kind, seen, base, alone, binary=data.task == "binary")
             records.append(record)
             if chosen is None or _criterion(record) < _criterion(chosen):
                 chosen, chosen_logits = record, fit.logits
@@ -166,7 +167,17 @@ def _grid_refused(grid: Grid, seen: Survey) -> str:
     return ""
 
 
-def _candidate(fit: GridFit, kind: OutputMap, seen: Survey, base: TemperatureFit, *, binary: bool) -> Candidate:
+def _alone(seen: Survey, base: TemperatureFit) -> float:
+    """Effective parameters of the temperature alone."""
+    if not seen.dense:
+        return 1.0
+    n_classes = len(seen.samples_per_class)
+    return effective_parameters(output_map_sums("temperature", seen.logits, n_classes, base.log_temperature))
+
+
+def _candidate(
+    fit: GridFit, kind: OutputMap, seen: Survey, base: TemperatureFit, alone: float, *, binary: bool
+) -> Candidate:
     """Fit one output map on the logits of one grid; a note and no clamp if it is not eligible."""
     started = time.perf_counter()
     n_classes = len(seen.samples_per_class)
@@ -175,7 +186,7 @@ def _candidate(fit: GridFit, kind: OutputMap, seen: Survey, base: TemperatureFit
     )
     if kind == "temperature":
         clamp = Clamp(fit.perturbation, _scalar(fit.temperature.log_temperature, seen))
-        return _judged(replace(record, clamp=clamp), fit, None, seen, base)
+        return _judged(replace(record, clamp=clamp), fit, None, seen, base, alone)
     if note := _map_refused(kind, seen, binary):
         return replace(record, note=note)
     mapped = fit_output_map(kind, fit.logits, n_classes, fit.temperature.log_temperature)
@@ -183,7 +194,7 @@ def _candidate(fit: GridFit, kind: OutputMap, seen: Survey, base: TemperatureFit
     if not mapped.converged or float(mapped.class_scale.min()) <= 0:
         return replace(record, note="its best map is not finite and positive")
     clamp = _mapped_clamp(fit, kind, mapped, seen, binary)
-    return _judged(replace(record, clamp=clamp), fit, mapped, seen, base)
+    return _judged(replace(record, clamp=clamp), fit, mapped, seen, base, alone)
 
 
 def _map_refused(kind: OutputMap, seen: Survey, binary: bool) -> str:
@@ -198,16 +209,16 @@ def _map_refused(kind: OutputMap, seen: Survey, binary: bool) -> str:
 
 
 def _judged(
-    record: Candidate, fit: GridFit, mapped: OutputMapFit | None, seen: Survey, base: TemperatureFit
+    record: Candidate, fit: GridFit, mapped: OutputMapFit | None, seen: Survey, base: TemperatureFit, alone: float
 ) -> Candidate:
     """Fill in the figures of a fitted candidate."""
     test = score_test(mapped.at_start) if mapped is not None else ScoreTest()
     statistic = fit.test.statistic + test.statistic
-    effective, extra = _charged(record, fit, mapped, seen, base)
+    extra = _charged(fit, mapped, alone) if seen.dense else float(record.n_parameters - 1)
     gain = base.nll - (mapped.nll if mapped is not None else fit.temperature.nll)
     record = replace(
         record,
-        effective_parameters=effective,
+        effective_parameters=alone + extra,
         achieved_gain=gain,
         predicted_gain=(fit.test.predicted_gain + test.predicted_gain) / seen.n_rows,
         expected_change=extra / seen.n_rows - gain,
@@ -218,38 +229,25 @@ def _judged(
     return replace(record, lm_statistic=statistic, p_value=_chi2_tail(statistic, record.n_parameters - 1))
 
 
-def _charged(
-    record: Candidate, fit: GridFit, mapped: OutputMapFit | None, seen: Survey, base: TemperatureFit
-) -> tuple[float, float]:
-    """Effective parameters, and how many of them the temperature alone would not have."""
-    if not seen.dense:
-        return float(record.n_parameters), float(record.n_parameters - 1)
-    n_classes = len(seen.samples_per_class)
-    alone = effective_parameters(output_map_sums("temperature", seen.logits, n_classes, base.log_temperature))
-    grid = effective_parameters(fit.sums) if fit.sums is not None else alone
-    extra = grid - alone
-    if mapped is not None:
-        extra += effective_parameters(mapped.at_end) - alone
-    return alone + extra, extra
+def _charged(fit: GridFit, mapped: OutputMapFit | None, alone: float) -> float:
+    """Effective parameters of a dense candidate beyond those of the temperature alone."""
+    extra = effective_parameters(fit.sums) - alone if fit.sums is not None else 0.0
+    return extra if mapped is None else extra + effective_parameters(mapped.at_end) - alone
 
 
 def _mapped_clamp(fit: GridFit, kind: OutputMap, mapped: OutputMapFit, seen: Survey, binary: bool) -> Clamp:
     """Split the fitted scales into a temperature and what is left of them."""
-    scale, bias = mapped.class_scale.cpu(), mapped.class_bias.cpu()
-    bias = (bias[1:] - bias[:1] if binary else bias).to(_dtype(seen))
+    scale, bias = mapped.class_scale, mapped.class_bias
+    bias = (bias[1:] - bias[:1] if binary else bias).to(seen.parameter_dtype)
     if kind == "bias":
         return Clamp(fit.perturbation, _scalar(-math.log(scale[-1]), seen), bias)
     log_temperature = fit.temperature.log_temperature
-    class_scale = (scale * math.exp(log_temperature)).to(_dtype(seen))
+    class_scale = (scale * math.exp(log_temperature)).to(seen.parameter_dtype)
     return Clamp(fit.perturbation, _scalar(log_temperature, seen), bias, class_scale)
 
 
-def _dtype(seen: Survey) -> torch.dtype:
-    return torch.promote_types(seen.dtype, torch.float32)
-
-
 def _scalar(value: float, seen: Survey) -> torch.Tensor:
-    return torch.tensor(value, dtype=_dtype(seen))
+    return torch.tensor(value, dtype=seen.parameter_dtype)
 
 
 def _chi2_tail(statistic: float, degrees: int) -> float:

@@ -107,7 +107,7 @@ def _start(
     initial_temperature: float,
 ) -> tuple[Tensor, Tensor]:
     assert seen.shape is not None
-    dtype = torch.promote_types(seen.dtype, torch.float32)
+    dtype = seen.parameter_dtype
     if isinstance(initial, Tensor):
         perturbation = initial.detach().to(dtype).clone()
     else:

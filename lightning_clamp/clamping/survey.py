@@ -44,6 +44,16 @@ class Survey(NamedTuple):
     float_inputs: bool
     device: torch.device
 
+    @property
+    def parameter_dtype(self) -> torch.dtype:
+        """Dtype of what is fitted: that of the inputs, at least float32."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @property
+    def dense_scale(self) -> float | None:
+        """Scale of the inputs where the outputs are dense, as the curvature of those needs it; else None."""
+        return self.input_scale if self.dense else None
+
 
 def survey(data: CalibrationSet) -> Survey:
     """Pass over ``data`` once without gradients.
