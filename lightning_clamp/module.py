@@ -10,7 +10,7 @@ from torchmetrics import Metric, MetricCollection
 
 from lightning_clamp._rows import Task
 from lightning_clamp.checkpoint import read_calibrated
-from lightning_clamp.clamping import Clamp
+from lightning_clamp.clamping import Clamp, as_pair
 from lightning_clamp.metrics import Accuracy, ExpectedCalibrationError, NegativeLogLikelihood
 
 
@@ -98,7 +98,7 @@ class CalibrationModule(LightningModule):
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Update and log the metrics of a batch ``(inputs, target)``."""
-        inputs, target = batch
+        inputs, target = as_pair(batch)
         self.metrics.update(self(inputs), target)
         self.log_dict(self.metrics, on_step=False, on_epoch=True, batch_size=len(inputs))
 

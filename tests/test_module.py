@@ -43,3 +43,10 @@ def test_it_exports_as_one_program():
     batch = torch.export.Dim("batch", min=2)
     program = torch.export.export(module, (x,), dynamic_shapes={"inputs": {0: batch}})
     torch.testing.assert_close(program.module()(images(9)), module(images(9)))
+
+
+def test_a_test_batch_that_is_no_pair_is_refused_in_one_sentence(tmp_path):
+    module = CalibrationModule(SmallNet(), Clamp())
+    data = torch.utils.data.DataLoader(images(20), batch_size=10)
+    with pytest.raises(TypeError, match=r"Every batch must be a pair \(inputs, target\), got Tensor"):
+        trainer(tmp_path).test(module, data, verbose=False)

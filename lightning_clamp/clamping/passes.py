@@ -285,13 +285,12 @@ def as_pair(batch: object) -> tuple[Tensor, Tensor]:
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         size = f" of {len(batch)} items" if isinstance(batch, Sized) else ""
         raise TypeError(
-            f"Every calibration batch must be a pair (inputs, target), got {type(batch).__name__}{size}: "
+            f"Every batch must be a pair (inputs, target), got {type(batch).__name__}{size}: "
             "pass a loader that yields pairs."
         )
     inputs, target = cast("Sequence[object]", batch)
     if not isinstance(inputs, Tensor) or not isinstance(target, Tensor):
         raise TypeError(
-            f"Inputs and target of a calibration batch must be tensors, got {type(inputs).__name__} "
-            f"and {type(target).__name__}."
+            f"Inputs and target of a batch must be tensors, got {type(inputs).__name__} and {type(target).__name__}."
         )
     return inputs, target
