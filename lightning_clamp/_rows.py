@@ -4,6 +4,7 @@ Class outputs, dense outputs and one-logit heads differ only in how their tensor
 (metrics, temperature, scores) works on :class:`Rows`; the layouts are known here alone.
 """
 
+from collections.abc import Iterator
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -11,6 +12,10 @@ from torch import Tensor
 
 Task: TypeAlias = Literal["multiclass", "binary"]
 TASKS: tuple[Task, ...] = ("multiclass", "binary")
+
+# Elements of a block: 4 MB of float32 stay in a processor's cache; an accelerator wants few, large kernels.
+_BLOCK_ELEMENTS = 2**20
+_BLOCK_ELEMENTS_DEVICE = 2**26
 
 
 class Rows(NamedTuple):
@@ -53,11 +58,7 @@ def as_rows(logits: Tensor, target: Tensor, *, task: Task = "multiclass", ignore
         TypeError: If either is no tensor, or the target's dtype cannot hold class indices.
         ValueError: If the shapes do not fit together, or there is one class only.
     """
-    if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        raise TypeError(f"The network must return one float tensor of logits, got {_kind(logits)}.")
-    if not isinstance(target, Tensor):
-        raise TypeError(f"The target must be a tensor, got {_kind(target)}.")
-    flat, labels = _binary(logits, target) if task == "binary" else _multiclass(logits, target)
+    flat, labels = _flat(*_checked(logits, target, task), task)
     item = torch.arange(len(logits), device=logits.device).repeat_interleave(len(labels) // max(len(logits), 1))
     if ignore_index is not None:
         keep = labels != ignore_index
@@ -65,7 +66,56 @@ def as_rows(logits: Tensor, target: Tensor, *, task: Task = "multiclass", ignore
     return Rows(flat, labels, item, len(logits))
 
 
-def _multiclass(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def row_blocks(
+    logits: Tensor, target: Tensor, *, task: Task = "multiclass", ignore_index: int | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The rows of :func:`as_rows`, logits ``(m, C)`` and target ``(m,)``, in blocks that stay in the processor's cache.
+
+    A batch of any size is then worked through with a fixed amount of memory, and faster than in one piece. At least
+    one block is given, of no rows if there are none. Errors are those of :func:`as_rows`.
+    """
+    logits, target = _checked(logits, target, task)
+    elements = _BLOCK_ELEMENTS if logits.device.type == "cpu" else _BLOCK_ELEMENTS_DEVICE
+    whole = logits.numel() <= elements
+    for part, labels in [(logits, target)] if whole else _parts(logits, target, elements):
+        flat, labels = _flat(part, labels, task)
+        if ignore_index is not None:
+            keep = labels != ignore_index
+            flat, labels = flat[keep], labels[keep]
+        yield flat, labels
+
+
+def _parts(logits: Tensor, target: Tensor, elements: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Split ``(N, C, S)`` and ``(N, S)``: by items, and by positions within an item where it is large."""
+    classes, positions = logits.shape[1:]
+    items = max(1, elements // max(1, classes * positions))
+    for part, labels in zip(torch.split(logits, items), torch.split(target, items), strict=True):
+        size = max(1, elements // (classes * max(1, len(part))))
+        yield from zip(torch.split(part, size, 2), torch.split(labels, size, 1), strict=True)
+
+
+def _checked(logits: Tensor, target: Tensor, task: Task) -> tuple[Tensor, Tensor]:
+    """Logits ``(N, C, S)`` and target ``(N, S)`` with the positions of an item on one axis; views where possible."""
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        raise TypeError(f"The network must return one float tensor of logits, got {_kind(logits)}.")
+    if not isinstance(target, Tensor):
+        raise TypeError(f"The target must be a tensor, got {_kind(target)}.")
+    if task == "binary":
+        _check_binary(logits, target)
+        return logits[..., None].flatten(1)[:, None], target[..., None].flatten(1)
+    _check_multiclass(logits, target)
+    return logits[..., None].flatten(2), target[..., None].flatten(1)
+
+
+def _flat(logits: Tensor, target: Tensor, task: Task) -> tuple[Tensor, Tensor]:
+    """Rows of logits and targets from ``(N, C, S)`` and ``(N, S)``."""
+    if task == "binary":
+        positive = logits.flatten()
+        return torch.stack([torch.zeros_like(positive), positive], 1), target.flatten().long()
+    return logits.movedim(1, -1).flatten(0, -2), target.flatten().long()
+
+
+def _check_multiclass(logits: Tensor, target: Tensor) -> None:
     if target.is_floating_point() or target.dtype == torch.bool:
         raise TypeError(f"The target must hold class indices as int64, got {target.dtype}; use target.long().")
     if logits.ndim < 2:
@@ -85,19 +135,18 @@ def _multiclass(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
             f"Logits of shape {tuple(logits.shape)} (class axis 1) need a target of shape "
             f"{tuple(logits.shape[:1] + logits.shape[2:])}, got {tuple(target.shape)}."
         )
-    return logits.movedim(1, -1).flatten(0, -2), target.flatten().long()
 
 
-def _binary(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def _check_binary(logits: Tensor, target: Tensor) -> None:
+    if logits.ndim == 0:
+        raise ValueError("A batch needs an axis, got a single number: a `squeeze` loses it when a batch has one item.")
     if _without_unit_axis(logits) != _without_unit_axis(target):
         raise ValueError(
             f'task="binary" needs one logit per target, got logits of shape {tuple(logits.shape)} and a target of '
             f'shape {tuple(target.shape)}; for one logit per class say task="multiclass".'
         )
-    positive = logits.flatten()
     if target.is_floating_point() and bool((target != target.round()).any()):
         raise ValueError("A binary target must be 0 or 1, got a value between: soft labels have no calibration error.")
-    return torch.stack([torch.zeros_like(positive), positive], 1), target.flatten().long()
 
 
 def _without_unit_axis(tensor: Tensor) -> torch.Size:

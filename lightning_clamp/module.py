@@ -41,9 +41,8 @@ class CalibrationModule(LightningModule):
             "ece": ExpectedCalibrationError(**options),
             "accuracy": Accuracy(**options),
         }
-        # Groups are found by comparing values, and two means may be equal by chance. The prefix is our own because a
-        # Trainer refuses a second module that logs a known name in another way.
-        self.metrics = MetricCollection(metrics, prefix="calibrated/", compute_groups=False)
+        # The prefix is our own: a Trainer refuses a second module that logs a known name in another way.
+        self.metrics = MetricCollection(metrics, prefix="calibrated/")
         self.eval()
 
     @classmethod

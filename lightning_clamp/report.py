@@ -33,9 +33,11 @@ def scalars(result: CalibrationResult) -> dict[str, float]:
 
 def table(result: CalibrationResult) -> str:
     """A few lines of text: the metrics before and after, and what was chosen and why."""
-    lines = [f"{'calibration set':<16}{'before':>10}{'after':>10}"]
+    lines = [f"{'calibration set':<16}{'before':>10}{'after':>10}    change [95 % interval]"]
     for name, form in (("nll", ".4f"), ("ece", ".2%"), ("accuracy", ".2%")):
-        lines.append(f"{name:<16}{result.before[name]:>10{form}}{result.after[name]:>10{form}}")
+        change, low, high = (f"{number:+{form}}" for number in result.change[name])
+        row = f"{name:<16}{result.before[name]:>10{form}}{result.after[name]:>10{form}}"
+        lines.append(f"{row}    {change} [{low}, {high}]")
     lines.append(
         f"T = {float(result.clamp.temperature):.3f}, |δ| = {result.clamp.perturbation_norm:.3g}, "
         f"{result.n_samples} samples, {result.passes} passes, {result.seconds:.1f} s"

@@ -23,6 +23,10 @@ def test_the_clamp_is_what_the_result_says():
     assert result.after["nll"] == pytest.approx(float(F.cross_entropy(logits, y)), rel=1e-5)
     assert result.after["accuracy"] == pytest.approx(float((logits.argmax(1) == y).double().mean()))
     assert result.before["nll"] > result.after["nll"]
+    for name, (value, low, high) in result.change.items():
+        assert value == pytest.approx(result.after[name] - result.before[name], abs=1e-12)
+        assert low <= value <= high
+    assert result.change["nll"].high < 0
     assert result.chosen in result.candidates
     assert result.chosen.clamp is result.clamp
     assert result.n_samples == 2000
@@ -192,6 +196,7 @@ def test_a_clamp_that_would_raise_the_nll_is_not_returned():
         result = fit_clamp(network, batches(x, y), solver="sgd", gamma=10.0, epochs=40, lr=0.3)
     assert result.clamp.is_identity
     assert result.after == result.before
+    assert set(result.change.values()) == {(0, 0, 0)}
 
 
 @pytest.mark.filterwarnings("ignore:The network was left as it is")

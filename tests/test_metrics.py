@@ -1,89 +1,53 @@
-import copy
-import json
-import pickle
-from pathlib import Path
+"""What holds for every metric: splits, ranks, dtypes, layouts, states, collections, bad input."""
 
-import numpy as np
+import copy
+import pickle
+import re
+import warnings
+
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from matplotlib import pyplot as plt
+import torch.multiprocessing
+from lightning.pytorch import LightningModule, Trainer
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MetricCollection
 
 from lightning_clamp.metrics import (
     Accuracy,
+    AdaptiveCalibrationError,
+    BrierScore,
+    CalibrationScores,
+    ClasswiseCalibrationError,
     ExpectedCalibrationError,
+    ExponentialMarginTail,
+    MaximumCalibrationError,
     NegativeLogLikelihood,
+    OverconfidenceError,
+    PredictiveEntropy,
     ReliabilityDiagram,
+    RootMeanSquareCalibrationError,
+    Scores,
+    SmoothCalibrationError,
     expected_calibration_error,
-    plot_reliability,
-    reliability_curve,
 )
 from tests.scenarios import calibrated_logits
 
-METRICS = [Accuracy, ExpectedCalibrationError, NegativeLogLikelihood, ReliabilityDiagram]
+CONFIDENCE = [
+    AdaptiveCalibrationError,
+    ExpectedCalibrationError,
+    MaximumCalibrationError,
+    OverconfidenceError,
+    ReliabilityDiagram,
+    RootMeanSquareCalibrationError,
+    SmoothCalibrationError,
+]
+MEANS = [Accuracy, BrierScore, ExponentialMarginTail, NegativeLogLikelihood, PredictiveEntropy]
+METRICS = [*CONFIDENCE, *MEANS, CalibrationScores, ClasswiseCalibrationError]
 
 
-def reference_ece(probs: np.ndarray, target: np.ndarray, n_bins: int = 15) -> float:
-    """Bin by bin, in NumPy: (lo, hi], the first bin closed below."""
-    confidence, correct = probs.max(1), probs.argmax(1) == target
-    total = 0.0
-    for i in range(n_bins):
-        inside = (confidence > i / n_bins) & (confidence <= (i + 1) / n_bins)
-        inside |= (i == 0) & (confidence <= 0)
-        if inside.any():
-            total += inside.mean() * abs(confidence[inside].mean() - correct[inside].mean())
-    return total
-
-
-def official(n: int, k: int, s: float = 6.0):
-    """Inputs of the official runs, by formula."""
-    i, j = torch.arange(float(n), dtype=torch.float64)[:, None], torch.arange(float(k), dtype=torch.float64)
-    logits = s * torch.sin(1.7 * i + 2.3 * j) + 0.5 * s * torch.cos(0.37 * i * j)
-    index = torch.arange(n)
-    return logits, torch.where((37 * index) % 100 < 62, logits.argmax(1), (index**3 + 3 * index + index // 5) % k)
-
-
-OFFICIAL = json.loads((Path(__file__).parent / "reference" / "metrics.json").read_text())
-
-
-@pytest.mark.parametrize(("key", "k", "s"), [("K10", 10, 6.0), ("K100", 100, 6.0), ("K100_s24", 100, 24.0)])
-def test_the_official_implementations_agree(key, k, s):
-    """torrvision's functions and netcal in float64, and the plain NLL, on their inputs."""
-    logits, target = official(1000, k, s)
-    assert ExpectedCalibrationError()(logits, target) == pytest.approx(OFFICIAL[key]["torrvision_ece"], abs=1e-12)
-    assert ExpectedCalibrationError()(logits, target) == pytest.approx(OFFICIAL[key]["netcal_ece"], abs=1e-6)
-    assert NegativeLogLikelihood()(logits, target) == pytest.approx(OFFICIAL[key]["nll"], rel=1e-12)
-    assert Accuracy()(logits, target) == pytest.approx(OFFICIAL[key]["acc"], abs=1e-12)
-
-
-@pytest.mark.parametrize("n_bins", [1, 4, 10, 15])
-def test_every_edge_belongs_to_the_bin_below_it(n_bins):
-    edges = np.arange(1, n_bins + 1) / n_bins
-    confidence = torch.tensor(edges[edges >= 0.5])
-    probs = torch.stack([confidence, 1 - confidence], 1)
-    curve = reliability_curve(probs, torch.zeros(len(confidence)).long(), n_bins=n_bins)
-    assert curve.counts.sum() == len(confidence)
-    filled = torch.tensor(np.flatnonzero(edges >= 0.5))
-    torch.testing.assert_close(curve.confidence[filled], confidence)
-
-
-def test_confidence_0_and_1_are_in_the_first_and_the_last_bin():
-    curve = reliability_curve(torch.tensor([[0.0, 0.0], [1.0, 0.0]]), torch.tensor([1, 0]))
-    assert curve.counts[0] == curve.counts[-1] == 1
-
-
-@given(st.integers(1, 60), st.integers(2, 6), st.integers(1, 20), st.integers(0, 10**6))
-@settings(deadline=None, max_examples=60)
-def test_ece_is_the_reference_and_lies_in_0_1(n, k, n_bins, seed):
-    generator = torch.Generator().manual_seed(seed)
-    probs = (3 * torch.randn(n, k, generator=generator, dtype=torch.float64)).softmax(1)
-    target = torch.randint(k, (n,), generator=generator)
-    value = float(expected_calibration_error(probs, target, n_bins=n_bins))
-    assert value == pytest.approx(reference_ece(probs.numpy(), target.numpy(), n_bins), abs=1e-12)
-    assert 0 <= value <= 1
+def make(metric_class, n_classes=5, **options):
+    return metric_class(n_classes, **options) if metric_class is ClasswiseCalibrationError else metric_class(**options)
 
 
 def flat(value) -> torch.Tensor:
@@ -91,58 +55,105 @@ def flat(value) -> torch.Tensor:
     return torch.cat([part.reshape(-1) for part in parts]).nan_to_num(-1)
 
 
+def computed(metric, *batches) -> torch.Tensor:
+    for preds, target in batches:
+        metric.update(preds, target)
+    return flat(metric.compute())
+
+
 @pytest.mark.parametrize("metric_class", METRICS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_any_split_gives_the_same_value(metric_class, dtype):
     logits, target = calibrated_logits(500)
     logits = logits.to(dtype)
-    whole, split = metric_class(), metric_class()
-    whole.update(logits, target)
-    for part in torch.arange(500).split(37):
-        split.update(logits[part], target[part])
-    torch.testing.assert_close(flat(whole.compute()), flat(split.compute()), rtol=1e-9, atol=1e-9)
+    parts = [(logits[part], target[part]) for part in torch.arange(500).split(37)]
+    whole = computed(make(metric_class), (logits, target))
+    torch.testing.assert_close(whole, computed(make(metric_class), *parts), rtol=1e-9, atol=1e-9)
+    if metric_class is not CalibrationScores:  # which keeps the items apart, in order
+        torch.testing.assert_close(whole, computed(make(metric_class), *parts[::-1]), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("metric_class", METRICS)
-def test_reset_clone_and_pickle(metric_class):
+def test_batches_larger_than_a_block_give_the_same_value(metric_class, monkeypatch):
+    """Rows, and positions of a single image, that do not fit in one block."""
+    logits, target = torch.randn(3, 5, 8, 9), torch.randint(5, (3, 8, 9))
+    target[0, 0] = 255
+    rows = (logits.movedim(1, -1).flatten(0, 2), target.flatten())
+    expected = computed(make(metric_class, ignore_index=255), (logits, target))
+    by_row = computed(make(metric_class, ignore_index=255), rows)
+    for elements in (1, 7, 100, 400):
+        monkeypatch.setattr("lightning_clamp._rows._BLOCK_ELEMENTS", elements)
+        for batch, value in (((logits, target), expected), (rows, by_row)):
+            actual = computed(make(metric_class, ignore_index=255), batch)
+            torch.testing.assert_close(actual, value, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("metric_class", METRICS)
+def test_reset_clone_pickle_and_state_dict(metric_class):
     logits, target = calibrated_logits(200)
-    metric = metric_class()
-    metric.update(logits, target)
-    value = flat(metric.compute())
+    metric = make(metric_class)
+    value = computed(metric, (logits, target))
     for twin in (metric.clone(), copy.deepcopy(metric), pickle.loads(pickle.dumps(metric))):
         assert torch.equal(flat(twin.compute()), value)
+    metric.persistent(True)
+    restored = make(metric_class)
+    restored.persistent(True)
+    restored.load_state_dict(metric.state_dict())
+    restored.update(logits[:0], target[:0])
+    assert torch.equal(flat(restored.compute()), value)
     metric.reset()
-    metric.update(logits, target)
-    assert torch.equal(flat(metric.compute()), value)
+    assert torch.equal(computed(metric, (logits, target)), value)
 
 
 @pytest.mark.parametrize("metric_class", METRICS)
 def test_state_is_float64_of_a_constant_size(metric_class):
-    metric = metric_class()
+    metric = make(metric_class, n_classes=1000)
     before = sum(value.nbytes for value in metric.metric_state.values())
-    metric.update(*calibrated_logits(3000))
-    assert sum(value.nbytes for value in metric.metric_state.values()) == before <= 360
+    metric.update(torch.randn(300, 1000), torch.randint(1000, (300,)))
+    limit = 800_000 if metric_class is CalibrationScores else 400_000
+    assert sum(value.nbytes for value in metric.metric_state.values()) == before <= limit
     assert all(value.dtype == torch.float64 for value in metric.metric_state.values())
+
+
+@pytest.mark.parametrize("n_bins", [1, 10, 100, 15_360])
+def test_more_bins_take_no_more_memory(n_bins):
+    metric = ExpectedCalibrationError(n_bins)
+    assert sum(value.nbytes for value in metric.metric_state.values()) <= 400_000
+    logits, target = calibrated_logits(500)
+    expected = expected_calibration_error(logits.softmax(1), target, n_bins=n_bins)
+    assert computed(metric, (logits, target)).item() == pytest.approx(float(expected), abs=1e-12)
 
 
 @pytest.mark.parametrize("metric_class", METRICS)
 def test_logits_and_probabilities_are_told_apart_by_name(metric_class):
     logits, target = calibrated_logits(300)
-    by_logits, by_probs = metric_class(), metric_class(probs=True)
-    by_logits.update(logits, target)
-    by_probs.update(logits.softmax(1), target)
-    torch.testing.assert_close(flat(by_logits.compute()), flat(by_probs.compute()))
+    by_logits = computed(make(metric_class), (logits, target))
+    by_probs = computed(make(metric_class, probs=True), (logits.softmax(1), target))
+    torch.testing.assert_close(by_logits, by_probs)
 
 
 @pytest.mark.parametrize("metric_class", METRICS)
 def test_one_logit_heads_are_their_two_class_twins(metric_class):
     z, y = 2 * torch.randn(300).double(), torch.randint(2, (300,))
-    one, one_prob, two = metric_class(task="binary"), metric_class(task="binary", probs=True), metric_class()
-    one.update(z[:, None], y)
-    one_prob.update(z.sigmoid(), y.float())
-    two.update(torch.stack([0 * z, z], 1), y)
-    torch.testing.assert_close(flat(one.compute()), flat(two.compute()))
-    torch.testing.assert_close(flat(one_prob.compute()), flat(two.compute()))
+    options = {"n_classes": 2, "task": "binary"}
+    two = computed(make(metric_class, n_classes=2), (torch.stack([0 * z, z], 1), y))
+    if metric_class is BrierScore:
+        two = two / 2  # (p - y)^2 is one of two equal terms
+    torch.testing.assert_close(computed(make(metric_class, **options), (z[:, None], y)), two)
+    torch.testing.assert_close(computed(make(metric_class, **options, probs=True), (z.sigmoid(), y.float())), two)
+
+
+@pytest.mark.parametrize("metric_class", CONFIDENCE)
+def test_the_positive_class_is_asked_for_by_name(metric_class):
+    z, y = 2 * torch.randn(300).double(), torch.randint(2, (300,))
+    options = {"task": "binary", "confidence": "positive"}
+    value = computed(metric_class(**options), (z, y))
+    torch.testing.assert_close(computed(metric_class(**options, probs=True), (z.sigmoid(), y)), value)
+    assert not torch.allclose(value, computed(metric_class(task="binary"), (z, y)))
+    with pytest.raises(ValueError, match='confidence="positive" is the probability of class 1 and needs task="binary"'):
+        metric_class(confidence="positive")
+    with pytest.raises(ValueError, match="`confidence` must be 'top' or 'positive', got 'max'"):
+        metric_class(confidence="max")
 
 
 def test_a_one_logit_probability_of_exactly_1_is_certainty():
@@ -158,64 +169,298 @@ def test_a_one_logit_probability_of_exactly_1_is_certainty():
 
 @pytest.mark.parametrize("metric_class", METRICS)
 def test_dense_outputs_are_counted_by_pixel_without_the_ignored(metric_class):
-    logits, target = torch.randn(4, 3, 5, 6), torch.randint(3, (4, 5, 6))
+    logits, target = torch.randn(4, 5, 5, 6), torch.randint(5, (4, 5, 6))
     target[:, 0] = 255
-    dense, rows = metric_class(ignore_index=255), metric_class()
-    dense.update(logits, target)
-    rows.update(logits[:, :, 1:].movedim(1, -1).flatten(0, 2), target[:, 1:].flatten())
-    torch.testing.assert_close(flat(dense.compute()), flat(rows.compute()))
+    kept = logits[:, :, 1:], target[:, 1:]
+    dense = computed(make(metric_class, ignore_index=255), (logits, target))
+    torch.testing.assert_close(dense, computed(make(metric_class), kept))
 
 
-@pytest.mark.parametrize("metric_class", [Accuracy, NegativeLogLikelihood, ExpectedCalibrationError])
+@pytest.mark.parametrize("metric_class", [*CONFIDENCE, Accuracy, CalibrationScores])
+def test_of_tied_logits_the_first_is_the_prediction(metric_class):
+    """Also in half precision, where ties are common, and for 300 rows at once."""
+    logits = torch.randint(3, (300, 5)).half()
+    target = torch.randint(5, (300,))
+    shifted = logits.double() - 1e-9 * torch.arange(5)
+    torch.testing.assert_close(
+        computed(make(metric_class), (logits, target)),
+        computed(make(metric_class), (shifted, target)),
+        atol=1e-6,
+        rtol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("metric_class", METRICS)
+def test_masked_classes_are_no_nan(metric_class):
+    """A logit of -inf rules a class out."""
+    logits, target = calibrated_logits(100)
+    wide = torch.cat([logits, torch.full((100, 1), -torch.inf)], 1)
+    expected = computed(make(metric_class), (logits, target))
+    actual = computed(make(metric_class, n_classes=6), (wide, target))
+    if metric_class is ClasswiseCalibrationError:
+        actual = actual * 6 / 5
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("metric_class", METRICS)
 def test_an_all_ignored_batch_adds_nothing(metric_class):
     logits, target = calibrated_logits(50)
-    metric = metric_class(ignore_index=-1)
-    metric.update(logits, target)
-    value = metric.compute()
+    metric = make(metric_class, ignore_index=-1)
+    value = computed(metric, (logits, target))
     metric.update(logits, torch.full_like(target, -1))
-    assert metric.compute() == value
+    again = flat(metric.compute())
+    if metric_class is CalibrationScores:  # where the items themselves are counted
+        again, value = again.view(2048, -1)[:, 1:], value.view(2048, -1)[:, 1:]
+    assert torch.equal(again, value)
 
 
-def test_forty_million_pixels_in_one_bin_do_not_saturate():
-    metric = ExpectedCalibrationError()
-    z = torch.tensor(0.97).logit()
-    logits = torch.stack([z.expand(2_000_000), torch.zeros(2_000_000)], 1)
-    target = (torch.arange(2_000_000) % 10 == 0).long()
-    for _ in range(20):
+EMPTY = {
+    "no update": (lambda metric: None, "compute.. method of metric .* was called before"),
+    "empty batch": (lambda m: m.update(torch.zeros(0, 5), torch.zeros(0).long()), "is nan: no position was scored"),
+    "all ignored": (lambda m: m.update(torch.randn(3, 5), torch.full((3,), -1)), "all targets were ignore_index=-1"),
+}
+
+
+@pytest.mark.parametrize("metric_class", METRICS)
+@pytest.mark.parametrize("case", EMPTY)
+def test_nothing_seen_is_nan_and_one_warning(metric_class, case):
+    metric = make(metric_class, ignore_index=-1)
+    feed, message = EMPTY[case]
+    feed(metric)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        value = metric.compute()
+    (warning,) = caught
+    assert re.search(message, str(warning.message))
+    if metric_class is ReliabilityDiagram:
+        assert value.counts.sum() == 0
+        value = value.calibration_error()
+    elif metric_class is CalibrationScores:
+        assert value.curve.counts.sum() == 0
+        value = torch.tensor(value.nll)
+    assert torch.isnan(value).all()
+
+
+def overall(value):
+    """Without the layout of the blocks, which differs between one rank and two."""
+    return value.blocks.sum(0)[1:] if isinstance(value, Scores) else value
+
+
+def two_ranks(rank: int, folder: str) -> None:
+    """Shards of 431 and 69 rows, of 500 and none, of none and none; and a batch of ignored rows on one rank."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    warnings.simplefilter("ignore")  # the rank without rows is told so
+    logits, target = calibrated_logits(500)
+    values = {}
+    for metric_class in METRICS:
+        for name, cut in (("uneven", 431), ("one rank", 500)):
+            mine = slice(None, cut) if rank == 0 else slice(cut, None)
+            metric = make(metric_class, ignore_index=-1)
+            if name == "uneven" or rank == 0:
+                metric.update(logits[mine], target[mine])
+            if name == "uneven" and rank == 1:
+                metric.update(logits[:7], torch.full((7,), -1))
+            values[metric_class.__name__, name] = overall(metric.compute())
+        values[metric_class.__name__, "empty"] = overall(make(metric_class).compute())
+    torch.save(values, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_any_number_of_ranks_gives_the_same_value(tmp_path):
+    torch.multiprocessing.spawn(two_ranks, (str(tmp_path),), nprocs=2)
+    results = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+    logits, target = calibrated_logits(500)
+    for metric_class in METRICS:
+        metric = make(metric_class)
         metric.update(logits, target)
-    assert float(metric.compute()) == pytest.approx(0.07, abs=1e-6)
+        expected = flat(overall(metric.compute()))
+        for result in results:
+            for name in ("uneven", "one rank"):
+                actual = flat(result[metric_class.__name__, name])
+                torch.testing.assert_close(actual, expected, rtol=0, atol=1e-9)
+            empty = result[metric_class.__name__, "empty"]
+            assert (flat(empty) <= 0).all()  # nan (here -1), or sums of nothing
 
 
-def test_metrics_live_in_a_collection_together():
-    logits, target = calibrated_logits(200)
-    collection = MetricCollection({"nll": NegativeLogLikelihood(), "ece": ExpectedCalibrationError(n_bins=10)})
-    values = collection(logits, target)
-    assert values["nll"] == pytest.approx(float(F.cross_entropy(logits, target)))
-    assert values["ece"] == pytest.approx(float(expected_calibration_error(logits.softmax(1), target, n_bins=10)))
+def test_a_collection_of_confidence_metrics_keeps_one_state():
+    logits, target = calibrated_logits(400)
+    members = {metric_class.__name__: metric_class() for metric_class in CONFIDENCE}
+    members |= {"l2": AdaptiveCalibrationError(norm="l2"), "debiased": RootMeanSquareCalibrationError(debias=True)}
+    collection = MetricCollection(copy.deepcopy(members))
+    for part in torch.arange(400).split(90):
+        collection.update(logits[part], target[part])
+    assert len(collection.compute_groups) == 1
+    values = collection.compute()
+    for name, metric in members.items():
+        torch.testing.assert_close(flat(values[name]), computed(metric, (logits, target)))
 
 
-@pytest.mark.parametrize("n_bins", [0, -3])
-def test_bins_are_at_least_one(n_bins):
-    with pytest.raises(ValueError, match=f"`n_bins` must be at least 1, got {n_bins}"):
-        ExpectedCalibrationError(n_bins=n_bins)
-    with pytest.raises(ValueError, match="`n_bins` must be at least 1"):
-        expected_calibration_error(torch.ones(1, 2) / 2, torch.zeros(1).long(), n_bins=n_bins)
+def test_a_collection_does_not_merge_what_is_equal_by_chance():
+    """A saturated first batch: NLL, Brier score and entropy are all 0, and every layout of bins has one filled cell."""
+    logits, target = calibrated_logits(300)
+    sure = 1e4 * F.one_hot(target[:20], 5).double()
+    members = {
+        "nll": NegativeLogLikelihood(),
+        "brier": BrierScore(),
+        "entropy": PredictiveEntropy(),
+        "tail": ExponentialMarginTail(),
+        "ece15": ExpectedCalibrationError(),
+        "ece10": ExpectedCalibrationError(10),
+        "ignoring": ExpectedCalibrationError(ignore_index=0),
+    }
+    collection = MetricCollection(copy.deepcopy(members))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        collection.update(sure, target[:20])
+    collection.update(logits, target)
+    values = collection.compute()
+    for name, metric in members.items():
+        expected = computed(metric, (sure, target[:20]), (logits, target))
+        torch.testing.assert_close(values[name].reshape(1), expected)
 
 
-def test_an_unknown_task_is_refused():
-    with pytest.raises(ValueError, match="`task` must be one of"):
-        Accuracy(task="multilabel")
+def test_forward_gives_the_batch_value_and_adds_to_the_whole():
+    logits, target = calibrated_logits(300)
+    for metric_class in MEANS:
+        metric = metric_class()
+        batch = metric(logits[:100], target[:100])
+        torch.testing.assert_close(flat(batch), computed(metric_class(), (logits[:100], target[:100])))
+        metric(logits[100:], target[100:])
+        torch.testing.assert_close(flat(metric.compute()), computed(metric_class(), (logits, target)))
 
 
-@pytest.mark.parametrize("n_bins", [1, 15])
-def test_the_diagram_is_drawn_with_one_bar_per_filled_bin(n_bins):
-    diagram = ReliabilityDiagram(n_bins)
-    diagram.update(*calibrated_logits(500))
-    figure, ax = diagram.plot()
-    filled = int((torch.atleast_1d(diagram.compute().counts) > 0).sum())
-    bars = [container for container in ax.containers if container.get_label().startswith("accuracy, ECE")]
-    assert len(bars[0]) == filled
-    assert (ax.get_xlabel(), ax.get_ylabel()) == ("confidence", "accuracy")
-    _, own = plt.subplots()
-    assert plot_reliability(diagram.compute(), before=diagram.compute(), ax=own)[1] is own
-    assert figure is not own.figure
+@pytest.mark.parametrize("metric_class", METRICS)
+def test_a_compiled_caller_gets_the_same(metric_class):
+    logits, target = calibrated_logits(64)
+    metric = make(metric_class)
+
+    def step(x, y):
+        z = 2 * x
+        metric.update(z, y)
+        return z.sum()
+
+    compiled = torch.compile(step, backend="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # dynamo's own, about graph breaks
+        compiled(logits, target)
+        compiled(logits, target)
+    expected = computed(make(metric_class), (2 * logits, target), (2 * logits, target))
+    torch.testing.assert_close(flat(metric.compute()), expected)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("metric_class", METRICS)
+def test_moving_casting_and_inference_mode_leave_the_sums_alone(metric_class):
+    logits, target = calibrated_logits(100)
+    expected = computed(make(metric_class), (logits, target), (logits, target))
+    metric = make(metric_class).to("cpu").half().float().to(torch.device("cpu"))
+    with torch.inference_mode():
+        metric.reset()
+        metric.update(logits, target)
+    metric.update(logits, target)
+    assert torch.equal(flat(metric.compute()), expected)
+    assert metric.sums.dtype == torch.float64
+
+
+@pytest.mark.parametrize("metric_class", METRICS)
+def test_a_device_without_float64_leaves_the_sums_on_the_cpu(metric_class):
+    """As Apple's MPS, which refuses such a tensor with this error; stands for the private `_apply` as well."""
+
+    def to_device(tensor):
+        if tensor.dtype == torch.float64:
+            raise TypeError(
+                "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64."
+            )
+        return tensor
+
+    metric = make(metric_class)
+    with pytest.warns(UserWarning, match=f"no float64: {metric_class.__name__} keeps its sums on the CPU"):
+        metric._apply(to_device)
+    logits, target = calibrated_logits(50)
+    assert torch.equal(computed(metric, (logits, target)), computed(make(metric_class), (logits, target)))
+
+
+def test_it_is_logged_by_a_lightning_module(tmp_path):
+    logits, target = calibrated_logits(100)
+
+    class Module(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.errors = MetricCollection({"ece": ExpectedCalibrationError(), "smooth": SmoothCalibrationError()})
+
+        def test_step(self, batch, index):
+            self.errors.update(*batch)
+            self.log_dict(self.errors, on_epoch=True, on_step=False)
+
+    loader = DataLoader(TensorDataset(logits, target), batch_size=30)
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+    }
+    (result,) = Trainer(accelerator="cpu", default_root_dir=tmp_path, **quiet).test(Module(), loader, verbose=False)
+    assert result["ece"] == pytest.approx(float(expected_calibration_error(logits.softmax(1), target)), abs=1e-6)
+
+
+NAN = torch.randn(40, 5)
+NAN[3, 2] = torch.nan
+BAD = {
+    "nan": (NAN, torch.zeros(40).long(), {}, ValueError, "`preds` holds nan or inf in 1 of 40 rows"),
+    "inf": (NAN.nan_to_num(torch.inf), torch.zeros(40).long(), {}, ValueError, "nan or inf in 1 of 40 rows"),
+    "nothing left": (torch.full((2, 5), -torch.inf), torch.zeros(2).long(), {}, ValueError, "nan or inf in 2 of 2"),
+    "label above": (torch.randn(4, 5), torch.full((4,), 5), {}, ValueError, r"Targets must lie in \[0, 4\], got 5"),
+    "label below": (torch.randn(4, 5), torch.full((4,), -100), {}, ValueError, r"got -100; .* ignore_index"),
+    "logits as probs": (
+        torch.randn(9, 5),
+        torch.zeros(9).long(),
+        {"probs": True},
+        ValueError,
+        "With probs=True `preds` must be probabilities",
+    ),
+    "float target": (torch.randn(4, 5), torch.zeros(4), {}, TypeError, "class indices as int64"),
+    "integer preds": (torch.ones(4, 5).long(), torch.zeros(4).long(), {}, TypeError, "float tensor of logits"),
+    "a list": ([[1.0, 2.0]], torch.zeros(1).long(), {}, TypeError, "float tensor of logits, got list"),
+    "one class": (torch.randn(4, 1), torch.zeros(4).long(), {}, ValueError, 'say task="binary"'),
+    "shapes": (torch.randn(4, 5), torch.zeros(3).long(), {}, ValueError, "need a target of shape"),
+    "a scalar": (torch.tensor(1.0), torch.tensor(1), {"task": "binary"}, ValueError, "A batch needs an axis"),
+}
+
+
+@pytest.mark.parametrize("metric_class", METRICS)
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named(metric_class, case):
+    preds, target, options, error, message = BAD[case]
+    metric = make(metric_class, **options)
+    with pytest.raises(error, match=message):
+        metric.update(preds, target)
+    assert not metric.sums.any()
+
+
+@pytest.mark.parametrize("metric_class", METRICS)
+@pytest.mark.parametrize("task", ["multiclass", "binary"])
+def test_probabilities_taken_as_logits_are_noticed_once(metric_class, task):
+    logits, target = calibrated_logits(30, n_classes=2)
+    probs = logits.softmax(1) if task == "multiclass" else logits[:, 0].sigmoid()
+    metric = make(metric_class, n_classes=2, task=task)
+    with pytest.warns(UserWarning, match="look like probabilities, and took them as logits: say probs=True"):
+        metric.update(probs, target)
+    metric.update(probs, target)
+
+
+@pytest.mark.parametrize(
+    ("make_metric", "message"),
+    [
+        (lambda: ExpectedCalibrationError(n_bins=0), "`n_bins` must be at least 1, got 0"),
+        (lambda: ClasswiseCalibrationError(1), "`num_classes` must be at least 2, got 1"),
+        (lambda: ClasswiseCalibrationError(5, average="micro"), "`average` must be 'macro' or 'none', got 'micro'"),
+        (lambda: AdaptiveCalibrationError(norm="l0"), "`norm` must be one of"),
+        (lambda: AdaptiveCalibrationError(debias=True), "`debias` is known for norm='l2' only, got norm='l1'"),
+        (lambda: CalibrationScores(n_blocks=1), "`n_blocks` must be at least 2, got 1"),
+        (lambda: Accuracy(task="multilabel"), "`task` must be one of"),
+        (lambda: ClasswiseCalibrationError(4).update(torch.randn(3, 5), torch.zeros(3).long()), "preds have 5 classes"),
+    ],
+)
+def test_bad_options_are_named(make_metric, message):
+    with pytest.raises(ValueError, match=message):
+        make_metric()

@@ -38,8 +38,10 @@ def test_the_numbers_have_their_log_keys(result):
 
 def test_the_table_shows_before_after_and_why(result):
     lines = table(result).splitlines()
-    assert lines[0].split() == ["calibration", "set", "before", "after"]
-    assert lines[1].split() == ["nll", f"{result.before['nll']:.4f}", f"{result.after['nll']:.4f}"]
+    assert lines[0].split() == ["calibration", "set", "before", "after", "change", "[95", "%", "interval]"]
+    change, low, high = (f"{number:+.4f}" for number in result.change["nll"])
+    numbers = [f"{result.before['nll']:.4f}", f"{result.after['nll']:.4f}", change]
+    assert lines[1].split() == ["nll", *numbers, f"[{low},", f"{high}]"]
     assert "T = 2.0" in lines[4] or "T = 1.9" in lines[4]
     assert lines[5] == f"chosen: {result.reason}"
 

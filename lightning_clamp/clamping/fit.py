@@ -17,8 +17,8 @@ from lightning_clamp.clamping.selection import Candidate, Fit, fit_by_scoring
 from lightning_clamp.clamping.sgd import fit_by_sgd
 from lightning_clamp.clamping.survey import Survey, survey
 from lightning_clamp.clamping.temperature import OUTPUT_MAPS, TemperatureFit, fit_temperature
-from lightning_clamp.metrics.calibration_error import ReliabilityCurve, ReliabilityDiagram
-from lightning_clamp.metrics.proper_scores import Accuracy, NegativeLogLikelihood
+from lightning_clamp.metrics.bootstrap import CalibrationScores, Interval, Scores, paired_bootstrap
+from lightning_clamp.metrics.reliability import ReliabilityCurve
 
 Solver: TypeAlias = Literal["scoring", "sgd", "temperature"]
 
@@ -32,6 +32,8 @@ class CalibrationResult:
         solver: The solver that was run.
         before: ``nll`` (nats per row), ``ece`` and ``accuracy`` (fractions) on the calibration set, uncalibrated.
         after: The same with the clamp.
+        change: After minus before of the same, each with its 95 % interval (paired bootstrap over samples). The clamp
+            was fitted to these samples, which flatters it by about as much as the criterion's penalty.
         reliability: Reliability curves before and after.
         candidates: Everything that was considered (solver ``"scoring"`` only).
         chosen: The candidate that was chosen, among them.
@@ -46,6 +48,7 @@ class CalibrationResult:
     solver: Solver
     before: Mapping[str, float]
     after: Mapping[str, float]
+    change: Mapping[str, Interval]
     reliability: tuple[ReliabilityCurve, ReliabilityCurve]
     candidates: tuple[Candidate, ...]
     chosen: Candidate | None
@@ -108,16 +111,18 @@ def fit_clamp(
     )
     with frozen(network):
         seen = survey(data)
-        before, curve_before = _measured(Clamp(), seen.logits, data)
+        scores_before = _scores(Clamp(), seen.logits, data)
+        before = _summary(scores_before)
         _warn_of_training_data(before)
         fit = _solved(solver, data, seen, options)
-        after, curve_after = _measured(fit.clamp, fit.logits, data)
+        scores_after = _scores(fit.clamp, fit.logits, data)
+        after = _summary(scores_after)
     if not fit.clamp.is_identity and not after["nll"] < before["nll"]:
         worse = (
             f"the clamp had an NLL of {after['nll']:.6g} on the calibration set, against {before['nll']:.6g} without"
         )
         fit = Fit(Clamp(), seen.logits, worse, fit.candidates, None, fit.history)
-        after, curve_after = before, curve_before
+        after, scores_after = before, scores_before
     if fit.clamp.is_identity:
         warnings.warn(f"The network was left as it is: {fit.reason}.", stacklevel=2)
     return CalibrationResult(
@@ -125,7 +130,8 @@ def fit_clamp(
         solver=solver,
         before=before,
         after=after,
-        reliability=(curve_before, curve_after),
+        change=paired_bootstrap(scores_before, scores_after),
+        reliability=(scores_before.curve, scores_after.curve),
         candidates=fit.candidates,
         chosen=fit.chosen,
         reason=fit.reason,
@@ -203,17 +209,18 @@ def _solved(solver: Solver, data: CalibrationSet, seen: Survey, options: Mapping
     return _SOLVERS[solver](data, seen, base, **options)
 
 
-def _measured(clamp: Clamp, logits: Logits, data: CalibrationSet) -> tuple[dict[str, float], ReliabilityCurve]:
-    """Metrics of the clamped logits, through the clamp itself."""
-    options: dict[str, Any] = {"task": data.task, "ignore_index": data.ignore_index}
-    nll, accuracy, diagram = NegativeLogLikelihood(**options), Accuracy(**options), ReliabilityDiagram(**options)
+def _scores(clamp: Clamp, logits: Logits, data: CalibrationSet) -> Scores:
+    """What the metrics are computed from, of the clamped logits, through the clamp itself."""
+    metric = CalibrationScores(task=data.task, ignore_index=data.ignore_index, validate_args=False)
     for batch, target in logits.batches():
         scaled = clamp.scale(batch)
-        for metric in (nll, accuracy, diagram):
-            metric.to(scaled.device).update(scaled, target)
-    curve = diagram.cpu().compute()
-    ece = float(curve.expected_calibration_error)
-    return {"nll": float(nll.compute()), "ece": ece, "accuracy": float(accuracy.compute())}, curve
+        metric.to(scaled.device).update(scaled, target)
+    return metric.cpu().compute()
+
+
+def _summary(scores: Scores) -> dict[str, float]:
+    ece = float(scores.curve.calibration_error())
+    return {"nll": scores.nll, "ece": ece, "accuracy": scores.accuracy}
 
 
 def _warn_of_training_data(before: Mapping[str, float]) -> None:

@@ -1,22 +1,58 @@
-"""What every metric here shares: how a batch is read, and additive float64 state."""
+"""What every metric here shares: how a batch is read and checked, and one additive float64 state."""
 
-from typing import Any
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
+from torchmetrics.utilities import rank_zero_warn
 
-from lightning_clamp._rows import TASKS, Task, as_rows
+from lightning_clamp._rows import TASKS, Task, row_blocks
+from lightning_clamp.metrics._binning import add_to_cells, cell_count, checked_bins, merged
+
+Confidence: TypeAlias = Literal["top", "positive"]
+
+# Rounding of half-precision probabilities may move the sum of a row by this much.
+_SUM_TOLERANCE = 0.01
+# Below this many rows, values that add up to 1 may be chance.
+_TELLING_ROWS = 10
+
+
+def top_label(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Confidence and correctness of the top label, ``(M,)`` each, from logits ``(M, C)``; of tied logits the first."""
+    top = logits.amax(1, keepdim=True)
+    # 1 / sum exp(z - max) rather than the largest softmax: no rounding can lift it above 1.
+    confidence = (logits - top).exp_().sum(1).reciprocal_()
+    correct = (logits.gather(1, target[:, None]) == top)[:, 0]
+    # Where maxima are tied, and so the confidence at most a half, the first is the prediction. An argmax over all rows
+    # would cost as much as everything else here.
+    tied = (correct & (confidence <= 0.5)).nonzero()[:, 0]
+    if len(tied):
+        correct[tied] = logits[tied].argmax(1) == target[tied]
+    return confidence, correct
 
 
 class RowMetric(Metric):
-    """A metric over rows of class probabilities: ``update(preds, target)`` and sums of a fixed size.
+    """A metric over rows of class scores: ``update(preds, target)`` and one tensor of sums, of a fixed size.
+
+    ``preds`` are logits, or probabilities where the metric was told so: ``(N, C)``, dense ``(N, C, ...)``, or one value
+    per position for ``task="binary"``; any float dtype, computed in float32 at least and summed in float64. ``target``
+    holds class indices. A subclass registers its state by :meth:`add_sums` and defines :meth:`add`.
 
     Args:
-        task: ``"multiclass"``, preds ``(N, C)`` or dense ``(N, C, ...)``; ``"binary"``, one value per position.
+        task: ``"multiclass"``, or ``"binary"`` for one logit (or one probability) per position.
         ignore_index: Target value of positions to leave out.
         probs: Whether preds are probabilities. By default they are logits; it is never guessed.
+        validate_args: Whether to look for nan, labels out of range and rows that are no probabilities. It costs little
+            on a CPU, and a synchronisation per batch on an accelerator.
         **kwargs: Options of :class:`torchmetrics.Metric`.
+
+    Raises:
+        ValueError: In ``update``: preds with nan, labels out of range, shapes that do not fit together.
+        TypeError: In ``update``: preds that are not float, or targets that hold no class indices.
     """
 
     is_differentiable = False
@@ -28,6 +64,7 @@ class RowMetric(Metric):
         task: Task = "multiclass",
         ignore_index: int | None = None,
         probs: bool = False,
+        validate_args: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -36,18 +73,160 @@ class RowMetric(Metric):
         self.task: Task = task
         self.ignore_index = ignore_index
         self.probs = probs
+        self.validate_args = validate_args
+        self._state_name = ""
+        self._looked_at_preds = False
 
-    def add_sum(self, name: str, *shape: int) -> None:
-        """Register a float64 sum over samples."""
-        self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+    def add_sums(self, name: str, *shape: int) -> None:
+        """Register the state: float64 sums over samples.
 
-    def log_probs(self, preds: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities ``(M, C)``, at least float32, and targets ``(M,)`` of the scored positions."""
-        rows = as_rows(preds, target, task=self.task, ignore_index=self.ignore_index)
-        scores = rows.logits.to(torch.promote_types(rows.logits.dtype, torch.float32))
-        if not self.probs:
-            return scores.log_softmax(1), rows.target
-        if self.task == "binary":
-            positive = scores[:, 1]
-            scores = torch.stack([1 - positive, positive], 1)
-        return scores.log(), rows.target
+        The state is named after what it sums and every option that shapes it. A ``MetricCollection`` merges metrics
+        whose states have equal names and equal values *at the first batch*; a telling name keeps those apart that are
+        equal there by chance, such as the sums of two losses on a batch without any.
+        """
+        self._state_name = f"{name}_{self.task}_{'probs' if self.probs else 'logits'}_ignoring_{self.ignore_index}"
+        self.add_state(self._state_name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+
+    @property
+    def sums(self) -> Tensor:
+        """The state, to be added to in place."""
+        sums: Tensor = getattr(self, self._state_name)
+        if sums.is_inference() and not torch.is_inference_mode_enabled():
+            # Reset under inference mode, as Lightning does after validation; such a tensor cannot be changed outside.
+            sums = sums.clone()
+            setattr(self, self._state_name, sums)
+        return sums
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Add a batch."""
+        for rows, labels in row_blocks(preds, target, task=self.task, ignore_index=self.ignore_index):
+            self.add(*self.read(rows, labels))
+
+    def read(self, rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows ``(m, C)`` in float32 at least and labels ``(m,)``, on the device of the state, checked."""
+        device = self.sums.device
+        rows, labels = rows.to(device, torch.promote_types(rows.dtype, torch.float32)), labels.to(device)
+        if self.probs and self.task == "binary":
+            rows = torch.stack([1 - rows[:, 1], rows[:, 1]], 1)
+        if self.validate_args:
+            self._validate(rows, labels)
+        return rows, labels
+
+    def add(self, rows: Tensor, labels: Tensor) -> None:
+        """Add rows ``(m, C)`` of logits (or probabilities) and labels ``(m,)`` to :attr:`sums`, in place."""
+        raise NotImplementedError
+
+    def log_probs(self, rows: Tensor) -> Tensor:
+        """Log-probabilities of rows."""
+        return rows.log() if self.probs else rows.log_softmax(1)
+
+    def class_probs(self, rows: Tensor) -> Tensor:
+        """Probabilities of rows."""
+        return rows if self.probs else rows.softmax(1)
+
+    def scored(self, count: Tensor) -> None:
+        """Warn if nothing was counted, though there were updates (without any, torchmetrics itself warns)."""
+        if self.update_called and not count.any():
+            rank_zero_warn(
+                f"{type(self).__name__} is nan: no position was scored, since batches were empty or all targets were "
+                f"ignore_index={self.ignore_index}.",
+                UserWarning,
+            )
+
+    def _validate(self, rows: Tensor, labels: Tensor) -> None:
+        n, classes = rows.shape
+        if not n:
+            return
+        largest = rows.amax(1)
+        if not math.isfinite(float(largest.sum(dtype=torch.float64))):
+            raise ValueError(f"`preds` holds nan or inf in {int((~largest.isfinite()).sum())} of {n} rows.")
+        low, high = (int(end) for end in labels.aminmax())
+        if low < 0 or high >= classes:
+            raise ValueError(
+                f"Targets must lie in [0, {classes - 1}], got {low if low < 0 else high}; positions that have no label "
+                "are left out with ignore_index."
+            )
+        if self.probs:
+            if float((rows.sum(1) - 1).abs().amax()) > _SUM_TOLERANCE or float(rows.amin()) < 0:
+                raise ValueError(
+                    "With probs=True `preds` must be probabilities, non-negative and adding up to 1 over the classes; "
+                    "for logits leave probs=True out."
+                )
+        elif not self._looked_at_preds:
+            self._looked_at_preds = True
+            self._warn_of_probabilities(rows)
+
+    def _warn_of_probabilities(self, rows: Tensor) -> None:
+        if len(rows) < _TELLING_ROWS or rows.amin() < 0 or rows.amax() > 1:
+            return
+        if self.task == "binary" or float((rows.sum(1) - 1).abs().amax()) < _SUM_TOLERANCE:
+            rank_zero_warn(
+                f"{type(self).__name__} was given values that look like probabilities, and took them as logits: say "
+                "probs=True if they are probabilities.",
+                UserWarning,
+            )
+
+    # Private in torch, and torchmetrics' own way to move states: `exclude_state` leaves them to the metric. Nothing
+    # public is asked before a state is moved. The tests hold it against a device that refuses float64.
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
+        try:
+            fn(torch.zeros(0, dtype=torch.float64, device=self.sums.device))
+        except TypeError:
+            warnings.warn(
+                f"This device has no float64: {type(self).__name__} keeps its sums on the CPU and moves batches there.",
+                stacklevel=2,
+            )
+            exclude_state = [*exclude_state, self._state_name]
+        return super()._apply(fn, exclude_state)
+
+
+class ConfidenceMetric(RowMetric):
+    """A metric of how confidence and accuracy agree; its state is a fine histogram of the confidence.
+
+    The state is three float64 sums (count, confidence, number right) in each of up to 15,360 cells that divide the
+    bins: 369 KB, whatever the number of samples. Everything binned, equal-mass or smoothed is computed from it, so that
+    a ``MetricCollection`` of them keeps one state and updates once.
+
+    Args:
+        n_bins: Number of equal-width bins, at least 1.
+        confidence: ``"top"``, the probability of the predicted class against how often it is right; or ``"positive"``
+            (``task="binary"`` only), the probability of class 1 against how often class 1 occurs.
+        **kwargs: Further arguments of :class:`RowMetric`.
+    """
+
+    higher_is_better = False
+
+    def __init__(self, n_bins: int = 15, *, confidence: Confidence = "top", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if confidence not in ("top", "positive"):
+            raise ValueError(f"`confidence` must be 'top' or 'positive', got {confidence!r}.")
+        if confidence == "positive" and self.task != "binary":
+            raise ValueError(
+                'confidence="positive" is the probability of class 1 and needs task="binary"; for every class of '
+                "several see ClasswiseCalibrationError."
+            )
+        self.n_bins = checked_bins(n_bins)
+        self.confidence: Confidence = confidence
+        self.add_sums(f"cells_{n_bins}_{confidence}", 3, cell_count(n_bins))
+
+    def add(self, rows: Tensor, labels: Tensor) -> None:
+        """Add rows to the histogram."""
+        if self.confidence == "positive":
+            confidence, correct = self.class_probs(rows)[:, 1], labels == 1
+        elif self.probs:
+            confidence, predicted = rows.max(1)
+            correct = predicted == labels
+        else:
+            confidence, correct = top_label(rows, labels)
+        add_to_cells(self.sums, confidence, correct, self.n_bins)
+
+    @property
+    def cells(self) -> Tensor:
+        """Sums per cell; warns if there are none."""
+        self.scored(self.sums[0])
+        return self.sums
+
+    @property
+    def bins(self) -> Tensor:
+        """Sums per equal-width bin, ``(3, n_bins)``."""
+        return merged(self.cells, self.n_bins)

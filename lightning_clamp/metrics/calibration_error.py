@@ -1,67 +1,18 @@
-"""Binned calibration error of the top-label confidence, and the reliability diagram over the same bins."""
+"""Calibration errors of the confidence, binned: expected, maximum, root-mean-square, overconfidence, equal-mass."""
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from lightning_clamp.metrics._base import RowMetric
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from lightning_clamp.metrics._base import Confidence, ConfidenceMetric
+from lightning_clamp.metrics._binning import checked_bins, equal_mass_sums, value_sums
+from lightning_clamp.metrics.reliability import Norm, ReliabilityCurve, check_norm, confidences, reliability_curve
 
 
-class ReliabilityCurve(NamedTuple):
-    """Per bin: how sure the network was, and how often it was right.
-
-    Attributes:
-        confidence: Mean confidence, ``(n_bins,)``, float64; nan in empty bins.
-        accuracy: Fraction right, ``(n_bins,)``, float64; nan in empty bins.
-        counts: Rows in the bin, ``(n_bins,)``, float64.
-    """
-
-    confidence: Tensor
-    accuracy: Tensor
-    counts: Tensor
-
-    @property
-    def expected_calibration_error(self) -> Tensor:
-        """Count-weighted mean gap between confidence and accuracy, in ``[0, 1]``; nan if all bins are empty."""
-        gap = (self.confidence - self.accuracy).abs().nan_to_num(0.0)
-        return (gap * self.counts).sum() / self.counts.sum()
-
-
-def binned_sums(confidence: Tensor, correct: Tensor, n_bins: int) -> Tensor:
-    """Count, summed confidence and number right per bin, ``(3, n_bins)`` float64.
-
-    Bins are ``(i/n, (i+1)/n]``, compared in float64; confidence 0 falls in the first, 1 in the last.
-    """
-    confidence = confidence.double()
-    # Divided by n in float64 (as i / n is): a linspace is off by an ulp at some edges, and would move edge values.
-    edges = torch.arange(1, n_bins, dtype=torch.float64, device=confidence.device) / n_bins
-    index = torch.bucketize(confidence, edges)
-    values = torch.stack([torch.ones_like(confidence), confidence, correct.double()])
-    return torch.zeros(3, n_bins, dtype=torch.float64, device=confidence.device).index_add(1, index, values)
-
-
-def reliability_curve(probs: Tensor, target: Tensor, *, n_bins: int = 15) -> ReliabilityCurve:
-    """Mean top-label confidence and accuracy over equal-width bins of the confidence.
-
-    Args:
-        probs: Class probabilities, shape ``(N, C)``, float, each row summing to 1.
-        target: True class indices, shape ``(N,)``, int64, in ``[0, C)``.
-        n_bins: Number of bins, at least 1.
-
-    Raises:
-        ValueError: If ``n_bins`` is below 1.
-    """
-    confidence, predicted = probs.max(1)
-    return _curve(binned_sums(confidence, predicted == target, _checked(n_bins)))
-
-
-def expected_calibration_error(probs: Tensor, target: Tensor, *, n_bins: int = 15) -> Tensor:
-    r"""Expected calibration error of the top-label confidence, over equal-width bins.
+def expected_calibration_error(
+    probs: Tensor, target: Tensor, *, n_bins: int = 15, confidence: Confidence = "top"
+) -> Tensor:
+    r"""Expected calibration error (ECE): the mean gap between confidence and accuracy over equal-width bins.
 
     Bins are :math:`(i/n, (i+1)/n]`; confidence 1.0 is in the last. Empty bins contribute nothing.
 
@@ -69,14 +20,16 @@ def expected_calibration_error(probs: Tensor, target: Tensor, *, n_bins: int = 1
         probs: Class probabilities, shape ``(N, C)``, float, each row summing to 1.
         target: True class indices, shape ``(N,)``, int64, in ``[0, C)``.
         n_bins: Number of bins, at least 1.
+        confidence: See :func:`~.reliability.reliability_curve`.
 
     Returns:
         Scalar float64 in ``[0, 1]`` (a fraction, not percent); nan without rows.
 
     Raises:
-        ValueError: If ``n_bins`` is below 1.
+        ValueError: If ``n_bins`` is below 1 or ``probs`` is not 2-d.
 
     Example:
+        >>> import torch
         >>> probs = torch.tensor([[0.9, 0.1], [0.9, 0.1]])
         >>> expected_calibration_error(probs, torch.tensor([0, 1])).round(decimals=3)
         tensor(0.4000, dtype=torch.float64)
@@ -84,56 +37,147 @@ def expected_calibration_error(probs: Tensor, target: Tensor, *, n_bins: int = 1
     Reference:
         Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, eq. 3.
     """
-    return reliability_curve(probs, target, n_bins=n_bins).expected_calibration_error
+    return reliability_curve(probs, target, n_bins=n_bins, confidence=confidence).calibration_error()
 
 
-class _BinnedMetric(RowMetric):
-    """Sums per confidence bin; state: one ``(3, n_bins)`` float64 tensor."""
+def maximum_calibration_error(
+    probs: Tensor, target: Tensor, *, n_bins: int = 15, confidence: Confidence = "top"
+) -> Tensor:
+    """Maximum calibration error (MCE): the largest gap of any bin, however few rows it has.
 
-    bins: Tensor
+    Arguments, result and errors as :func:`expected_calibration_error`.
 
-    def __init__(self, n_bins: int = 15, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.n_bins = _checked(n_bins)
-        self.add_sum("bins", 3, n_bins)
-
-    def update(self, preds: Tensor, target: Tensor) -> None:
-        """Add a batch."""
-        log_probs, labels = self.log_probs(preds, target)
-        confidence, predicted = log_probs.max(1)
-        self.bins += binned_sums(confidence.exp(), predicted == labels, self.n_bins)
+    Reference:
+        Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, eq. 4.
+    """
+    return reliability_curve(probs, target, n_bins=n_bins, confidence=confidence).calibration_error("max")
 
 
-class ExpectedCalibrationError(_BinnedMetric):
-    """Streaming :func:`expected_calibration_error`; further arguments as :class:`~._base.RowMetric`."""
+def root_mean_square_calibration_error(
+    probs: Tensor, target: Tensor, *, n_bins: int = 15, debias: bool = False, confidence: Confidence = "top"
+) -> Tensor:
+    """Root-mean-square calibration error: the root of the mean squared gap over equal-width bins.
 
-    higher_is_better = False
+    Arguments, result and errors as :func:`expected_calibration_error`, and:
+
+    Args:
+        probs: Class probabilities.
+        target: True class indices.
+        n_bins: Number of bins.
+        debias: Whether to subtract the error that chance gives a calibrated network; see
+            :meth:`~.reliability.ReliabilityCurve.calibration_error`.
+        confidence: Which confidence.
+
+    Reference:
+        Kumar, Liang and Ma, "Verified Uncertainty Calibration", NeurIPS 2019.
+    """
+    curve = reliability_curve(probs, target, n_bins=n_bins, confidence=confidence)
+    return curve.calibration_error("l2", debias=debias)
+
+
+def overconfidence_error(probs: Tensor, target: Tensor, *, n_bins: int = 15, confidence: Confidence = "top") -> Tensor:
+    r"""Overconfidence error: gaps of bins that are too sure, weighted by their confidence.
+
+    :math:`\sum_b \frac{n_b}{N}\, \mathrm{conf}_b \max(\mathrm{conf}_b - \mathrm{acc}_b, 0)`. Arguments, result and
+    errors as :func:`expected_calibration_error`.
+
+    Reference:
+        Thulasidasan et al., "On Mixup Training", NeurIPS 2019, section 2.
+    """
+    return _overconfidence(reliability_curve(probs, target, n_bins=n_bins, confidence=confidence))
+
+
+def adaptive_calibration_error(
+    probs: Tensor,
+    target: Tensor,
+    *,
+    n_bins: int = 15,
+    norm: Norm = "l1",
+    debias: bool = False,
+    confidence: Confidence = "top",
+) -> Tensor:
+    """Adaptive calibration error: the mean gap over bins of equal mass.
+
+    Each bin holds exactly N / n_bins rows: a row at a boundary is shared by two bins, and rows of equal confidence are
+    shared alike. The result does not depend on the order of the rows, and is defined for any N, also below ``n_bins``.
+
+    Args:
+        probs: Class probabilities, shape ``(N, C)``, float, each row summing to 1.
+        target: True class indices, shape ``(N,)``, int64, in ``[0, C)``.
+        n_bins: Number of bins, at least 1.
+        norm: See :meth:`~.reliability.ReliabilityCurve.calibration_error`, also for the errors it raises.
+        debias: See there.
+        confidence: See :func:`~.reliability.reliability_curve`.
+
+    Returns:
+        Scalar float64 in ``[0, 1]``; nan without rows.
+
+    Reference:
+        Nguyen and O'Connor, "Posterior calibration and exploratory analysis for NLP models", EMNLP 2015; Nixon et al.,
+        "Measuring Calibration in Deep Learning", 2019, who do so for every class.
+    """
+    sums = value_sums(*confidences(probs, target, confidence))
+    return _equal_mass_curve(sums, checked_bins(n_bins)).calibration_error(norm, debias=debias)
+
+
+class ExpectedCalibrationError(ConfidenceMetric):
+    """Streaming :func:`expected_calibration_error`, exact."""
 
     def compute(self) -> Tensor:
         """The error over all rows seen, nan before the first."""
-        return _curve(self.bins).expected_calibration_error
+        return ReliabilityCurve.from_sums(self.bins).calibration_error()
 
 
-class ReliabilityDiagram(_BinnedMetric):
-    """Streaming :func:`reliability_curve`, with a picture; further arguments as :class:`~._base.RowMetric`."""
+class MaximumCalibrationError(ConfidenceMetric):
+    """Streaming :func:`maximum_calibration_error`, exact."""
 
-    def compute(self) -> ReliabilityCurve:
-        """The curve over all rows seen."""
-        return _curve(self.bins)
-
-    def plot(self, val: ReliabilityCurve | None = None, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
-        """Draw the diagram into ``ax`` or a new figure; ``val`` is a computed curve, by default the current one."""
-        from lightning_clamp.metrics.picture import plot_reliability
-
-        return plot_reliability(self.compute() if val is None else val, ax=ax)
+    def compute(self) -> Tensor:
+        """The error over all rows seen, nan before the first."""
+        return ReliabilityCurve.from_sums(self.bins).calibration_error("max")
 
 
-def _curve(bins: Tensor) -> ReliabilityCurve:
-    count, confidence, correct = bins
-    return ReliabilityCurve(confidence / count, correct / count, count.clone())
+class RootMeanSquareCalibrationError(ConfidenceMetric):
+    """Streaming :func:`root_mean_square_calibration_error`, exact."""
+
+    def __init__(self, n_bins: int = 15, *, debias: bool = False, **kwargs: Any) -> None:
+        super().__init__(n_bins, **kwargs)
+        self.debias = debias
+
+    def compute(self) -> Tensor:
+        """The error over all rows seen, nan before the first."""
+        return ReliabilityCurve.from_sums(self.bins).calibration_error("l2", debias=self.debias)
 
 
-def _checked(n_bins: int) -> int:
-    if n_bins < 1:
-        raise ValueError(f"`n_bins` must be at least 1, got {n_bins}.")
-    return n_bins
+class OverconfidenceError(ConfidenceMetric):
+    """Streaming :func:`overconfidence_error`, exact."""
+
+    def compute(self) -> Tensor:
+        """The error over all rows seen, nan before the first."""
+        return _overconfidence(ReliabilityCurve.from_sums(self.bins))
+
+
+class AdaptiveCalibrationError(ConfidenceMetric):
+    """Streaming :func:`adaptive_calibration_error`.
+
+    Rows in one cell of the histogram (1/15,360 wide) are taken as equal, also where a boundary between two bins divides
+    them. It differs from the function by what these few rows weigh: about 0.0001 for 10,000 images of CIFAR.
+    """
+
+    def __init__(self, n_bins: int = 15, *, norm: Norm = "l1", debias: bool = False, **kwargs: Any) -> None:
+        super().__init__(n_bins, **kwargs)
+        check_norm(norm, debias=debias)
+        self.norm: Norm = norm
+        self.debias = debias
+
+    def compute(self) -> Tensor:
+        """The error over all rows seen, nan before the first."""
+        return _equal_mass_curve(self.cells, self.n_bins).calibration_error(self.norm, debias=self.debias)
+
+
+def _overconfidence(curve: ReliabilityCurve) -> Tensor:
+    gap = (curve.confidence * (curve.confidence - curve.accuracy).clamp(min=0)).nan_to_num(0.0)
+    return (gap * curve.counts).sum() / curve.counts.sum()
+
+
+def _equal_mass_curve(sums: Tensor, n_bins: int) -> ReliabilityCurve:
+    return ReliabilityCurve.from_sums(equal_mass_sums(sums, n_bins))

@@ -1,6 +1,6 @@
 """The reliability diagram, drawn."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -9,9 +9,19 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
-    from lightning_clamp.metrics.calibration_error import ReliabilityCurve
+    from lightning_clamp.metrics.reliability import ReliabilityCurve
 
-_BAR, _GAP, _OTHER = "#3b6fb6", "#d1495b", "#8a8a8a"
+
+class _Palette(NamedTuple):
+    accuracy: str
+    over: str
+    under: str
+    before: str
+    share: str
+
+
+_ON_LIGHT = _Palette("#5b8db8", "#e79aa5", "#7cc7bd", "#6b6b6b", "#a9b4bf")
+_ON_DARK = _Palette("#4b7ba6", "#a8505f", "#3c9c8f", "#c4c4c4", "#6d7885")
 
 
 def plot_reliability(
@@ -21,7 +31,12 @@ def plot_reliability(
     ax: "Axes | None" = None,
     title: str | None = None,
 ) -> "tuple[Figure, Axes]":
-    """Draw accuracy over confidence: bars, their gap to the mean confidence, and the share of rows in each bin.
+    """Draw accuracy over confidence, the gap between them, and where the data are.
+
+    A bar per bin reaches up to its accuracy or its mean confidence, whichever is lower, and the gap to the other is
+    coloured: one colour where the network is too sure, another where it is not sure enough. The line is the 95 %
+    interval of the accuracy. The strip below shows each bin's share of the data. Colours follow the background of the
+    axes, light or dark.
 
     Args:
         curve: What to draw.
@@ -33,58 +48,105 @@ def plot_reliability(
         The figure and the axes.
     """
     from matplotlib import pyplot as plt
+    from matplotlib.colors import to_rgb
 
     if ax is None:
-        _, ax = plt.subplots(figsize=(4.2, 4.2), layout="constrained")
-    confidence, accuracy, counts = _arrays(curve)
-    n_bins = len(counts)
-    left, width = np.arange(n_bins) / n_bins, 1 / n_bins
-    filled = counts > 0
-    share = counts / counts.sum()
-    ax.bar(
-        left[filled],
-        accuracy[filled],
-        color=_BAR,
-        edgecolor="white",
-        linewidth=0.6,
-        width=width,
-        align="edge",
-        label=f"accuracy, ECE {_percent(curve)}",
-    )
-    ax.bar(
-        left[filled],
-        (confidence - accuracy)[filled],
-        bottom=accuracy[filled],
-        facecolor="none",
-        edgecolor=_GAP,
-        hatch="////",
-        linewidth=0.8,
-        width=width,
-        align="edge",
-        label="gap to confidence",
-    )
-    ax.plot([0, 1], [0, 1], color="0.35", linestyle="--", linewidth=1)
-    # Where the data are: the accuracy of a bin of three rows means little.
-    ax.bar(left, -0.12 * share / share.max(), color="0.6", width=width, align="edge")
-    ax.axhline(0, color="0.35", linewidth=0.8)
+        _, ax = plt.subplots(figsize=(4.4, 5.0), layout="constrained")
+    background = to_rgb(ax.get_facecolor())
+    palette = _ON_LIGHT if float(np.dot(background, (0.299, 0.587, 0.114))) > 0.5 else _ON_DARK
+    ink = plt.rcParams["text.color"]
+    ax.plot([0, 1], [0, 1], color=ink, alpha=0.6, linestyle="--", linewidth=1, zorder=2.5)
+    _draw_bins(ax, curve, palette, ink)
     if before is not None:
-        others, their_accuracy, their_counts = _arrays(before)
+        x, y, counts, *_ = _arrays(before)
+        seen = counts > 0
         ax.plot(
-            others[their_counts > 0],
-            their_accuracy[their_counts > 0],
-            color=_OTHER,
+            x[seen],
+            y[seen],
+            color=palette.before,
             marker="o",
-            markerfacecolor="none",
-            markersize=4,
-            linewidth=1,
-            label=f"before, ECE {_percent(before)}",
+            markerfacecolor=background,
+            markersize=4.5,
+            linewidth=1.2,
+            label="before",
+            zorder=4,
         )
-    ax.set(xlim=(0, 1), ylim=(-0.14, 1), xlabel="confidence", ylabel="accuracy", title=title or "")
-    ax.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
-    ax.legend(loc="upper left", frameon=False, fontsize="small")
+    ax.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy", title=title or "")
+    if float(curve.counts.sum()):
+        ax.legend(loc="upper left", frameon=False, fontsize="small", handlelength=1.4)
+        _write_errors(ax, curve, before, palette)
+    else:
+        ax.text(0.5, 0.5, "no data", ha="center", va="center", transform=ax.transAxes)
+    _draw_shares(ax, curve, palette)
     figure = ax.get_figure(root=True)
     assert figure is not None
     return figure, ax
+
+
+def _draw_bins(ax: "Axes", curve: "ReliabilityCurve", palette: _Palette, ink: str) -> None:
+    """Accuracy, its interval, and the gap to the confidence; nothing where there are no data."""
+    confidence, accuracy, counts, lower, upper = _arrays(curve)
+    width = 1 / len(counts)
+    left = np.arange(len(counts)) * width
+    seen = counts > 0
+    shape: dict[str, Any] = {"width": width, "align": "edge", "edgecolor": ax.get_facecolor(), "linewidth": 0.8}
+    common = np.fmin(accuracy, confidence)
+    ax.bar(left[seen], common[seen], color=palette.accuracy, **shape)
+    gap = confidence - accuracy
+    for which, colour, name in (
+        (seen & (gap > 0), palette.over, "over-confident"),
+        (seen & (gap < 0), palette.under, "under-confident"),
+    ):
+        if which.any():
+            ax.bar(left[which], abs(gap[which]), bottom=common[which], color=colour, label=name, **shape)
+    middle = (left + width / 2)[seen]
+    # The interval need not be symmetric, nor hold the accuracy exactly where it is 0 or 1 up to rounding.
+    reach = np.stack([accuracy - lower, upper - accuracy])[:, seen].clip(min=0)
+    ax.errorbar(
+        middle, accuracy[seen], reach, fmt="none", ecolor=ink, elinewidth=1.1, zorder=3, label="accuracy, 95 % interval"
+    )
+
+
+def _write_errors(ax: "Axes", curve: "ReliabilityCurve", before: "ReliabilityCurve | None", palette: _Palette) -> None:
+    """The expected calibration error in the corner that accurate networks leave free."""
+    text: dict[str, Any] = {"transform": ax.transAxes, "ha": "right", "va": "bottom", "zorder": 5}
+    box: dict[str, Any] = {
+        "boxstyle": "round,pad=0.25",
+        "facecolor": ax.get_facecolor(),
+        "edgecolor": "none",
+        "alpha": 0.85,
+    }
+    if before is not None:
+        ax.text(0.97, 0.11, f"before {_percent(before)}", color=palette.before, fontsize="small", bbox=box, **text)
+    ax.text(0.97, 0.03, f"ECE {_percent(curve)}", fontweight="bold", bbox=box, **text)
+
+
+def _draw_shares(ax: "Axes", curve: "ReliabilityCurve", palette: _Palette) -> None:
+    """A strip below the axes: the accuracy of a bin of three rows means little."""
+    from matplotlib.ticker import MaxNLocator
+
+    counts = _arrays(curve)[2]
+    width = 1 / len(counts)
+    strip = ax.inset_axes((0, -0.21, 1, 0.16), sharex=ax)
+    total = counts.sum()
+    share = counts / total if total else counts
+    strip.bar(
+        np.arange(len(counts)) * width,
+        share,
+        width=width,
+        align="edge",
+        color=palette.share,
+        edgecolor=ax.get_facecolor(),
+        linewidth=0.8,
+    )
+    strip.set(xlabel="confidence", ylabel="share", ylim=(0, share.max() * 1.15 or 1))
+    strip.yaxis.set_major_locator(MaxNLocator(nbins=2, min_n_ticks=2))
+    strip.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    strip.tick_params(axis="y", labelsize="x-small")
+    strip.yaxis.label.set_fontsize("small")
+    ax.tick_params(axis="x", labelbottom=False)
+    for edges in (ax.spines, strip.spines):
+        edges[["top", "right"]].set_visible(False)
 
 
 def _arrays(curve: "ReliabilityCurve") -> "tuple[NDArray[np.float64], ...]":
@@ -93,4 +155,5 @@ def _arrays(curve: "ReliabilityCurve") -> "tuple[NDArray[np.float64], ...]":
 
 
 def _percent(curve: "ReliabilityCurve") -> str:
-    return f"{100 * float(curve.expected_calibration_error):.1f} %"
+    error = float(curve.calibration_error())
+    return f"{error:.1%}" if error >= 0.0095 else f"{error:.2%}"

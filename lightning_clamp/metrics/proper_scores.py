@@ -1,7 +1,8 @@
-"""Accuracy and the negative log-likelihood."""
+"""Means over rows: the proper scores, accuracy, and the entropy of the predictions."""
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -16,9 +17,37 @@ def negative_log_likelihood(log_probs: Tensor, target: Tensor) -> Tensor:
         target: True class indices, shape ``(N,)``, int64, in ``[0, C)``.
 
     Returns:
-        Scalar float64, in nats.
+        Scalar float64, in nats; nan without rows.
     """
-    return F.nll_loss(log_probs.double(), target)
+    return _losses(log_probs, target).mean()
+
+
+def brier_score(probs: Tensor, target: Tensor) -> Tensor:
+    r"""Mean Brier score, :math:`\sum_k (p_k - 1[y = k])^2`.
+
+    Args:
+        probs: Class probabilities, shape ``(N, C)``, float.
+        target: True class indices, shape ``(N,)``, int64, in ``[0, C)``.
+
+    Returns:
+        Scalar float64 in ``[0, 2]``; nan without rows.
+
+    Reference:
+        Brier, "Verification of forecasts expressed in terms of probability", Monthly Weather Review 1950.
+    """
+    return _squared_errors(probs, target).mean()
+
+
+def predictive_entropy(log_probs: Tensor) -> Tensor:
+    """Mean entropy of the predicted distributions.
+
+    Args:
+        log_probs: Log-probabilities, shape ``(N, C)``, float.
+
+    Returns:
+        Scalar float64 in ``[0, log C]``, in nats; nan without rows.
+    """
+    return _entropies(log_probs).mean()
 
 
 def accuracy(log_probs: Tensor, target: Tensor) -> Tensor:
@@ -29,50 +58,84 @@ def accuracy(log_probs: Tensor, target: Tensor) -> Tensor:
         target: True class indices, shape ``(N,)``, int64, in ``[0, C)``.
 
     Returns:
-        Scalar float64 in ``[0, 1]``.
+        Scalar float64 in ``[0, 1]``; nan without rows.
     """
     return (log_probs.argmax(1) == target).double().mean()
 
 
-class _MeanMetric(RowMetric):
-    """A mean over rows; state: two scalars."""
+class MeanMetric(RowMetric):
+    """A mean over rows of the quantity ``values`` gives; state: its sum and the count, ``(2,)``."""
 
-    total: Tensor
-    count: Tensor
+    higher_is_better: bool | None = False
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_sum("total")
-        self.add_sum("count")
+        self.add_sums(type(self).__name__, 2)
 
-    def add(self, mean: Tensor, n: int) -> None:
-        """Add ``n`` rows of this mean."""
-        if n:
-            self.total += mean * n
-            self.count += n
+    def values(self, rows: Tensor, labels: Tensor) -> Tensor:
+        """The quantity per row, ``(m,)``."""
+        raise NotImplementedError
+
+    def add(self, rows: Tensor, labels: Tensor) -> None:
+        """Add sum and count."""
+        self.sums[0] += self.values(rows, labels).sum(dtype=torch.float64)
+        self.sums[1] += len(rows)
 
     def compute(self) -> Tensor:
         """The mean over all rows seen, nan before the first."""
-        return self.total / self.count
+        total, count = self.sums.unbind()
+        self.scored(count)
+        return total / count
 
 
-class NegativeLogLikelihood(_MeanMetric):
-    """Streaming :func:`negative_log_likelihood`; arguments of :class:`~lightning_clamp.metrics._base.RowMetric`."""
+class NegativeLogLikelihood(MeanMetric):
+    """Streaming :func:`negative_log_likelihood`."""
 
-    higher_is_better = False
-
-    def update(self, preds: Tensor, target: Tensor) -> None:
-        """Add a batch."""
-        log_probs, labels = self.log_probs(preds, target)
-        self.add(negative_log_likelihood(log_probs, labels), len(labels))
+    def values(self, rows: Tensor, labels: Tensor) -> Tensor:
+        """Negative log-likelihood per row."""
+        return _losses(self.log_probs(rows), labels)
 
 
-class Accuracy(_MeanMetric):
-    """Streaming :func:`accuracy`; arguments of :class:`~lightning_clamp.metrics._base.RowMetric`."""
+class BrierScore(MeanMetric):
+    """Streaming :func:`brier_score`; for ``task="binary"`` it is :math:`(p - y)^2` in ``[0, 1]``, half of that.
+
+    These are the two conventions of scikit-learn's ``brier_score_loss``.
+    """
+
+    def values(self, rows: Tensor, labels: Tensor) -> Tensor:
+        """Squared error per row."""
+        return _squared_errors(self.class_probs(rows), labels) / (2 if self.task == "binary" else 1)
+
+
+class PredictiveEntropy(MeanMetric):
+    """Streaming :func:`predictive_entropy`."""
+
+    higher_is_better = None
+
+    def values(self, rows: Tensor, labels: Tensor) -> Tensor:
+        """Entropy per row."""
+        return _entropies(self.log_probs(rows))
+
+
+class Accuracy(MeanMetric):
+    """Streaming :func:`accuracy`."""
 
     higher_is_better = True
 
-    def update(self, preds: Tensor, target: Tensor) -> None:
-        """Add a batch."""
-        log_probs, labels = self.log_probs(preds, target)
-        self.add(accuracy(log_probs, labels), len(labels))
+    def values(self, rows: Tensor, labels: Tensor) -> Tensor:
+        """Whether the largest is at the target, per row."""
+        return rows.argmax(1) == labels
+
+
+def _losses(log_probs: Tensor, target: Tensor) -> Tensor:
+    return F.nll_loss(log_probs, target, reduction="none").double()
+
+
+def _squared_errors(probs: Tensor, target: Tensor) -> Tensor:
+    error = probs.scatter_add(1, target[:, None], -torch.ones_like(probs[:, :1]))
+    return error.square().sum(1, dtype=torch.float64)
+
+
+def _entropies(log_probs: Tensor) -> Tensor:
+    terms: Tensor = torch.special.entr(log_probs.exp())
+    return terms.sum(1, dtype=torch.float64)

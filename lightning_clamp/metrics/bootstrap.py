@@ -1,0 +1,162 @@
+"""Confidence intervals for what calibration changed: the same samples before and after, resampled together."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_clamp._rows import as_rows
+from lightning_clamp.metrics._base import RowMetric, top_label
+from lightning_clamp.metrics._binning import bin_index, checked_bins
+from lightning_clamp.metrics.reliability import ReliabilityCurve
+
+
+class Interval(NamedTuple):
+    """An estimate with its confidence interval.
+
+    Attributes:
+        value: The estimate.
+        low: Lower end.
+        high: Upper end.
+    """
+
+    value: float
+    low: float
+    high: float
+
+
+class Scores(NamedTuple):
+    """Sums per block of items; see :class:`CalibrationScores`.
+
+    Attributes:
+        blocks: Shape ``(blocks, 2 + 3 n_bins)``, float64: items, summed negative log-likelihood, and per bin of the
+            confidence the count, summed confidence and number right.
+    """
+
+    blocks: Tensor
+
+    @property
+    def nll(self) -> float:
+        """Mean negative log-likelihood, in nats."""
+        return float(_metrics(self.blocks.sum(0))["nll"])
+
+    @property
+    def accuracy(self) -> float:
+        """Fraction right."""
+        return float(_metrics(self.blocks.sum(0))["accuracy"])
+
+    @property
+    def curve(self) -> ReliabilityCurve:
+        """The reliability curve."""
+        return ReliabilityCurve.from_sums(self.blocks.sum(0)[2:].view(3, -1))
+
+
+class CalibrationScores(RowMetric):
+    """Negative log-likelihood, accuracy and reliability curve, kept so that they can be resampled.
+
+    The state holds sums per block of items: item i (an image, also for dense outputs, whose pixels are correlated) goes
+    to block i modulo ``n_blocks``. Up to that many items each is a block of its own; beyond, blocks are resampled in
+    place of items, which gives the same intervals up to the noise of resampling. 0.8 MB with the defaults.
+
+    Args:
+        n_bins: Number of equal-width bins of the confidence, at least 1.
+        n_blocks: Number of blocks, at least 2.
+        **kwargs: Further arguments of :class:`~._base.RowMetric`.
+    """
+
+    def __init__(self, n_bins: int = 15, *, n_blocks: int = 2048, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if n_blocks < 2:
+            raise ValueError(f"`n_blocks` must be at least 2, got {n_blocks}.")
+        self.n_bins = checked_bins(n_bins)
+        self.n_blocks = n_blocks
+        self.add_sums("blocks", n_blocks, 2 + 3 * n_bins)
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Add a batch."""
+        sums = self.sums
+        batch = as_rows(preds, target, task=self.task, ignore_index=self.ignore_index)
+        rows, labels = self.read(batch.logits, batch.target)
+        item = batch.item.to(sums.device)
+        block = (sums[:, 0].sum().long() + torch.arange(batch.n_items, device=sums.device)) % self.n_blocks
+        log_probs = self.log_probs(rows)
+        nll = -log_probs.gather(1, labels[:, None])[:, 0].double()
+        confidence, correct = (part.double() for part in top_label(log_probs, labels))
+        width = sums.shape[1]
+        of_row = block[item] * width
+        of_bin = of_row + 2 + bin_index(confidence, self.n_bins)
+        index = torch.cat([block * width, of_row + 1, of_bin, of_bin + self.n_bins, of_bin + 2 * self.n_bins])
+        values = torch.cat(
+            [torch.ones_like(block, dtype=torch.float64), nll, torch.ones_like(nll), confidence, correct]
+        )
+        sums.view(-1).index_add_(0, index, values)
+
+    def compute(self) -> Scores:
+        """The sums of all items seen."""
+        self.scored(self.sums[:, 2:])
+        return Scores(self.sums.clone())
+
+
+def paired_bootstrap(
+    before: Scores, after: Scores, *, level: float = 0.95, resamples: int = 1000, seed: int = 0
+) -> dict[str, Interval]:
+    """Change of the metrics from ``before`` to ``after``, with bootstrap intervals over the same items.
+
+    Items (blocks) are drawn with replacement, the same ones on both sides, so that what makes an item easy or hard
+    cancels. The interval is the basic one, twice the estimate minus the quantiles: resampling inflates the calibration
+    error of a calibrated network, and this takes the inflation off instead of adding it.
+
+    Args:
+        before: Computed :class:`CalibrationScores` of the one,
+        after: and of the other, updated with the same items in the same order.
+        level: Coverage, in (0, 1).
+        resamples: Number of resamples.
+        seed: Of the resampling; no other random state is read or changed.
+
+    Returns:
+        ``nll``, ``ece`` and ``accuracy``, after minus before.
+
+    Raises:
+        ValueError: If the two do not hold the same items, or ``level`` is not in (0, 1).
+
+    Reference:
+        Efron and Tibshirani, "An Introduction to the Bootstrap", 1993; Davison and Hinkley, 1997, section 5.2.
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"`level` must lie in (0, 1), got {level}.")
+    pair = [before.blocks.cpu(), after.blocks.cpu()]
+    if pair[0].shape != pair[1].shape or not torch.equal(pair[0][:, 0], pair[1][:, 0]):
+        raise ValueError("A paired comparison needs the same items, in the same order, before and after.")
+    filled = pair[0][:, 0] > 0
+    first, second = (blocks[filled] for blocks in pair)
+    weights = _draws(len(first), resamples, seed)
+    estimate = _change(first.sum(0), second.sum(0))
+    resampled = _change(weights @ first, weights @ second)
+    tails = torch.tensor([(1 + level) / 2, (1 - level) / 2], dtype=torch.float64)
+    intervals = {}
+    for name, value in estimate.items():
+        low, high = (2 * value - resampled[name].quantile(tails)).tolist()
+        intervals[name] = Interval(float(value), low, high)
+    return intervals
+
+
+def _draws(n: int, resamples: int, seed: int) -> Tensor:
+    """How often each of ``n`` blocks is drawn, ``(resamples, n)`` float64."""
+    drawn = torch.randint(n, (resamples, n), generator=torch.Generator().manual_seed(seed))
+    return torch.zeros(resamples, n, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(resamples, n).double())
+
+
+def _change(before: Tensor, after: Tensor) -> dict[str, Tensor]:
+    first, second = _metrics(before), _metrics(after)
+    return {name: second[name] - first[name] for name in first}
+
+
+def _metrics(sums: Tensor) -> dict[str, Tensor]:
+    """Metrics of summed blocks, ``(..., 2 + 3 n_bins)``."""
+    count, confidence, correct = sums[..., 2:].tensor_split(3, -1)
+    n = count.sum(-1)
+    return {
+        "nll": sums[..., 1] / n,
+        "ece": (confidence - correct).abs().sum(-1) / n,
+        "accuracy": correct.sum(-1) / n,
+    }

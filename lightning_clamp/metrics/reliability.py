@@ -1,0 +1,149 @@
+"""The reliability curve: confidence and accuracy bin by bin, the errors it gives, and the diagram of it."""
+
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lightning_clamp.metrics._base import Confidence, ConfidenceMetric
+from lightning_clamp.metrics._binning import bin_sums, checked_bins
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Norm: TypeAlias = Literal["l1", "l2", "max"]
+NORMS: tuple[Norm, ...] = ("l1", "l2", "max")
+
+# 97.5 % quantile of the normal distribution: intervals of 95 %.
+_Z = 1.959963984540054
+
+
+class ReliabilityCurve(NamedTuple):
+    """Per bin: how sure the network was, and how often it was right.
+
+    Attributes:
+        confidence: Mean confidence, ``(n_bins,)``, float64; nan in empty bins.
+        accuracy: Fraction right, ``(n_bins,)``, float64; nan in empty bins.
+        counts: Rows in the bin, ``(n_bins,)``, float64.
+        lower: Lower end of the 95 % interval of the accuracy (binomial, Wilson 1927), ``(n_bins,)``, float64; nan in
+            empty bins. It takes rows as independent, which the pixels of an image are not.
+        upper: Upper end of the same.
+    """
+
+    confidence: Tensor
+    accuracy: Tensor
+    counts: Tensor
+    lower: Tensor
+    upper: Tensor
+
+    @classmethod
+    def from_sums(cls, sums: Tensor) -> "ReliabilityCurve":
+        """The curve of sums ``(3, n_bins)``: count, summed confidence and number right per bin."""
+        count, confidence, correct = sums.unbind()
+        accuracy = correct / count
+        centre = (accuracy + _Z**2 / (2 * count)) / (1 + _Z**2 / count)
+        spread = (accuracy * (1 - accuracy) / count + (_Z / (2 * count)) ** 2).sqrt() * _Z / (1 + _Z**2 / count)
+        # Clamped, since at accuracy 0 or 1 the end of the interval is 0 or 1 up to rounding.
+        return cls(
+            confidence / count, accuracy, count.clone(), (centre - spread).clamp(0, 1), (centre + spread).clamp(0, 1)
+        )
+
+    def calibration_error(self, norm: Norm = "l1", *, debias: bool = False) -> Tensor:
+        r"""The gap between confidence and accuracy over all bins, weighted by their counts.
+
+        Args:
+            norm: ``"l1"``, the mean absolute gap; ``"l2"``, the root of the mean squared gap; ``"max"``, the largest.
+            debias: For ``"l2"``: subtract from each squared gap the part that chance brings into a calibrated bin,
+                :math:`a (1 - a) / (n - 1)` with accuracy a and count n, and leave out bins of fewer than 2 rows; what
+                is left may not fall below 0.
+
+        Returns:
+            Scalar float64 in ``[0, 1]``; nan if all bins are empty.
+
+        Raises:
+            ValueError: If ``norm`` is unknown, or ``debias`` is asked for another norm than ``"l2"``.
+
+        Reference:
+            Guo et al., ICML 2017, eq. 3 and 4; for the debiased estimate Kumar, Liang and Ma, "Verified Uncertainty
+            Calibration", NeurIPS 2019, definition 5.1.
+        """
+        check_norm(norm, debias=debias)
+        weight = self.counts / self.counts.sum()
+        gap = (self.confidence - self.accuracy).abs().nan_to_num(0.0)
+        if norm == "l1":
+            return (gap * weight).sum()
+        if norm == "max":
+            # Times 1, or nan where nothing was counted.
+            return gap.max() * weight.sum()
+        squared = gap.square()
+        if debias:
+            by_chance = self.accuracy * (1 - self.accuracy) / (self.counts - 1)
+            squared = torch.where(self.counts < 2, 0.0, squared - by_chance)
+        return (squared * weight).sum().clamp(min=0).sqrt()
+
+
+def check_norm(norm: Norm, *, debias: bool) -> None:
+    """Refuse what :meth:`ReliabilityCurve.calibration_error` cannot compute."""
+    if norm not in NORMS:
+        raise ValueError(f"`norm` must be one of {NORMS}, got {norm!r}.")
+    if debias and norm != "l2":
+        raise ValueError(f"`debias` is known for norm='l2' only, got norm={norm!r}.")
+
+
+def confidences(probs: Tensor, target: Tensor, confidence: Confidence) -> tuple[Tensor, Tensor]:
+    """Confidence and correctness, ``(N,)`` each, of probabilities ``(N, C)``.
+
+    Raises:
+        ValueError: If ``probs`` is not 2-d, or ``confidence`` is ``"positive"`` and there are not two classes.
+    """
+    if probs.ndim != 2:
+        raise ValueError(f"`probs` must have shape (N, C), got {tuple(probs.shape)}.")
+    if confidence == "positive":
+        if probs.shape[1] != 2:
+            raise ValueError(f'confidence="positive" needs two classes, got {probs.shape[1]}.')
+        return probs[:, 1], target == 1
+    top, predicted = probs.max(1)
+    return top, predicted == target
+
+
+def reliability_curve(
+    probs: Tensor, target: Tensor, *, n_bins: int = 15, confidence: Confidence = "top"
+) -> ReliabilityCurve:
+    """Mean confidence and accuracy over equal-width bins of the confidence.
+
+    Bins are ``(i/n, (i+1)/n]``; confidence 0 falls in the first, 1 in the last.
+
+    Args:
+        probs: Class probabilities, shape ``(N, C)``, float, each row summing to 1.
+        target: True class indices, shape ``(N,)``, int64, in ``[0, C)``.
+        n_bins: Number of bins, at least 1.
+        confidence: ``"top"``, the largest probability and how often it is at the target; or ``"positive"`` (C = 2), the
+            probability of class 1 and how often it is the target.
+
+    Raises:
+        ValueError: If ``n_bins`` is below 1, or ``probs`` is not 2-d.
+    """
+    return ReliabilityCurve.from_sums(bin_sums(*confidences(probs, target, confidence), checked_bins(n_bins)))
+
+
+class ReliabilityDiagram(ConfidenceMetric):
+    """Streaming :func:`reliability_curve`, with a picture."""
+
+    def compute(self) -> ReliabilityCurve:
+        """The curve over all rows seen."""
+        return ReliabilityCurve.from_sums(self.bins)
+
+    def plot(
+        self, val: ReliabilityCurve | None = None, ax: "Axes | None" = None, *, before: ReliabilityCurve | None = None
+    ) -> "tuple[Figure, Axes]":
+        """Draw the diagram.
+
+        Args:
+            val: A computed curve; by default the current one.
+            ax: Where to draw; a new figure by default.
+            before: A curve to compare with.
+        """
+        from lightning_clamp.metrics.picture import plot_reliability
+
+        return plot_reliability(self.compute() if val is None else val, before=before, ax=ax)
