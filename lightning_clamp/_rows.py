@@ -75,7 +75,7 @@ def row_blocks(
     one block is given, of no rows if there are none. Errors are those of :func:`as_rows`.
     """
     logits, target = _checked(logits, target, task)
-    elements = _BLOCK_ELEMENTS if logits.device.type == "cpu" else _BLOCK_ELEMENTS_DEVICE
+    elements = _block_elements(logits)
     whole = logits.numel() <= elements
     for part, labels in [(logits, target)] if whole else _parts(logits, target, elements):
         flat, labels = _flat(part, labels, task)
@@ -83,6 +83,20 @@ def row_blocks(
             keep = labels != ignore_index
             flat, labels = flat[keep], labels[keep]
         yield flat, labels
+
+
+def item_blocks(
+    logits: Tensor, target: Tensor, *, task: Task = "multiclass", ignore_index: int | None = None
+) -> Iterator[Rows]:
+    """:func:`as_rows` of a batch in parts of about the size of :func:`row_blocks`, but of whole items."""
+    _checked(logits, target, task)
+    size = max(1, _block_elements(logits) * len(logits) // max(1, logits.numel()))
+    for part, labels in zip(torch.split(logits, size), torch.split(target, size), strict=True):
+        yield as_rows(part, labels, task=task, ignore_index=ignore_index)
+
+
+def _block_elements(logits: Tensor) -> int:
+    return _BLOCK_ELEMENTS if logits.device.type == "cpu" else _BLOCK_ELEMENTS_DEVICE
 
 
 def _parts(logits: Tensor, target: Tensor, elements: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -95,6 +95,36 @@ def test_intervals_cover_the_truth():
     assert min(hits.values()) >= 51
 
 
+def test_items_without_labels_are_not_drawn():
+    """Sixty images of which six are labelled: the intervals are those of the six."""
+    logits, target = torch.randn(60, 4, 10).double(), torch.randint(4, (60, 10))
+    some = torch.arange(60) % 10 == 3
+    masked = torch.where(some[:, None], target, 255)
+    sides = [
+        [scores(z, y, ignore_index=255) for z in (3 * z, z)]
+        for z, y in ((logits, masked), (logits[some], target[some]))
+    ]
+    many, few = (paired_bootstrap(*side) for side in sides)
+    assert many == few
+    assert not any(math.isnan(number) for interval in many.values() for number in interval)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_one_item_has_no_interval(n):
+    logits, target = calibrated_logits(n)
+    change = paired_bootstrap(scores(3 * logits, target), scores(logits, target))
+    assert not math.isnan(change["nll"].value)
+    assert math.isnan(change["nll"].low) == (n == 1)
+
+
+def test_large_dense_batches_are_taken_in_parts(monkeypatch):
+    logits, target = torch.randn(9, 4, 10).double(), torch.randint(4, (9, 10))
+    whole = scores(logits, target)
+    for elements in (1, 100):
+        monkeypatch.setattr("lightning_clamp._rows._BLOCK_ELEMENTS", elements)
+        torch.testing.assert_close(scores(logits, target).blocks, whole.blocks)
+
+
 def test_bad_pairs_and_levels_are_named():
     logits, target = calibrated_logits(100)
     whole, half = scores(logits, target), scores(logits[:50], target[:50])
@@ -102,5 +132,10 @@ def test_bad_pairs_and_levels_are_named():
         paired_bootstrap(whole, half)
     with pytest.raises(ValueError, match="needs the same items"):
         paired_bootstrap(whole, scores(logits, target, n_bins=10))
+    masked = scores(logits, target, ignore_index=0)
+    with pytest.raises(ValueError, match="needs the same items"):
+        paired_bootstrap(whole, masked)
+    with pytest.raises(ValueError, match="`resamples` must be at least 2, got 0"):
+        paired_bootstrap(whole, whole, resamples=0)
     with pytest.raises(ValueError, match=r"`level` must lie in \(0, 1\), got 95"):
         paired_bootstrap(whole, whole, level=95)

@@ -18,6 +18,7 @@ from lightning_clamp.metrics import (
     PredictiveEntropy,
     ReliabilityDiagram,
     RootMeanSquareCalibrationError,
+    accuracy,
     adaptive_calibration_error,
     brier_score,
     classwise_calibration_error,
@@ -25,10 +26,12 @@ from lightning_clamp.metrics import (
     exponential_margin_tail,
     margin,
     maximum_calibration_error,
+    negative_log_likelihood,
     overconfidence_error,
     predictive_entropy,
     reliability_curve,
     root_mean_square_calibration_error,
+    smooth_calibration_error,
 )
 from tests import references as ref
 
@@ -330,7 +333,7 @@ def test_streaming_shares_cells_and_is_else_the_function():
     for key in MAIN:
         logits, target = ref.official_inputs(key)
         confidence, correct = ref.confidences(logits.softmax(1).numpy(), target.numpy())
-        cell = np.ceil(confidence * 15 * 1024)
+        cell = np.floor(np.arcsin(np.sqrt(confidence)) * 2 / np.pi * 15_361) + np.ceil(confidence * 15)
         averaged = np.array([confidence[cell == c].mean() for c in cell])
         metric = AdaptiveCalibrationError()
         metric.update(logits, target)
@@ -338,6 +341,29 @@ def test_streaming_shares_cells_and_is_else_the_function():
         largest = np.bincount(np.unique(cell, return_inverse=True)[1]).max()
         exact = float(adaptive_calibration_error(logits.softmax(1), target))
         assert abs(float(metric.compute()) - exact) <= 2 * 14 * largest / len(cell)
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2", "max"])
+def test_streaming_tells_saturated_confidences_apart(norm):
+    """All above .99999, and the nearer to 1 the more often right: even cells would take them as one bin."""
+    generator = torch.Generator().manual_seed(0)
+    distance = 10 ** -(5 + 3 * torch.rand(20_000, generator=generator, dtype=torch.float64))
+    probs = torch.stack([1 - distance, distance], 1)
+    wrong = torch.rand(20_000, generator=generator, dtype=torch.float64) < 3e4 * distance
+    metric = AdaptiveCalibrationError(probs=True, norm=norm)
+    metric.update(probs, wrong.long())
+    exact = float(adaptive_calibration_error(probs, wrong.long(), norm=norm))
+    assert float(metric.compute()) == pytest.approx(exact, rel=0.01)
+    as_one = abs(float((1 - distance - (~wrong).double()).mean()))
+    assert norm == "l1" or exact > 1.3 * as_one
+
+
+@pytest.mark.parametrize("n_bins", range(1, 200))
+def test_no_edge_of_a_bin_ends_a_step_of_the_cells(n_bins):
+    """Where rounding would decide between two cells, and so between two bins."""
+    edges = np.arange(1, n_bins) / n_bins
+    steps = np.arcsin(np.sqrt(edges)) * 2 / np.pi * 15_361
+    assert (abs(steps - np.round(steps)) > 1e-9).all()
 
 
 @pytest.mark.parametrize(
@@ -420,11 +446,71 @@ def test_the_interval_is_wilsons():
         assert curve.lower.isnan().sum() == 4
 
 
+def test_the_simple_means():
+    probs, target = drawn(300, 4, 5)
+    expected = -np.log(probs.numpy()[np.arange(300), target.numpy()]).mean()
+    assert float(negative_log_likelihood(probs.log(), target)) == pytest.approx(expected)
+    assert float(accuracy(probs, target)) == pytest.approx((probs.numpy().argmax(1) == target.numpy()).mean())
+
+
+def test_debiasing_keeps_bins_of_two_rows():
+    """At N = 2 n_bins every equal-mass bin holds 2 rows, up to rounding."""
+    probs, target = drawn(50, 3, 2)
+    sums = [adaptive_calibration_error(probs, target, n_bins=n, norm="l2", debias=True) for n in (25, 5)]
+    order = probs.max(1).values.argsort()
+    confidence, correct = ref.confidences(probs[order].numpy(), target[order].numpy())
+    pairs = [np.isin(np.arange(50), [2 * i, 2 * i + 1]) for i in range(25)]
+    expected = ref.combined(confidence, correct, pairs, "l2", debias=True)
+    assert float(sums[0]) == pytest.approx(expected, abs=1e-6)
+
+
+FUNCTIONS = [
+    (adaptive_calibration_error, "probs"),
+    (brier_score, "probs"),
+    (classwise_calibration_error, "probs"),
+    (expected_calibration_error, "probs"),
+    (maximum_calibration_error, "probs"),
+    (overconfidence_error, "probs"),
+    (reliability_curve, "probs"),
+    (root_mean_square_calibration_error, "probs"),
+    (smooth_calibration_error, "probs"),
+    (accuracy, "scores"),
+    (exponential_margin_tail, "logits"),
+    (margin, "logits"),
+    (negative_log_likelihood, "log_probs"),
+]
+
+
+@pytest.mark.parametrize(("function", "name"), FUNCTIONS)
+def test_functions_refuse_what_they_cannot_read(function, name):
+    probs, target = drawn(6, 3, 0)
+    for scores, labels, error, message in (
+        (probs[0], target, ValueError, rf"`{name}` must have shape \(N, C\), got \(3,\)"),
+        (probs, target[:, None], ValueError, r"`target` must have shape \(6,\), got \(6, 1\)"),
+        (probs, target[:1], ValueError, r"`target` must have shape \(6,\), got \(1,\)"),
+        (probs, target + 3, ValueError, r"Targets must lie in \[0, 2\]"),
+        (probs, target - 100, ValueError, r"Targets must lie in \[0, 2\]"),
+        (probs, target.double(), TypeError, "must hold class indices as int64"),
+    ):
+        with pytest.raises(error, match=message):
+            function(scores, labels)
+    if name == "probs":
+        for scores in (probs.log(), 2 * probs, probs * torch.nan):
+            with pytest.raises(ValueError, match="`probs` must be probabilities"):
+                function(scores, target)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda p, y: expected_calibration_error(p, y, n_bins=0), "`n_bins` must be at least 1, got 0"),
-        (lambda p, y: classwise_calibration_error(p, y, n_bins=-1), "`n_bins` must be at least 1, got -1"),
+        (
+            lambda p, y: expected_calibration_error(p, y, n_bins=0),
+            "`n_bins` must be a whole number of at least 1, got 0",
+        ),
+        (
+            lambda p, y: classwise_calibration_error(p, y, n_bins=-1),
+            "`n_bins` must be a whole number of at least 1, got -1",
+        ),
         (lambda p, y: adaptive_calibration_error(p, y, norm="l3"), r"`norm` must be one of \('l1', 'l2', 'max'\)"),
         (lambda p, y: adaptive_calibration_error(p, y, debias=True), "`debias` is known for norm='l2' only"),
         (lambda p, y: expected_calibration_error(p[0], y), r"`probs` must have shape \(N, C\), got \(3,\)"),

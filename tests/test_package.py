@@ -8,9 +8,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from lightning.pytorch import Trainer
 
 import lightning_clamp
+from lightning_clamp import metrics
 from tests.scenarios import LitClassifier, SmallNet, images, loader
 
 ROOT = Path(lightning_clamp.__file__).parent
@@ -73,10 +75,26 @@ def test_every_example_explains_itself(script):
     assert "usage:" in done.stdout
 
 
+def python_blocks(name):
+    return re.findall(r"```python\n(.*?)```", (ROOT.parent / name).read_text(), flags=re.DOTALL)
+
+
+def test_the_python_about_metrics_runs(capsys):
+    names = {}
+    for block in python_blocks("docs/metrics.md"):
+        exec(block, names)
+    assert "ece: " in capsys.readouterr().out
+
+
+def test_every_public_metric_is_in_the_docs():
+    text = (ROOT.parent / "docs" / "metrics.md").read_text()
+    assert not [name for name in metrics.__all__ if name not in text]
+
+
 def test_the_readmes_python_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT.parent / "README.md").read_text(), flags=re.DOTALL)
-    assert len(blocks) == 2
+    blocks = python_blocks("README.md")
+    assert len(blocks) == 3
     # Lightning's own defaults, as in the README: tidy them for the test alone.
     monkeypatch.setattr("lightning.pytorch.Trainer", partial(Trainer, accelerator="cpu", enable_progress_bar=False))
     names = {
@@ -87,6 +105,8 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
         "calibration_loader": loader(1000, 30),
         "test_loader": loader(200, 40),
         "images": images(5),
+        "logits": torch.randn(100, 4),
+        "target": torch.randint(4, (100,)),
     }
     for block in blocks:
         exec(block, names)

@@ -94,6 +94,22 @@ def test_colours_follow_the_background():
     assert drawn["default"] != drawn["dark_background"]
 
 
+def test_dark_axes_of_ones_own_have_light_lines():
+    _, ax = plt.subplots()
+    ax.set_facecolor("black")
+    ax.set_title("kept")
+    plot_reliability(curve(), ax=ax)
+    assert min(to_rgb(ax.lines[0].get_color())) > 0.8
+    assert min(to_rgb(ax.texts[-1].get_color())) > 0.8
+    assert ax.get_title() == "kept"
+
+
+def test_the_figure_of_a_subfigure_is_the_figure():
+    figure = plt.figure()
+    left, _ = figure.subfigures(1, 2)
+    assert plot_reliability(curve(), ax=left.subplots())[0] is figure
+
+
 def test_the_diagram_draws_a_given_value_and_a_comparison():
     diagram = ReliabilityDiagram()
     _, ax = diagram.plot(curve(), before=curve(3.0))

@@ -109,7 +109,7 @@ def test_a_calibrated_network_has_a_small_error_and_an_overconfident_one_a_large
     assert float(smooth_calibration_error((3 * logits).softmax(1), target)) > 0.1
 
 
-@pytest.mark.parametrize("bandwidth", [0, -0.1, 1.5])
+@pytest.mark.parametrize("bandwidth", [0, -0.1, 1e-4, 1.5])
 def test_the_bandwidth_is_checked(bandwidth):
-    with pytest.raises(ValueError, match=r"`bandwidth` must lie in \(0, 1\]"):
+    with pytest.raises(ValueError, match=r"`bandwidth` must lie in \[1/1024, 1\]"):
         SmoothCalibrationError(bandwidth=bandwidth)

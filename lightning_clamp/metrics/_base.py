@@ -1,6 +1,5 @@
 """What every metric here shares: how a batch is read and checked, and one additive float64 state."""
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
@@ -35,12 +34,48 @@ def top_label(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return confidence, correct
 
 
+def check_rows(scores: Tensor, target: Tensor, name: str = "probs") -> None:
+    """Refuse what is not ``(N, C)`` scores with ``(N,)`` class indices.
+
+    Raises:
+        ValueError: If shapes do not fit, or an index is out of range.
+        TypeError: If the target holds no integers.
+    """
+    if scores.ndim != 2:
+        raise ValueError(f"`{name}` must have shape (N, C), got {tuple(scores.shape)}.")
+    if target.is_floating_point() or target.dtype == torch.bool:
+        raise TypeError(f"`target` must hold class indices as int64, got {target.dtype}.")
+    if target.shape != scores.shape[:1]:
+        raise ValueError(f"`target` must have shape ({len(scores)},), got {tuple(target.shape)}.")
+    _check_range(target, scores.shape[1])
+
+
+def check_probs(probs: Tensor, target: Tensor) -> None:
+    """:func:`check_rows`, and refuse what are no probabilities."""
+    check_rows(probs, target)
+    if not _are_probs(probs):
+        raise ValueError("`probs` must be probabilities: non-negative and adding up to 1 over the classes.")
+
+
+def _are_probs(rows: Tensor) -> bool:
+    """Whether rows are non-negative and add up to 1; nan are not."""
+    return not len(rows) or bool(((rows.sum(1) - 1).abs() <= _SUM_TOLERANCE).all() and (rows >= 0).all())
+
+
+def _check_range(target: Tensor, classes: int, way_out: str = "") -> None:
+    if not len(target):
+        return
+    low, high = (int(end) for end in target.aminmax())
+    if low < 0 or high >= classes:
+        raise ValueError(f"Targets must lie in [0, {classes - 1}], got {low if low < 0 else high}.{way_out}")
+
+
 class RowMetric(Metric):
     """A metric over rows of class scores: ``update(preds, target)`` and one tensor of sums, of a fixed size.
 
     ``preds`` are logits, or probabilities where the metric was told so: ``(N, C)``, dense ``(N, C, ...)``, or one value
     per position for ``task="binary"``; any float dtype, computed in float32 at least and summed in float64. ``target``
-    holds class indices. A subclass registers its state by :meth:`add_sums` and defines :meth:`add`.
+    holds class indices. A subclass registers its state by :meth:`add_sums` and defines :meth:`add`, or ``update``.
 
     Args:
         task: ``"multiclass"``, or ``"binary"`` for one logit (or one probability) per position.
@@ -75,7 +110,8 @@ class RowMetric(Metric):
         self.probs = probs
         self.validate_args = validate_args
         self._state_name = ""
-        self._looked_at_preds = False
+        self._told_kind = False
+        self._doubtful_rows = 0
 
     def add_sums(self, name: str, *shape: int) -> None:
         """Register the state: float64 sums over samples.
@@ -105,7 +141,7 @@ class RowMetric(Metric):
     def read(self, rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Rows ``(m, C)`` in float32 at least and labels ``(m,)``, on the device of the state, checked."""
         device = self.sums.device
-        rows, labels = rows.to(device, torch.promote_types(rows.dtype, torch.float32)), labels.to(device)
+        rows, labels = rows.detach().to(device, torch.promote_types(rows.dtype, torch.float32)), labels.to(device)
         if self.probs and self.task == "binary":
             rows = torch.stack([1 - rows[:, 1], rows[:, 1]], 1)
         if self.validate_args:
@@ -115,6 +151,23 @@ class RowMetric(Metric):
     def add(self, rows: Tensor, labels: Tensor) -> None:
         """Add rows ``(m, C)`` of logits (or probabilities) and labels ``(m,)`` to :attr:`sums`, in place."""
         raise NotImplementedError
+
+    def checked(self, derived: Tensor, rows: Tensor) -> Tensor:
+        """What was derived from ``rows``, or an error if nan or inf in them has made it nan.
+
+        Asked of few numbers per row, in place of a look at every logit.
+        """
+        if self.validate_args and bool(derived.isnan().any()):
+            unusable = int((~rows.amax(1).isfinite()).sum())
+            raise ValueError(f"`preds` holds nan or inf in {unusable} of {len(rows)} rows.")
+        return derived
+
+    def top_label(self, rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Confidence and correctness of the top label, ``(m,)`` each."""
+        if not self.probs:
+            return top_label(rows, labels)
+        confidence, predicted = rows.max(1)
+        return confidence, predicted == labels
 
     def log_probs(self, rows: Tensor) -> Tensor:
         """Log-probabilities of rows."""
@@ -134,58 +187,54 @@ class RowMetric(Metric):
             )
 
     def _validate(self, rows: Tensor, labels: Tensor) -> None:
-        n, classes = rows.shape
-        if not n:
-            return
-        largest = rows.amax(1)
-        if not math.isfinite(float(largest.sum(dtype=torch.float64))):
-            raise ValueError(f"`preds` holds nan or inf in {int((~largest.isfinite()).sum())} of {n} rows.")
-        low, high = (int(end) for end in labels.aminmax())
-        if low < 0 or high >= classes:
+        _check_range(labels, rows.shape[1], " Positions that have no label are left out with ignore_index.")
+        if not self.probs:
+            if len(rows) and not self._told_kind:
+                self._warn_of_probabilities(rows)
+        elif not _are_probs(rows):
             raise ValueError(
-                f"Targets must lie in [0, {classes - 1}], got {low if low < 0 else high}; positions that have no label "
-                "are left out with ignore_index."
+                "With probs=True `preds` must be probabilities, non-negative and adding up to 1 over the classes; for "
+                "logits leave probs=True out."
             )
-        if self.probs:
-            if float((rows.sum(1) - 1).abs().amax()) > _SUM_TOLERANCE or float(rows.amin()) < 0:
-                raise ValueError(
-                    "With probs=True `preds` must be probabilities, non-negative and adding up to 1 over the classes; "
-                    "for logits leave probs=True out."
-                )
-        elif not self._looked_at_preds:
-            self._looked_at_preds = True
-            self._warn_of_probabilities(rows)
 
     def _warn_of_probabilities(self, rows: Tensor) -> None:
-        if len(rows) < _TELLING_ROWS or rows.amin() < 0 or rows.amax() > 1:
+        values_between = self.task == "binary" and bool(((rows >= 0) & (rows <= 1)).all())
+        if not (values_between or _are_probs(rows)):
+            self._told_kind = True
             return
-        if self.task == "binary" or float((rows.sum(1) - 1).abs().amax()) < _SUM_TOLERANCE:
+        self._doubtful_rows += len(rows)
+        if self._doubtful_rows >= _TELLING_ROWS:
+            self._told_kind = True
             rank_zero_warn(
                 f"{type(self).__name__} was given values that look like probabilities, and took them as logits: say "
                 "probs=True if they are probabilities.",
                 UserWarning,
             )
 
-    # Private in torch, and torchmetrics' own way to move states: `exclude_state` leaves them to the metric. Nothing
-    # public is asked before a state is moved. The tests hold it against a device that refuses float64.
+    # Private in torch, and where torchmetrics moves states; `exclude_state` is its way to leave them to the metric, and
+    # nothing public comes before. `fn` would also cast them, as when a Trainer with precision="bf16-true" casts the
+    # module around. The tests hold it against such a module, and against a device that refuses float64.
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
+        sums = self.sums
+        super()._apply(fn, [*exclude_state, self._state_name])
         try:
-            fn(torch.zeros(0, dtype=torch.float64, device=self.sums.device))
+            fn(torch.zeros(0, dtype=torch.float64, device=sums.device))
         except TypeError:
             warnings.warn(
                 f"This device has no float64: {type(self).__name__} keeps its sums on the CPU and moves batches there.",
                 stacklevel=2,
             )
-            exclude_state = [*exclude_state, self._state_name]
-        return super()._apply(fn, exclude_state)
+        else:
+            setattr(self, self._state_name, sums.to(self.device))
+        return self
 
 
 class ConfidenceMetric(RowMetric):
     """A metric of how confidence and accuracy agree; its state is a fine histogram of the confidence.
 
-    The state is three float64 sums (count, confidence, number right) in each of up to 15,360 cells that divide the
-    bins: 369 KB, whatever the number of samples. Everything binned, equal-mass or smoothed is computed from it, so that
-    a ``MetricCollection`` of them keeps one state and updates once.
+    The state is three float64 sums (count, confidence, number right) in each of some 15,400 cells that divide the bins:
+    369 KB for 15 bins, whatever the number of samples. Everything binned, equal-mass or smoothed is computed from it,
+    so that a ``MetricCollection`` of them keeps one state and updates once.
 
     Args:
         n_bins: Number of equal-width bins, at least 1.
@@ -213,12 +262,9 @@ class ConfidenceMetric(RowMetric):
         """Add rows to the histogram."""
         if self.confidence == "positive":
             confidence, correct = self.class_probs(rows)[:, 1], labels == 1
-        elif self.probs:
-            confidence, predicted = rows.max(1)
-            correct = predicted == labels
         else:
-            confidence, correct = top_label(rows, labels)
-        add_to_cells(self.sums, confidence, correct, self.n_bins)
+            confidence, correct = self.top_label(rows, labels)
+        add_to_cells(self.sums, self.checked(confidence, rows), correct, self.n_bins)
 
     @property
     def cells(self) -> Tensor:

@@ -1,13 +1,15 @@
 """Confidence intervals for what calibration changed: the same samples before and after, resampled together."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_clamp._rows import as_rows
-from lightning_clamp.metrics._base import RowMetric, top_label
+from lightning_clamp._rows import Rows, item_blocks
+from lightning_clamp.metrics._base import RowMetric
 from lightning_clamp.metrics._binning import bin_index, checked_bins
+from lightning_clamp.metrics.proper_scores import losses
 from lightning_clamp.metrics.reliability import ReliabilityCurve
 
 
@@ -64,6 +66,9 @@ class CalibrationScores(RowMetric):
         **kwargs: Further arguments of :class:`~._base.RowMetric`.
     """
 
+    # The block of an item depends on how many there were before.
+    full_state_update = True
+
     def __init__(self, n_bins: int = 15, *, n_blocks: int = 2048, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if n_blocks < 2:
@@ -74,14 +79,17 @@ class CalibrationScores(RowMetric):
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Add a batch."""
+        for batch in item_blocks(preds, target, task=self.task, ignore_index=self.ignore_index):
+            self._add_items(batch)
+
+    def _add_items(self, batch: Rows) -> None:
         sums = self.sums
-        batch = as_rows(preds, target, task=self.task, ignore_index=self.ignore_index)
         rows, labels = self.read(batch.logits, batch.target)
         item = batch.item.to(sums.device)
         block = (sums[:, 0].sum().long() + torch.arange(batch.n_items, device=sums.device)) % self.n_blocks
-        log_probs = self.log_probs(rows)
-        nll = -log_probs.gather(1, labels[:, None])[:, 0].double()
-        confidence, correct = (part.double() for part in top_label(log_probs, labels))
+        nll = losses(self.log_probs(rows), labels)
+        confidence, correct = (part.double() for part in self.top_label(rows, labels))
+        self.checked(confidence, rows)
         width = sums.shape[1]
         of_row = block[item] * width
         of_bin = of_row + 2 + bin_index(confidence, self.n_bins)
@@ -110,27 +118,32 @@ def paired_bootstrap(
         before: Computed :class:`CalibrationScores` of the one,
         after: and of the other, updated with the same items in the same order.
         level: Coverage, in (0, 1).
-        resamples: Number of resamples.
+        resamples: Number of resamples, at least 2.
         seed: Of the resampling; no other random state is read or changed.
 
     Returns:
-        ``nll``, ``ece`` and ``accuracy``, after minus before.
+        ``nll``, ``ece`` and ``accuracy``, after minus before; the ends are nan for fewer than two items.
 
     Raises:
-        ValueError: If the two do not hold the same items, or ``level`` is not in (0, 1).
+        ValueError: If the two do not have as many scored rows in every block, or ``level`` or ``resamples`` is out of
+            range.
 
     Reference:
         Efron and Tibshirani, "An Introduction to the Bootstrap", 1993; Davison and Hinkley, 1997, section 5.2.
     """
     if not 0 < level < 1:
         raise ValueError(f"`level` must lie in (0, 1), got {level}.")
-    pair = [before.blocks.cpu(), after.blocks.cpu()]
-    if pair[0].shape != pair[1].shape or not torch.equal(pair[0][:, 0], pair[1][:, 0]):
+    if resamples < 2:
+        raise ValueError(f"`resamples` must be at least 2, got {resamples}.")
+    first, second = before.blocks.cpu(), after.blocks.cpu()
+    if first.shape != second.shape or not torch.equal(_rows(first), _rows(second)):
         raise ValueError("A paired comparison needs the same items, in the same order, before and after.")
-    filled = pair[0][:, 0] > 0
-    first, second = (blocks[filled] for blocks in pair)
-    weights = _draws(len(first), resamples, seed)
+    scored = _rows(first) > 0
+    first, second = first[scored], second[scored]
     estimate = _change(first.sum(0), second.sum(0))
+    if len(first) < 2:
+        return {name: Interval(float(value), math.nan, math.nan) for name, value in estimate.items()}
+    weights = _draws(len(first), resamples, seed)
     resampled = _change(weights @ first, weights @ second)
     tails = torch.tensor([(1 + level) / 2, (1 - level) / 2], dtype=torch.float64)
     intervals = {}
@@ -138,6 +151,11 @@ def paired_bootstrap(
         low, high = (2 * value - resampled[name].quantile(tails)).tolist()
         intervals[name] = Interval(float(value), low, high)
     return intervals
+
+
+def _rows(blocks: Tensor) -> Tensor:
+    """Scored rows of each block."""
+    return blocks[:, 2:].tensor_split(3, 1)[0].sum(1)
 
 
 def _draws(n: int, resamples: int, seed: int) -> Tensor:

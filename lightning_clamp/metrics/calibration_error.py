@@ -159,8 +159,8 @@ class OverconfidenceError(ConfidenceMetric):
 class AdaptiveCalibrationError(ConfidenceMetric):
     """Streaming :func:`adaptive_calibration_error`.
 
-    Rows in one cell of the histogram (1/15,360 wide) are taken as equal, also where a boundary between two bins divides
-    them. It differs from the function by what these few rows weigh: about 0.0001 for 10,000 images of CIFAR.
+    Rows in one cell of the histogram are taken as equal, also where a boundary between two bins divides them. It
+    differs from the function by what these few rows weigh: about 0.0001 for 10,000 images of CIFAR.
     """
 
     def __init__(self, n_bins: int = 15, *, norm: Norm = "l1", debias: bool = False, **kwargs: Any) -> None:

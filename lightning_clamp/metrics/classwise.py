@@ -5,7 +5,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_clamp.metrics._base import RowMetric
+from lightning_clamp.metrics._base import RowMetric, check_probs
 from lightning_clamp.metrics._binning import bin_index, checked_bins
 
 Average: TypeAlias = Literal["macro", "none"]
@@ -35,8 +35,7 @@ def classwise_calibration_error(
         Nixon et al., "Measuring Calibration in Deep Learning", 2019 (static calibration error); Kull et al., "Beyond
         temperature scaling", NeurIPS 2019 (classwise-ECE).
     """
-    if probs.ndim != 2:
-        raise ValueError(f"`probs` must have shape (N, C), got {tuple(probs.shape)}.")
+    check_probs(probs, target)
     sums = torch.zeros(3, probs.shape[1], checked_bins(n_bins), dtype=torch.float64, device=probs.device)
     return _error(_add(sums, probs, target), _checked(average))
 
@@ -66,7 +65,9 @@ class ClasswiseCalibrationError(RowMetric):
         """Add rows to the histograms of the classes."""
         if rows.shape[1] != self.num_classes:
             raise ValueError(f"`num_classes` is {self.num_classes}, but preds have {rows.shape[1]} classes.")
-        _add(self.sums, self.class_probs(rows), labels)
+        probs = self.class_probs(rows)
+        self.checked(probs.sum(0), rows)
+        _add(self.sums, probs, labels)
 
     def compute(self) -> Tensor:
         """The error over all rows seen, nan before the first."""
@@ -92,7 +93,7 @@ def _add(sums: Tensor, probs: Tensor, target: Tensor) -> Tensor:
     chosen = probs[row, column].double()
     values = torch.stack([torch.ones_like(chosen), chosen, (target[row] == column).double()])
     sums.view(3, -1).index_add_(1, column * n_bins + bin_index(chosen, n_bins), values)
-    occurrences = torch.bincount(target, minlength=classes)[:classes].double()
+    occurrences = torch.bincount(target, minlength=classes).double()
     totals = torch.stack([torch.full_like(occurrences, len(probs)), probs.sum(0, dtype=torch.float64), occurrences])
     sums[:, :, 0] += totals.index_add(1, column, values, alpha=-1)
     return sums

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lightning_clamp.metrics._base import check_rows
 from lightning_clamp.metrics.proper_scores import MeanMetric
 
 
@@ -19,6 +20,7 @@ def margin(logits: Tensor, target: Tensor) -> Tensor:
     Reference:
         Morosini, Gjika, Poggio and Beneventano, "Too Sharp, Too Sure", 2026 (arXiv 2604.20614), section 4.
     """
+    check_rows(logits, target, "logits")
     others = logits.scatter(1, target[:, None], -torch.inf)
     return logits.gather(1, target[:, None])[:, 0] - others.amax(1)
 
@@ -46,7 +48,7 @@ class ExponentialMarginTail(MeanMetric):
 
     def values(self, rows: Tensor, labels: Tensor) -> Tensor:
         """The tail per row."""
-        return _tails(rows.log() if self.probs else rows, labels)
+        return _tails(self.log_probs(rows), labels)
 
 
 def _tails(logits: Tensor, target: Tensor) -> Tensor:

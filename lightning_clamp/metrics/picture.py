@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
     from lightning_clamp.metrics.reliability import ReliabilityCurve
 
+_INTERVAL = "accuracy, 95 % interval"
+
 
 class _Palette(NamedTuple):
     accuracy: str
@@ -18,10 +20,11 @@ class _Palette(NamedTuple):
     under: str
     before: str
     share: str
+    ink: str
 
 
-_ON_LIGHT = _Palette("#5b8db8", "#e79aa5", "#7cc7bd", "#6b6b6b", "#a9b4bf")
-_ON_DARK = _Palette("#4b7ba6", "#a8505f", "#3c9c8f", "#c4c4c4", "#6d7885")
+_ON_LIGHT = _Palette("#5b8db8", "#e79aa5", "#7cc7bd", "#6b6b6b", "#a9b4bf", "#1a1a1a")
+_ON_DARK = _Palette("#4b7ba6", "#a8505f", "#3c9c8f", "#c4c4c4", "#6d7885", "#f2f2f2")
 
 
 def plot_reliability(
@@ -54,9 +57,8 @@ def plot_reliability(
         _, ax = plt.subplots(figsize=(4.4, 5.0), layout="constrained")
     background = to_rgb(ax.get_facecolor())
     palette = _ON_LIGHT if float(np.dot(background, (0.299, 0.587, 0.114))) > 0.5 else _ON_DARK
-    ink = plt.rcParams["text.color"]
-    ax.plot([0, 1], [0, 1], color=ink, alpha=0.6, linestyle="--", linewidth=1, zorder=2.5)
-    _draw_bins(ax, curve, palette, ink)
+    ax.plot([0, 1], [0, 1], color=palette.ink, alpha=0.6, linestyle="--", linewidth=1, zorder=2.5)
+    _draw_bins(ax, curve, palette)
     if before is not None:
         x, y, counts, *_ = _arrays(before)
         seen = counts > 0
@@ -71,19 +73,19 @@ def plot_reliability(
             label="before",
             zorder=4,
         )
-    ax.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy", title=title or "")
+    ax.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
+    if title is not None:
+        ax.set_title(title)
     if float(curve.counts.sum()):
-        ax.legend(loc="upper left", frameon=False, fontsize="small", handlelength=1.4)
+        ax.legend(loc="upper left", frameon=False, fontsize="small", handlelength=1.4, labelcolor=palette.ink)
         _write_errors(ax, curve, before, palette)
     else:
-        ax.text(0.5, 0.5, "no data", ha="center", va="center", transform=ax.transAxes)
+        ax.text(0.5, 0.5, "no data", color=palette.ink, ha="center", va="center", transform=ax.transAxes)
     _draw_shares(ax, curve, palette)
-    figure = ax.get_figure(root=True)
-    assert figure is not None
-    return figure, ax
+    return ax.figure.figure, ax
 
 
-def _draw_bins(ax: "Axes", curve: "ReliabilityCurve", palette: _Palette, ink: str) -> None:
+def _draw_bins(ax: "Axes", curve: "ReliabilityCurve", palette: _Palette) -> None:
     """Accuracy, its interval, and the gap to the confidence; nothing where there are no data."""
     confidence, accuracy, counts, lower, upper = _arrays(curve)
     width = 1 / len(counts)
@@ -103,7 +105,14 @@ def _draw_bins(ax: "Axes", curve: "ReliabilityCurve", palette: _Palette, ink: st
     # The interval need not be symmetric, nor hold the accuracy exactly where it is 0 or 1 up to rounding.
     reach = np.stack([accuracy - lower, upper - accuracy])[:, seen].clip(min=0)
     ax.errorbar(
-        middle, accuracy[seen], reach, fmt="none", ecolor=ink, elinewidth=1.1, zorder=3, label="accuracy, 95 % interval"
+        middle,
+        accuracy[seen],
+        reach,
+        fmt="none",
+        ecolor=palette.ink,
+        elinewidth=1.1,
+        zorder=3,
+        label="accuracy, 95 % interval",
     )
 
 
@@ -118,7 +127,7 @@ def _write_errors(ax: "Axes", curve: "ReliabilityCurve", before: "ReliabilityCur
     }
     if before is not None:
         ax.text(0.97, 0.11, f"before {_percent(before)}", color=palette.before, fontsize="small", bbox=box, **text)
-    ax.text(0.97, 0.03, f"ECE {_percent(curve)}", fontweight="bold", bbox=box, **text)
+    ax.text(0.97, 0.03, f"ECE {_percent(curve)}", color=palette.ink, fontweight="bold", bbox=box, **text)
 
 
 def _draw_shares(ax: "Axes", curve: "ReliabilityCurve", palette: _Palette) -> None:

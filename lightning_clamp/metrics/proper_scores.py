@@ -4,9 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from lightning_clamp.metrics._base import RowMetric
+from lightning_clamp.metrics._base import RowMetric, check_probs, check_rows
 
 
 def negative_log_likelihood(log_probs: Tensor, target: Tensor) -> Tensor:
@@ -19,7 +18,8 @@ def negative_log_likelihood(log_probs: Tensor, target: Tensor) -> Tensor:
     Returns:
         Scalar float64, in nats; nan without rows.
     """
-    return _losses(log_probs, target).mean()
+    check_rows(log_probs, target, "log_probs")
+    return losses(log_probs, target).mean()
 
 
 def brier_score(probs: Tensor, target: Tensor) -> Tensor:
@@ -35,6 +35,7 @@ def brier_score(probs: Tensor, target: Tensor) -> Tensor:
     Reference:
         Brier, "Verification of forecasts expressed in terms of probability", Monthly Weather Review 1950.
     """
+    check_probs(probs, target)
     return _squared_errors(probs, target).mean()
 
 
@@ -50,17 +51,18 @@ def predictive_entropy(log_probs: Tensor) -> Tensor:
     return _entropies(log_probs).mean()
 
 
-def accuracy(log_probs: Tensor, target: Tensor) -> Tensor:
+def accuracy(scores: Tensor, target: Tensor) -> Tensor:
     """Fraction of rows whose largest value is at the target; of tied values the first counts.
 
     Args:
-        log_probs: Scores of the classes, shape ``(N, C)``, float.
+        scores: Logits or (log-)probabilities, shape ``(N, C)``, float.
         target: True class indices, shape ``(N,)``, int64, in ``[0, C)``.
 
     Returns:
         Scalar float64 in ``[0, 1]``; nan without rows.
     """
-    return (log_probs.argmax(1) == target).double().mean()
+    check_rows(scores, target, "scores")
+    return (scores.argmax(1) == target).double().mean()
 
 
 class MeanMetric(RowMetric):
@@ -73,12 +75,13 @@ class MeanMetric(RowMetric):
         self.add_sums(type(self).__name__, 2)
 
     def values(self, rows: Tensor, labels: Tensor) -> Tensor:
-        """The quantity per row, ``(m,)``."""
+        """The quantity per row, ``(m,)``; nan where logits hold nan or +inf."""
         raise NotImplementedError
 
     def add(self, rows: Tensor, labels: Tensor) -> None:
         """Add sum and count."""
-        self.sums[0] += self.values(rows, labels).sum(dtype=torch.float64)
+        total = self.checked(self.values(rows, labels).sum(dtype=torch.float64), rows)
+        self.sums[0] += total
         self.sums[1] += len(rows)
 
     def compute(self) -> Tensor:
@@ -93,7 +96,7 @@ class NegativeLogLikelihood(MeanMetric):
 
     def values(self, rows: Tensor, labels: Tensor) -> Tensor:
         """Negative log-likelihood per row."""
-        return _losses(self.log_probs(rows), labels)
+        return losses(self.log_probs(rows), labels)
 
 
 class BrierScore(MeanMetric):
@@ -123,12 +126,15 @@ class Accuracy(MeanMetric):
     higher_is_better = True
 
     def values(self, rows: Tensor, labels: Tensor) -> Tensor:
-        """Whether the largest is at the target, per row."""
-        return rows.argmax(1) == labels
+        """Whether the largest is at the target, per row; nan where there is no largest."""
+        largest, predicted = rows.max(1)
+        return torch.where(largest.isfinite(), (predicted == labels).double(), torch.nan)
 
 
-def _losses(log_probs: Tensor, target: Tensor) -> Tensor:
-    return F.nll_loss(log_probs, target, reduction="none").double()
+def losses(log_probs: Tensor, target: Tensor) -> Tensor:
+    """Negative log-likelihood per row, float64."""
+    # Not torch's nll_loss, which leaves targets of -100 out unasked.
+    return -log_probs.gather(1, target[:, None])[:, 0].double()
 
 
 def _squared_errors(probs: Tensor, target: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_clamp.metrics._base import Confidence, ConfidenceMetric
+from lightning_clamp.metrics._base import Confidence, ConfidenceMetric, check_probs
 from lightning_clamp.metrics._binning import bin_sums, checked_bins
 
 if TYPE_CHECKING:
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 Norm: TypeAlias = Literal["l1", "l2", "max"]
 NORMS: tuple[Norm, ...] = ("l1", "l2", "max")
 
+# Counts of equal-mass bins are sums of fractions.
+_ROUNDING = 1e-6
 # 97.5 % quantile of the normal distribution: intervals of 95 %.
 _Z = 1.959963984540054
 
@@ -79,7 +81,7 @@ class ReliabilityCurve(NamedTuple):
         squared = gap.square()
         if debias:
             by_chance = self.accuracy * (1 - self.accuracy) / (self.counts - 1)
-            squared = torch.where(self.counts < 2, 0.0, squared - by_chance)
+            squared = torch.where(self.counts < 2 - _ROUNDING, 0.0, squared - by_chance)
         return (squared * weight).sum().clamp(min=0).sqrt()
 
 
@@ -95,10 +97,9 @@ def confidences(probs: Tensor, target: Tensor, confidence: Confidence) -> tuple[
     """Confidence and correctness, ``(N,)`` each, of probabilities ``(N, C)``.
 
     Raises:
-        ValueError: If ``probs`` is not 2-d, or ``confidence`` is ``"positive"`` and there are not two classes.
+        ValueError: See :func:`~._base.check_probs`; or ``confidence`` is ``"positive"`` and there are not two classes.
     """
-    if probs.ndim != 2:
-        raise ValueError(f"`probs` must have shape (N, C), got {tuple(probs.shape)}.")
+    check_probs(probs, target)
     if confidence == "positive":
         if probs.shape[1] != 2:
             raise ValueError(f'confidence="positive" needs two classes, got {probs.shape[1]}.')
@@ -128,7 +129,7 @@ def reliability_curve(
 
 
 class ReliabilityDiagram(ConfidenceMetric):
-    """Streaming :func:`reliability_curve`, with a picture."""
+    """Streaming :func:`reliability_curve`, with a picture. Of a single bin, torchmetrics makes the fields scalars."""
 
     def compute(self) -> ReliabilityCurve:
         """The curve over all rows seen."""

@@ -10,7 +10,7 @@ from lightning_clamp.metrics._base import Confidence, ConfidenceMetric
 from lightning_clamp.metrics._binning import value_sums
 from lightning_clamp.metrics.reliability import confidences
 
-# Intervals of the mesh on [0, 1]: sixteen to the narrowest bandwidth.
+# Intervals of the mesh on [0, 1]: sixteen to the finest bandwidth.
 _MESH = 2**14
 # Bandwidths are whole multiples of this, found in ten halvings, as in the authors' implementation.
 _RESOLUTION = 2**-10
@@ -28,14 +28,14 @@ def smooth_calibration_error(
     Args:
         probs: Class probabilities, shape ``(N, C)``, float, each row summing to 1.
         target: True class indices, shape ``(N,)``, int64, in ``[0, C)``.
-        bandwidth: A fixed σ in (0, 1] instead.
+        bandwidth: A fixed σ in [1/1024, 1] instead.
         confidence: See :func:`~.reliability.reliability_curve`.
 
     Returns:
         Scalar float64 in ``[0, 1]``; nan without rows.
 
     Raises:
-        ValueError: If ``probs`` is not 2-d, or ``bandwidth`` not in (0, 1].
+        ValueError: If ``probs`` is not 2-d, or ``bandwidth`` not in [1/1024, 1].
 
     Reference:
         Błasiok and Nakkiran, "Smooth ECE: Principled Reliability Diagrams via Kernel Smoothing", ICLR 2024.
@@ -59,8 +59,8 @@ class SmoothCalibrationError(ConfidenceMetric):
 
 
 def _checked(bandwidth: float | None) -> float | None:
-    if bandwidth is not None and not 0 < bandwidth <= 1:
-        raise ValueError(f"`bandwidth` must lie in (0, 1], got {bandwidth}.")
+    if bandwidth is not None and not _RESOLUTION <= bandwidth <= 1:
+        raise ValueError(f"`bandwidth` must lie in [1/1024, 1], got {bandwidth}.")
     return bandwidth
 
 
