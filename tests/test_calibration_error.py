@@ -517,6 +517,7 @@ def test_functions_refuse_what_they_cannot_read(function, name):
         (lambda p, y: classwise_calibration_error(p[0], y), r"`probs` must have shape \(N, C\), got \(3,\)"),
         (lambda p, y: classwise_calibration_error(p, y, average="micro"), "`average` must be 'macro' or 'none'"),
         (lambda p, y: expected_calibration_error(p, y, confidence="positive"), "needs two classes, got 3"),
+        (lambda p, y: expected_calibration_error(p, y, confidence="max"), "`confidence` must be 'top' or 'positive'"),
     ],
 )
 def test_bad_arguments_are_named(call, message):

@@ -466,6 +466,23 @@ def test_bad_input_is_named(metric_class, case):
     assert not metric.sums.any()
 
 
+@pytest.mark.parametrize("metric_class", [*CONFIDENCE, *MEANS, ClasswiseCalibrationError])
+def test_unchecked_nan_stays_nan(metric_class):
+    """And is no index out of range, which would end a process that computes on CUDA."""
+    value = make(metric_class, validate_args=False)(NAN, torch.zeros(40).long())
+    if metric_class is ReliabilityDiagram:
+        value = value.confidence[-1]
+    assert torch.isnan(value)
+
+
+@pytest.mark.parametrize("metric_class", CONFIDENCE)
+def test_a_probability_that_rounding_lifted_above_1_is_1(metric_class):
+    probs = torch.tensor([[1.0000001, 0.0], [0.4, 0.6]])
+    target = torch.tensor([0, 0])
+    expected = computed(metric_class(probs=True), (probs.clamp(max=1), target))
+    torch.testing.assert_close(computed(metric_class(probs=True), (probs, target)), expected)
+
+
 @pytest.mark.parametrize("metric_class", METRICS)
 @pytest.mark.parametrize("task", ["multiclass", "binary"])
 def test_probabilities_taken_as_logits_are_noticed_once(metric_class, task):

@@ -1,8 +1,9 @@
 """What every metric here shares: how a batch is read and checked, and one additive float64 state."""
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +11,8 @@ from torchmetrics import Metric
 from torchmetrics.utilities import rank_zero_warn
 
 from lightning_clamp._rows import TASKS, Task, row_blocks
-from lightning_clamp.metrics._binning import add_to_cells, cell_count, checked_bins, merged
+from lightning_clamp.metrics._checks import are_probs, check_range
 
-Confidence: TypeAlias = Literal["top", "positive"]
-
-# Rounding of half-precision probabilities may move the sum of a row by this much.
-_SUM_TOLERANCE = 0.01
 # Below this many rows, values that add up to 1 may be chance.
 _TELLING_ROWS = 10
 
@@ -32,42 +29,6 @@ def top_label(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     if len(tied):
         correct[tied] = logits[tied].argmax(1) == target[tied]
     return confidence, correct
-
-
-def check_rows(scores: Tensor, target: Tensor, name: str = "probs") -> None:
-    """Refuse what is not ``(N, C)`` scores with ``(N,)`` class indices.
-
-    Raises:
-        ValueError: If shapes do not fit, or an index is out of range.
-        TypeError: If the target holds no integers.
-    """
-    if scores.ndim != 2:
-        raise ValueError(f"`{name}` must have shape (N, C), got {tuple(scores.shape)}.")
-    if target.is_floating_point() or target.dtype == torch.bool:
-        raise TypeError(f"`target` must hold class indices as int64, got {target.dtype}.")
-    if target.shape != scores.shape[:1]:
-        raise ValueError(f"`target` must have shape ({len(scores)},), got {tuple(target.shape)}.")
-    _check_range(target, scores.shape[1])
-
-
-def check_probs(probs: Tensor, target: Tensor) -> None:
-    """:func:`check_rows`, and refuse what are no probabilities."""
-    check_rows(probs, target)
-    if not _are_probs(probs):
-        raise ValueError("`probs` must be probabilities: non-negative and adding up to 1 over the classes.")
-
-
-def _are_probs(rows: Tensor) -> bool:
-    """Whether rows are non-negative and add up to 1; nan are not."""
-    return not len(rows) or bool(((rows.sum(1) - 1).abs() <= _SUM_TOLERANCE).all() and (rows >= 0).all())
-
-
-def _check_range(target: Tensor, classes: int, way_out: str = "") -> None:
-    if not len(target):
-        return
-    low, high = (int(end) for end in target.aminmax())
-    if low < 0 or high >= classes:
-        raise ValueError(f"Targets must lie in [0, {classes - 1}], got {low if low < 0 else high}.{way_out}")
 
 
 class RowMetric(Metric):
@@ -157,7 +118,7 @@ class RowMetric(Metric):
 
         Asked of few numbers per row, in place of a look at every logit.
         """
-        if self.validate_args and bool(derived.isnan().any()):
+        if self.validate_args and math.isnan(float(derived.sum())):
             unusable = int((~rows.amax(1).isfinite()).sum())
             raise ValueError(f"`preds` holds nan or inf in {unusable} of {len(rows)} rows.")
         return derived
@@ -187,11 +148,11 @@ class RowMetric(Metric):
             )
 
     def _validate(self, rows: Tensor, labels: Tensor) -> None:
-        _check_range(labels, rows.shape[1], " Positions that have no label are left out with ignore_index.")
+        check_range(labels, rows.shape[1], " Positions that have no label are left out with ignore_index.")
         if not self.probs:
             if len(rows) and not self._told_kind:
                 self._warn_of_probabilities(rows)
-        elif not _are_probs(rows):
+        elif not are_probs(rows):
             raise ValueError(
                 "With probs=True `preds` must be probabilities, non-negative and adding up to 1 over the classes; for "
                 "logits leave probs=True out."
@@ -199,7 +160,7 @@ class RowMetric(Metric):
 
     def _warn_of_probabilities(self, rows: Tensor) -> None:
         values_between = self.task == "binary" and bool(((rows >= 0) & (rows <= 1)).all())
-        if not (values_between or _are_probs(rows)):
+        if not (values_between or are_probs(rows)):
             self._told_kind = True
             return
         self._doubtful_rows += len(rows)
@@ -227,52 +188,3 @@ class RowMetric(Metric):
         else:
             setattr(self, self._state_name, sums.to(self.device))
         return self
-
-
-class ConfidenceMetric(RowMetric):
-    """A metric of how confidence and accuracy agree; its state is a fine histogram of the confidence.
-
-    The state is three float64 sums (count, confidence, number right) in each of some 15,400 cells that divide the bins:
-    369 KB for 15 bins, whatever the number of samples. Everything binned, equal-mass or smoothed is computed from it,
-    so that a ``MetricCollection`` of them keeps one state and updates once.
-
-    Args:
-        n_bins: Number of equal-width bins, at least 1.
-        confidence: ``"top"``, the probability of the predicted class against how often it is right; or ``"positive"``
-            (``task="binary"`` only), the probability of class 1 against how often class 1 occurs.
-        **kwargs: Further arguments of :class:`RowMetric`.
-    """
-
-    higher_is_better = False
-
-    def __init__(self, n_bins: int = 15, *, confidence: Confidence = "top", **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        if confidence not in ("top", "positive"):
-            raise ValueError(f"`confidence` must be 'top' or 'positive', got {confidence!r}.")
-        if confidence == "positive" and self.task != "binary":
-            raise ValueError(
-                'confidence="positive" is the probability of class 1 and needs task="binary"; for every class of '
-                "several see ClasswiseCalibrationError."
-            )
-        self.n_bins = checked_bins(n_bins)
-        self.confidence: Confidence = confidence
-        self.add_sums(f"cells_{n_bins}_{confidence}", 3, cell_count(n_bins))
-
-    def add(self, rows: Tensor, labels: Tensor) -> None:
-        """Add rows to the histogram."""
-        if self.confidence == "positive":
-            confidence, correct = self.class_probs(rows)[:, 1], labels == 1
-        else:
-            confidence, correct = self.top_label(rows, labels)
-        add_to_cells(self.sums, self.checked(confidence, rows), correct, self.n_bins)
-
-    @property
-    def cells(self) -> Tensor:
-        """Sums per cell; warns if there are none."""
-        self.scored(self.sums[0])
-        return self.sums
-
-    @property
-    def bins(self) -> Tensor:
-        """Sums per equal-width bin, ``(3, n_bins)``."""
-        return merged(self.cells, self.n_bins)

@@ -63,12 +63,14 @@ def add_to_cells(sums: Tensor, confidence: Tensor, correct: Tensor, n_bins: int)
     accurate networks put most of their confidences and even cells would throw them together. The bin is added to the
     step, so that an edge of the bins, which falls inside a step, divides it into two cells.
     """
-    confidence = confidence.double()
+    # Rounding may have lifted a probability above 1.
+    confidence = confidence.double().clamp(max=1)
     return add_to_groups(sums, _step(confidence).add_(bin_index(confidence, n_bins)), confidence, correct)
 
 
 def _step(confidence: Tensor) -> Tensor:
-    return confidence.sqrt().asin_().mul_(2 * _STEPS / math.pi).long()
+    # Clamped for the sake of nan, which is no index.
+    return confidence.sqrt().asin_().mul_(2 * _STEPS / math.pi).long().clamp_(0, _STEPS)
 
 
 def merged(cells: Tensor, n_bins: int) -> Tensor:

@@ -2,11 +2,12 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from lightning_clamp.metrics._base import Confidence, ConfidenceMetric
 from lightning_clamp.metrics._binning import checked_bins, equal_mass_sums, value_sums
-from lightning_clamp.metrics.reliability import Norm, ReliabilityCurve, check_norm, confidences, reliability_curve
+from lightning_clamp.metrics._confidence import Confidence, ConfidenceMetric, confidences
+from lightning_clamp.metrics.reliability import Norm, ReliabilityCurve, check_norm, reliability_curve
 
 
 def expected_calibration_error(
@@ -175,8 +176,8 @@ class AdaptiveCalibrationError(ConfidenceMetric):
 
 
 def _overconfidence(curve: ReliabilityCurve) -> Tensor:
-    gap = (curve.confidence * (curve.confidence - curve.accuracy).clamp(min=0)).nan_to_num(0.0)
-    return (gap * curve.counts).sum() / curve.counts.sum()
+    gap = curve.confidence * (curve.confidence - curve.accuracy).clamp(min=0)
+    return torch.where(curve.counts > 0, gap * curve.counts, 0.0).sum() / curve.counts.sum()
 
 
 def _equal_mass_curve(sums: Tensor, n_bins: int) -> ReliabilityCurve:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lightning_clamp.metrics._base import check_rows
+from lightning_clamp.metrics._checks import check_rows
 from lightning_clamp.metrics.proper_scores import MeanMetric
 
 

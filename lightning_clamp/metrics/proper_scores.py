@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_clamp.metrics._base import RowMetric, check_probs, check_rows
+from lightning_clamp.metrics._base import RowMetric
+from lightning_clamp.metrics._checks import check_probs, check_rows
 
 
 def negative_log_likelihood(log_probs: Tensor, target: Tensor) -> Tensor:

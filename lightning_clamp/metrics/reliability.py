@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_clamp.metrics._base import Confidence, ConfidenceMetric, check_probs
 from lightning_clamp.metrics._binning import bin_sums, checked_bins
+from lightning_clamp.metrics._confidence import Confidence, ConfidenceMetric, confidences
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,7 +72,7 @@ class ReliabilityCurve(NamedTuple):
         """
         check_norm(norm, debias=debias)
         weight = self.counts / self.counts.sum()
-        gap = (self.confidence - self.accuracy).abs().nan_to_num(0.0)
+        gap = torch.where(self.counts > 0, (self.confidence - self.accuracy).abs(), 0.0)
         if norm == "l1":
             return (gap * weight).sum()
         if norm == "max":
@@ -91,21 +91,6 @@ def check_norm(norm: Norm, *, debias: bool) -> None:
         raise ValueError(f"`norm` must be one of {NORMS}, got {norm!r}.")
     if debias and norm != "l2":
         raise ValueError(f"`debias` is known for norm='l2' only, got norm={norm!r}.")
-
-
-def confidences(probs: Tensor, target: Tensor, confidence: Confidence) -> tuple[Tensor, Tensor]:
-    """Confidence and correctness, ``(N,)`` each, of probabilities ``(N, C)``.
-
-    Raises:
-        ValueError: See :func:`~._base.check_probs`; or ``confidence`` is ``"positive"`` and there are not two classes.
-    """
-    check_probs(probs, target)
-    if confidence == "positive":
-        if probs.shape[1] != 2:
-            raise ValueError(f'confidence="positive" needs two classes, got {probs.shape[1]}.')
-        return probs[:, 1], target == 1
-    top, predicted = probs.max(1)
-    return top, predicted == target
 
 
 def reliability_curve(

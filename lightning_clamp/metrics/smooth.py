@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_clamp.metrics._base import Confidence, ConfidenceMetric
 from lightning_clamp.metrics._binning import value_sums
-from lightning_clamp.metrics.reliability import confidences
+from lightning_clamp.metrics._confidence import Confidence, ConfidenceMetric, confidences
 
 # Intervals of the mesh on [0, 1]: sixteen to the finest bandwidth.
 _MESH = 2**14
@@ -89,7 +88,7 @@ def _spectrum(sums: Tensor) -> Tensor:
     """
     count, confidence, correct = sums.unbind()
     position = (confidence / count).clamp(0, 1) * _MESH
-    left = position.long().clamp_(max=_MESH - 1)
+    left = position.long().clamp_(0, _MESH - 1)
     residual = (correct - confidence) / count.sum()
     on_mesh = residual.new_zeros(_MESH + 1)
     on_mesh = on_mesh.index_add(0, left, residual * (left + 1 - position))
