@@ -111,6 +111,19 @@ def test_torchmetrics_differs_by_half_open_bins_and_a_bin_for_confidence_1(key):
     assert members[-1].any()
 
 
+@pytest.mark.parametrize("key", ["edges_quarter_nb4", "edges_15ths_nb15", "all_correct_nb15", "all_wrong_nb15"])
+def test_netcal_differs_by_half_open_bins(key):
+    """[lo, hi), the last bin with its end; confidences kept a float64 epsilon away from 0 and 1."""
+    probs, target, n_bins = inputs(key)
+    confidence, correct = ref.confidences(probs.numpy(), target.numpy())
+    confidence = confidence.clip(np.finfo(float).eps, 1 - np.finfo(float).eps)
+    index = np.searchsorted(np.linspace(0, 1, n_bins + 1), confidence, side="right") - 1
+    members = [index == i for i in range(n_bins)]
+    for norm, name in (("l1", "ece"), ("max", "mce")):
+        expected = ref.OFFICIAL[key]["netcal"][name]
+        assert ref.combined(confidence, correct, members, norm) == pytest.approx(expected, abs=1e-6)
+
+
 def test_the_phantom_bin_for_confidence_1_matters():
     """Confidences .95 and 1.0 in one bin, the first right: |.975 - .5|, not the mean of two gaps."""
     probs = torch.tensor([[0.95, 0.05], [1.0, 0.0]], dtype=torch.float64)
@@ -418,6 +431,22 @@ def test_300_000_half_precision_logits_are_within_a_thousandth(dtype):
         exact.update(logits, target)
         half.update(logits.to(dtype), target)
         assert float(half.compute()) == pytest.approx(float(exact.compute()), abs=1e-3)
+
+
+def test_300_000_half_precision_probabilities_are_no_nan():
+    """Summed in half precision they are 0 from 100,000 and nan from 300,000 on."""
+    metric = ExpectedCalibrationError(task="binary", probs=True)
+    probs = torch.full((300_000,), 0.945, dtype=torch.float16)
+    metric.update(probs, torch.arange(300_000) % 2)
+    assert float(metric.compute()) == pytest.approx(float(probs[0]) - 0.5, abs=1e-6)
+
+
+def test_logits_between_0_and_1_are_logits():
+    """They were not said to be probabilities, and do not add up to 1."""
+    logits, target = torch.rand(200, 4, dtype=torch.float64), torch.randint(4, (200,))
+    metric = ExpectedCalibrationError()
+    metric.update(logits, target)
+    assert float(metric.compute()) == pytest.approx(float(expected_calibration_error(logits.softmax(1), target)))
 
 
 def test_forty_million_pixels_in_one_bin_do_not_saturate():

@@ -110,8 +110,7 @@ def test_state_is_float64_of_a_constant_size(metric_class):
     metric = make(metric_class, n_classes=1000)
     before = sum(value.nbytes for value in metric.metric_state.values())
     metric.update(torch.randn(300, 1000), torch.randint(1000, (300,)))
-    limit = 800_000 if metric_class is CalibrationScores else 400_000
-    assert sum(value.nbytes for value in metric.metric_state.values()) == before <= limit
+    assert sum(value.nbytes for value in metric.metric_state.values()) == before <= 400_000
     assert all(value.dtype == torch.float64 for value in metric.metric_state.values())
 
 
@@ -224,7 +223,7 @@ def test_an_all_ignored_batch_adds_nothing(metric_class):
     metric.update(logits, torch.full_like(target, -1))
     again = flat(metric.compute())
     if metric_class is CalibrationScores:  # where the items themselves are counted
-        again, value = again.view(2048, -1)[:, 1:], value.view(2048, -1)[:, 1:]
+        again, value = again.view(1024, -1)[:, 1:], value.view(1024, -1)[:, 1:]
     assert torch.equal(again, value)
 
 
@@ -389,6 +388,19 @@ def test_a_module_that_is_cast_leaves_the_sums_alone(metric_class):
     assert torch.equal(computed(module["metric"], (logits, target)), expected)
     module["metric"].reset()
     assert module["metric"].sums.dtype == torch.float64
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("metric_class", METRICS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_cuda_gives_the_same_value(metric_class, dtype):
+    logits, target = torch.randn(50, 5, 20).to(dtype), torch.randint(5, (50, 20))
+    target[:, 0] = 255
+    expected = computed(make(metric_class, ignore_index=255), (logits, target))
+    metric = make(metric_class, ignore_index=255).to("cuda")
+    value = computed(metric, (logits.cuda(), target.cuda()))
+    assert metric.sums.device.type == "cuda"
+    torch.testing.assert_close(value.cpu(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("metric_class", METRICS)

@@ -101,6 +101,7 @@ def test_dark_axes_of_ones_own_have_light_lines():
     plot_reliability(curve(), ax=ax)
     assert min(to_rgb(ax.lines[0].get_color())) > 0.8
     assert min(to_rgb(ax.texts[-1].get_color())) > 0.8
+    assert max(to_rgb(ax.child_axes[0].get_facecolor())) < 0.1
     assert ax.get_title() == "kept"
 
 

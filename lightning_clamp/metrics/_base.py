@@ -23,11 +23,11 @@ def top_label(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     # 1 / sum exp(z - max) rather than the largest softmax: no rounding can lift it above 1.
     confidence = (logits - top).exp_().sum(1).reciprocal_()
     correct = (logits.gather(1, target[:, None]) == top)[:, 0]
-    # Where maxima are tied, and so the confidence at most a half, the first is the prediction. An argmax over all rows
-    # would cost as much as everything else here.
+    # Where maxima are tied, and so the confidence at most a half, the first is the prediction. Its index for all rows
+    # would cost as much as everything else here (and twice that by argmax).
     tied = (correct & (confidence <= 0.5)).nonzero()[:, 0]
     if len(tied):
-        correct[tied] = logits[tied].argmax(1) == target[tied]
+        correct[tied] = logits[tied].max(1).indices == target[tied]
     return confidence, correct
 
 

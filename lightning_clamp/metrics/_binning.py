@@ -6,6 +6,7 @@ single values of the confidence.
 """
 
 import math
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -17,9 +18,9 @@ _STEPS = 15_361
 
 def checked_bins(n_bins: int) -> int:
     """Return ``n_bins``, or say that it must be at least 1."""
-    if not isinstance(n_bins, int) or n_bins < 1:
+    if not isinstance(n_bins, Integral) or n_bins < 1:
         raise ValueError(f"`n_bins` must be a whole number of at least 1, got {n_bins}.")
-    return n_bins
+    return int(n_bins)
 
 
 def cell_count(n_bins: int) -> int:

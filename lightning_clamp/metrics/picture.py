@@ -82,6 +82,7 @@ def plot_reliability(
     else:
         ax.text(0.5, 0.5, "no data", color=palette.ink, ha="center", va="center", transform=ax.transAxes)
     _draw_shares(ax, curve, palette)
+    # Of a subfigure, the figure it is part of.
     return ax.figure.figure, ax
 
 
@@ -136,7 +137,7 @@ def _draw_shares(ax: "Axes", curve: "ReliabilityCurve", palette: _Palette) -> No
 
     counts = _arrays(curve)[2]
     width = 1 / len(counts)
-    strip = ax.inset_axes((0, -0.21, 1, 0.16), sharex=ax)
+    strip = ax.inset_axes((0, -0.21, 1, 0.16), sharex=ax, facecolor=ax.get_facecolor())
     total = counts.sum()
     share = counts / total if total else counts
     strip.bar(
