@@ -49,7 +49,7 @@ def maximum_calibration_error(
     Arguments, result and errors as :func:`expected_calibration_error`.
 
     Reference:
-        Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, eq. 4.
+        Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
     """
     return reliability_curve(probs, target, n_bins=n_bins, confidence=confidence).calibration_error("max")
 
@@ -83,7 +83,7 @@ def overconfidence_error(probs: Tensor, target: Tensor, *, n_bins: int = 15, con
     errors as :func:`expected_calibration_error`.
 
     Reference:
-        Thulasidasan et al., "On Mixup Training", NeurIPS 2019, section 2.
+        Thulasidasan et al., "On Mixup Training: Improved Calibration and Predictive Uncertainty", NeurIPS 2019.
     """
     return _overconfidence(reliability_curve(probs, target, n_bins=n_bins, confidence=confidence))
 

@@ -18,7 +18,7 @@ def margin(logits: Tensor, target: Tensor) -> Tensor:
         Shape ``(N,)``, dtype of the logits.
 
     Reference:
-        Morosini, Gjika, Poggio and Beneventano, "Too Sharp, Too Sure", 2026 (arXiv 2604.20614), section 4.
+        Morosini, Gjika, Poggio and Beneventano, "Too Sharp, Too Sure", 2026 (arXiv 2604.20614).
     """
     check_rows(logits, target, "logits")
     others = logits.scatter(1, target[:, None], -torch.inf)

@@ -67,8 +67,8 @@ class ReliabilityCurve(NamedTuple):
             ValueError: If ``norm`` is unknown, or ``debias`` is asked for another norm than ``"l2"``.
 
         Reference:
-            Guo et al., ICML 2017, eq. 3 and 4; for the debiased estimate Kumar, Liang and Ma, "Verified Uncertainty
-            Calibration", NeurIPS 2019, definition 5.1.
+            Guo et al., "On Calibration of Modern Neural Networks", ICML 2017; for the debiased estimate Kumar, Liang
+            and Ma, "Verified Uncertainty Calibration", NeurIPS 2019.
         """
         check_norm(norm, debias=debias)
         weight = self.counts / self.counts.sum()
