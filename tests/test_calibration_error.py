@@ -275,7 +275,7 @@ def test_every_edge_belongs_to_the_bin_below_it(n_bins, dtype):
     diagram = ReliabilityDiagram(n_bins, probs=True)
     diagram.update(probs, target)
     # A float32 value next to an edge belongs where it lies, not where the float64 edge would.
-    expected = np.maximum(np.ceil(np.float64(probs[:, 0].numpy()) * n_bins - 1e-12 * (dtype == torch.float64)), 1) - 1
+    expected = np.maximum(np.ceil(probs[:, 0].double().numpy() * n_bins - 1e-12 * (dtype == torch.float64)), 1) - 1
     counts = np.bincount(np.minimum(expected.astype(int), n_bins - 1), minlength=n_bins)
     for curve in (reliability_curve(probs, target, n_bins=n_bins), diagram.compute()):
         assert np.atleast_1d(curve.counts.numpy()).tolist() == counts.tolist()
