@@ -75,9 +75,7 @@ def row_blocks(
     one block is given, of no rows if there are none. Errors are those of :func:`as_rows`.
     """
     logits, target = _checked(logits, target, task)
-    elements = _block_elements(logits)
-    whole = logits.numel() <= elements
-    for part, labels in [(logits, target)] if whole else _parts(logits, target, elements):
+    for part, labels in [(logits, target)] if is_one_block(logits) else _parts(logits, target, _block_elements(logits)):
         flat, labels = _flat(part, labels, task)
         if ignore_index is not None:
             keep = labels != ignore_index
@@ -93,6 +91,11 @@ def item_blocks(
     size = max(1, _block_elements(logits) * len(logits) // max(1, logits.numel()))
     for part, labels in zip(torch.split(logits, size), torch.split(target, size), strict=True):
         yield as_rows(part, labels, task=task, ignore_index=ignore_index)
+
+
+def is_one_block(logits: Tensor) -> bool:
+    """Whether :func:`row_blocks` gives a batch in one piece."""
+    return logits.numel() <= _block_elements(logits)
 
 
 def _block_elements(logits: Tensor) -> int:

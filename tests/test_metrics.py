@@ -495,6 +495,17 @@ def test_a_probability_that_rounding_lifted_above_1_is_1(metric_class):
     torch.testing.assert_close(computed(metric_class(probs=True), (probs, target)), expected)
 
 
+@pytest.mark.parametrize("metric_class", [*CONFIDENCE, *MEANS, ClasswiseCalibrationError])
+def test_a_bad_row_in_a_later_block_leaves_nothing_counted(metric_class, monkeypatch):
+    monkeypatch.setattr("lightning_clamp._rows._BLOCK_ELEMENTS", 20)
+    metric = make(metric_class)
+    metric.update(*calibrated_logits(30))
+    before = metric.sums.clone()
+    with pytest.raises(ValueError, match="nan or inf in 1 of"):
+        metric.update(NAN.flip(0), torch.zeros(40).long())
+    assert torch.equal(metric.sums, before)
+
+
 @pytest.mark.parametrize("metric_class", METRICS)
 @pytest.mark.parametrize("task", ["multiclass", "binary"])
 def test_probabilities_taken_as_logits_are_noticed_once(metric_class, task):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities import rank_zero_warn
 
-from lightning_clamp._rows import TASKS, Task, row_blocks
+from lightning_clamp._rows import TASKS, Task, is_one_block, row_blocks
 from lightning_clamp.metrics._checks import are_probs, check_range
 
 # Below this many rows, values that add up to 1 may be chance.
@@ -96,8 +96,16 @@ class RowMetric(Metric):
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Add a batch."""
-        for rows, labels in row_blocks(preds, target, task=self.task, ignore_index=self.ignore_index):
-            self.add(*self.read(rows, labels))
+        kept = self.sums
+        if isinstance(preds, Tensor) and not is_one_block(preds):
+            # A bad row in a later block must not leave the earlier ones counted.
+            setattr(self, self._state_name, kept.clone())
+        try:
+            for rows, labels in row_blocks(preds, target, task=self.task, ignore_index=self.ignore_index):
+                self.add(*self.read(rows, labels))
+        except BaseException:
+            setattr(self, self._state_name, kept)
+            raise
 
     def read(self, rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Rows ``(m, C)`` in float32 at least and labels ``(m,)``, on the device of the state, checked."""
