@@ -18,10 +18,11 @@ def scores(logits, target, size=300, **options):
 def test_the_sums_give_the_metrics():
     logits, target = calibrated_logits(5000)
     both = scores(3 * logits, target)
-    assert both.nll == pytest.approx(float(F.cross_entropy(3 * logits, target)))
-    assert both.accuracy == pytest.approx(float((logits.argmax(1) == target).double().mean()))
+    assert both.metrics["nll"] == pytest.approx(float(F.cross_entropy(3 * logits, target)))
+    assert both.metrics["accuracy"] == pytest.approx(float((logits.argmax(1) == target).double().mean()))
     expected = expected_calibration_error((3 * logits).softmax(1), target)
     assert float(both.curve.calibration_error()) == pytest.approx(float(expected), abs=1e-12)
+    assert both.metrics["ece"] == pytest.approx(float(expected), abs=1e-12)
 
 
 def test_the_change_is_after_minus_before_within_its_interval():
@@ -29,7 +30,7 @@ def test_the_change_is_after_minus_before_within_its_interval():
     before, after = scores(3 * logits, target), scores(logits, target)
     change = paired_bootstrap(before, after)
     assert set(change) == {"nll", "ece", "accuracy"}
-    assert change["nll"].value == pytest.approx(after.nll - before.nll)
+    assert change["nll"].value == pytest.approx(after.metrics["nll"] - before.metrics["nll"])
     ece = float(after.curve.calibration_error() - before.curve.calibration_error())
     assert change["ece"].value == pytest.approx(ece)
     assert change["nll"].low < change["nll"].value < change["nll"].high < 0
@@ -123,6 +124,11 @@ def test_large_dense_batches_are_taken_in_parts(monkeypatch):
     for elements in (1, 100):
         monkeypatch.setattr("lightning_clamp._rows._BLOCK_ELEMENTS", elements)
         torch.testing.assert_close(scores(logits, target).blocks, whole.blocks)
+
+
+def test_a_metric_that_was_not_computed_is_named():
+    with pytest.raises(TypeError, match=r"takes what CalibrationScores.compute\(\) gives, got CalibrationScores"):
+        paired_bootstrap(CalibrationScores(), CalibrationScores())
 
 
 def test_bad_pairs_and_levels_are_named():

@@ -520,6 +520,8 @@ def test_functions_refuse_what_they_cannot_read(function, name):
         (probs, target + 3, ValueError, r"Targets must lie in \[0, 2\]"),
         (probs, target - 100, ValueError, r"Targets must lie in \[0, 2\]"),
         (probs, target.double(), TypeError, "must hold class indices as int64"),
+        (probs.tolist(), target, TypeError, f"`{name}` must be a float tensor, got list"),
+        (probs, target.tolist(), TypeError, "`target` must be a tensor, got list"),
     ):
         with pytest.raises(error, match=message):
             function(scores, labels)

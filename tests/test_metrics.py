@@ -198,7 +198,7 @@ def test_a_temperature_moves_no_prediction_however_high(metric_class):
     if metric_class is Accuracy:
         assert metric.compute() == 1
     elif metric_class is CalibrationScores:
-        assert metric.compute().accuracy == 1
+        assert metric.compute().metrics["accuracy"] == 1
     else:
         assert metric.sums[2].sum() == 5000
 
@@ -250,7 +250,7 @@ def test_nothing_seen_is_nan_and_one_warning(metric_class, case):
         value = value.calibration_error()
     elif metric_class is CalibrationScores:
         assert value.curve.counts.sum() == 0
-        value = torch.tensor(value.nll)
+        value = torch.tensor(value.metrics["nll"])
     assert torch.isnan(value).all()
 
 

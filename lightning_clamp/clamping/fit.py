@@ -112,11 +112,11 @@ def fit_clamp(
     with frozen(network):
         seen = survey(data)
         scores_before = _scores(Clamp(), seen.logits, data)
-        before = _summary(scores_before)
+        before = scores_before.metrics
         _warn_of_training_data(before)
         fit = _solved(solver, data, seen, options)
         scores_after = _scores(fit.clamp, fit.logits, data)
-        after = _summary(scores_after)
+        after = scores_after.metrics
     if not fit.clamp.is_identity and not after["nll"] < before["nll"]:
         worse = (
             f"the clamp had an NLL of {after['nll']:.6g} on the calibration set, against {before['nll']:.6g} without"
@@ -216,11 +216,6 @@ def _scores(clamp: Clamp, logits: Logits, data: CalibrationSet) -> Scores:
         scaled = clamp.scale(batch)
         metric.to(scaled.device).update(scaled, target)
     return metric.cpu().compute()
-
-
-def _summary(scores: Scores) -> dict[str, float]:
-    ece = float(scores.curve.calibration_error())
-    return {"nll": scores.nll, "ece": ece, "accuracy": scores.accuracy}
 
 
 def _warn_of_training_data(before: Mapping[str, float]) -> None:

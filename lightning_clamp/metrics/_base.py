@@ -31,6 +31,12 @@ def top_label(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return confidence, correct
 
 
+def top_probability(probs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The same as :func:`top_label`, from probabilities ``(M, C)``."""
+    confidence, predicted = probs.max(1)
+    return confidence, predicted == target
+
+
 class RowMetric(Metric):
     """A metric over rows of class scores: ``update(preds, target)`` and one tensor of sums, of a fixed size.
 
@@ -133,10 +139,7 @@ class RowMetric(Metric):
 
     def top_label(self, rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Confidence and correctness of the top label, ``(m,)`` each."""
-        if not self.probs:
-            return top_label(rows, labels)
-        confidence, predicted = rows.max(1)
-        return confidence, predicted == labels
+        return (top_probability if self.probs else top_label)(rows, labels)
 
     def log_probs(self, rows: Tensor) -> Tensor:
         """Log-probabilities of rows."""
@@ -156,7 +159,9 @@ class RowMetric(Metric):
             )
 
     def _validate(self, rows: Tensor, labels: Tensor) -> None:
-        check_range(labels, rows.shape[1], " Positions that have no label are left out with ignore_index.")
+        check_range(
+            labels, rows.shape[1], " Labels start at 0. Positions that have no label are left out with ignore_index."
+        )
         if not self.probs:
             if len(rows) and not self._told_kind:
                 self._warn_of_probabilities(rows)

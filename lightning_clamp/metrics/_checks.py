@@ -12,8 +12,12 @@ def check_rows(scores: Tensor, target: Tensor, name: str = "probs") -> None:
 
     Raises:
         ValueError: If shapes do not fit, or an index is out of range.
-        TypeError: If the target holds no integers.
+        TypeError: If either is no tensor, the scores are not float or the target holds no integers.
     """
+    if not isinstance(scores, Tensor) or not scores.is_floating_point():
+        raise TypeError(f"`{name}` must be a float tensor, got {type(scores).__name__}.")
+    if not isinstance(target, Tensor):
+        raise TypeError(f"`target` must be a tensor, got {type(target).__name__}.")
     if scores.ndim != 2:
         raise ValueError(f"`{name}` must have shape (N, C), got {tuple(scores.shape)}.")
     if target.is_floating_point() or target.dtype == torch.bool:

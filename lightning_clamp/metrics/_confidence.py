@@ -4,7 +4,7 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
-from lightning_clamp.metrics._base import RowMetric
+from lightning_clamp.metrics._base import RowMetric, top_probability
 from lightning_clamp.metrics._binning import add_to_cells, cell_count, checked_bins, merged
 from lightning_clamp.metrics._checks import check_probs
 
@@ -24,8 +24,7 @@ def confidences(probs: Tensor, target: Tensor, confidence: Confidence) -> tuple[
         if probs.shape[1] != 2:
             raise ValueError(f'confidence="positive" needs two classes, got {probs.shape[1]}.')
         return probs[:, 1], target == 1
-    top, predicted = probs.max(1)
-    return top, predicted == target
+    return top_probability(probs, target)
 
 
 def _check(confidence: Confidence) -> None:

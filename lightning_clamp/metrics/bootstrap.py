@@ -38,14 +38,9 @@ class Scores(NamedTuple):
     blocks: Tensor
 
     @property
-    def nll(self) -> float:
-        """Mean negative log-likelihood, in nats."""
-        return float(_metrics(self.blocks.sum(0))["nll"])
-
-    @property
-    def accuracy(self) -> float:
-        """Fraction right."""
-        return float(_metrics(self.blocks.sum(0))["accuracy"])
+    def metrics(self) -> dict[str, float]:
+        """``nll`` (nats per row), ``ece`` and ``accuracy`` (fractions)."""
+        return {name: float(value) for name, value in _metrics(self.blocks.sum(0)).items()}
 
     @property
     def curve(self) -> ReliabilityCurve:
@@ -126,12 +121,18 @@ def paired_bootstrap(
         ``nll``, ``ece`` and ``accuracy``, after minus before; the ends are nan for fewer than two items.
 
     Raises:
+        TypeError: If either is not what ``compute`` gives.
         ValueError: If the two do not have as many scored rows in every block, or ``level`` or ``resamples`` is out of
             range.
 
     Reference:
         Efron and Tibshirani, "An Introduction to the Bootstrap", 1993; Davison and Hinkley, 1997, section 5.2.
     """
+    for scores in (before, after):
+        if not isinstance(scores, Scores):
+            raise TypeError(
+                f"`paired_bootstrap` takes what CalibrationScores.compute() gives, got {type(scores).__name__}."
+            )
     if not 0 < level < 1:
         raise ValueError(f"`level` must lie in (0, 1), got {level}.")
     if resamples < 2:

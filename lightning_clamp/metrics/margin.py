@@ -21,8 +21,7 @@ def margin(logits: Tensor, target: Tensor) -> Tensor:
         Morosini, Gjika, Poggio and Beneventano, "Too Sharp, Too Sure", 2026 (arXiv 2604.20614).
     """
     check_rows(logits, target, "logits")
-    others = logits.scatter(1, target[:, None], -torch.inf)
-    return logits.gather(1, target[:, None])[:, 0] - others.amax(1)
+    return _margins(logits, target)
 
 
 def exponential_margin_tail(logits: Tensor, target: Tensor) -> Tensor:
@@ -40,6 +39,7 @@ def exponential_margin_tail(logits: Tensor, target: Tensor) -> Tensor:
     Reference:
         Morosini et al., "Too Sharp, Too Sure", 2026 (arXiv 2604.20614), theorem 4.1.
     """
+    check_rows(logits, target, "logits")
     return _tails(logits, target).mean()
 
 
@@ -51,5 +51,10 @@ class ExponentialMarginTail(MeanMetric):
         return _tails(self.log_probs(rows), labels)
 
 
+def _margins(logits: Tensor, target: Tensor) -> Tensor:
+    others = logits.scatter(1, target[:, None], -torch.inf)
+    return logits.gather(1, target[:, None])[:, 0] - others.amax(1)
+
+
 def _tails(logits: Tensor, target: Tensor) -> Tensor:
-    return margin(logits.double(), target).neg().exp()
+    return _margins(logits.double(), target).neg().exp()
