@@ -7,12 +7,17 @@ from torch.nn import functional as F
 
 from lightning_clamp import fit_clamp
 from lightning_clamp._rows import as_rows
+from lightning_clamp.clamping.ranks import ALONE
 from lightning_clamp.clamping.temperature import fit_output_map, fit_temperature, n_map_parameters
 from tests.scenarios import calibrated_logits
 
 
+class RowList(list):
+    ranks = ALONE
+
+
 def rows(logits, target):
-    return [as_rows(a.double(), b) for a, b in zip(logits.split(100), target.split(100), strict=True)]
+    return RowList(as_rows(a.double(), b) for a, b in zip(logits.split(100), target.split(100), strict=True))
 
 
 def optimum(logits, target) -> float:

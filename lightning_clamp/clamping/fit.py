@@ -2,17 +2,19 @@
 
 import inspect
 import time
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from lightning_clamp._rows import TASKS, Task
 from lightning_clamp.clamping.clamp import Clamp
-from lightning_clamp.clamping.frozen import frozen
-from lightning_clamp.clamping.passes import Batches, CalibrationSet, Logits, Network, Progress
+from lightning_clamp.clamping.frozen import frozen, module_of
+from lightning_clamp.clamping.passes import Batches, CalibrationSet, Logits, Network, Progress, summed
+from lightning_clamp.clamping.ranks import Ranks
 from lightning_clamp.clamping.selection import Candidate, Fit, fit_by_scoring
 from lightning_clamp.clamping.sgd import fit_by_sgd
 from lightning_clamp.clamping.survey import Survey, survey
@@ -68,6 +70,7 @@ def fit_clamp(
     ignore_index: int | None = None,
     cache_bytes: int = 2**28,
     progress: Progress | None = None,
+    process_group: ProcessGroup | None = None,
     **options: Any,
 ) -> CalibrationResult:
     r"""Fit a clamp to a frozen network.
@@ -84,6 +87,9 @@ def fit_clamp(
         ignore_index: Target value of positions to leave out.
         cache_bytes: Logits of a pass are kept up to this size; beyond it they are recomputed.
         progress: Called after every batch with what is being done and how many batches of this pass are done.
+        process_group: Ranks that fit one clamp together, such as ``torch.distributed.group.WORLD``: each calls this
+            with its own part of the set (of any size, no sample twice) and gets the same clamp as one process with all
+            of it, up to rounding. Buffers are those of the group's first rank meanwhile. Not for ``"sgd"``.
         **options: Of the solver: see :func:`~.selection.fit_by_scoring` (``grids``, ``outputs``, ``max_passes``) and
             :func:`~.sgd.fit_by_sgd` (``epochs``, ``lr``, ``gamma``, …).
 
@@ -95,7 +101,8 @@ def fit_clamp(
         TypeError: If batches are no pairs of tensors, labels have no integer dtype, or an option is unknown.
         ValueError: If the set is empty or has fewer than 10 samples, a logit is not finite, a label is out of range,
             or the network returns probabilities.
-        RuntimeError: If the output carries no gradient to the input and a perturbation was asked for.
+        RuntimeError: If the output carries no gradient to the input and a perturbation was asked for; if another rank
+            of the process group failed, with its error in words.
 
     Example:
         >>> logits = torch.randn(2000, 5)
@@ -104,16 +111,19 @@ def fit_clamp(
         >>> 2.5 < float(result.clamp.temperature) < 3.5
         True
     """
-    check_options(solver, task, options)
+    ranks = Ranks(process_group)
+    check_options(solver, task, options, n_ranks=ranks.size)
     started = time.perf_counter()
     data = CalibrationSet(
-        network, batches, task=task, ignore_index=ignore_index, cache_bytes=cache_bytes, progress=progress
+        network, batches, task=task, ignore_index=ignore_index, cache_bytes=cache_bytes, progress=progress, ranks=ranks
     )
     with frozen(network):
+        if (module := module_of(network)) is not None:
+            ranks.unify(module)
         seen = survey(data)
         scores_before = _scores(Clamp(), seen.logits, data)
         before = scores_before.metrics
-        _warn_of_training_data(before)
+        _warn_of_training_data(before, ranks)
         fit = _solved(solver, data, seen, options)
         scores_after = _scores(fit.clamp, fit.logits, data)
         after = scores_after.metrics
@@ -124,7 +134,7 @@ def fit_clamp(
         fit = Fit(Clamp(), seen.logits, worse, fit.candidates, None, fit.history)
         after, scores_after = before, scores_before
     if fit.clamp.is_identity:
-        warnings.warn(f"The network was left as it is: {fit.reason}.", stacklevel=2)
+        ranks.warn(f"The network was left as it is: {fit.reason}.", stacklevel=2)
     return CalibrationResult(
         clamp=fit.clamp,
         solver=solver,
@@ -154,12 +164,17 @@ _SOLVERS: dict[Solver, Callable[..., Fit]] = {
 }
 
 
-def check_options(solver: Solver, task: Task, options: Mapping[str, Any]) -> None:
+def check_options(solver: Solver, task: Task, options: Mapping[str, Any], *, n_ranks: int = 1) -> None:
     """Refuse unknown solvers, tasks and options, and option values that cannot be, before any work is done."""
     if solver not in _SOLVERS:
         raise ValueError(f"`solver` must be one of {tuple(_SOLVERS)}, got {solver!r}.")
     if task not in TASKS:
         raise ValueError(f"`task` must be one of {TASKS}, got {task!r}.")
+    if solver == "sgd" and n_ranks > 1:
+        raise ValueError(
+            f'solver="sgd" takes a step after every batch, so {n_ranks} ranks with a part of the set each would not do '
+            "what the published method does: run it on one device."
+        )
     parameters = inspect.signature(_SOLVERS[solver]).parameters.values()
     known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
     if unknown := set(options) - set(known):
@@ -211,16 +226,27 @@ def _solved(solver: Solver, data: CalibrationSet, seen: Survey, options: Mapping
 
 def _scores(clamp: Clamp, logits: Logits, data: CalibrationSet) -> Scores:
     """What the metrics are computed from, of the clamped logits, through the clamp itself."""
-    metric = CalibrationScores(task=data.task, ignore_index=data.ignore_index, validate_args=False)
-    for batch, target in logits.batches():
-        scaled = clamp.scale(batch)
-        metric.to(scaled.device).update(scaled, target)
-    return metric.cpu().compute()
+    ranks = data.ranks
+    metric = CalibrationScores(
+        task=data.task,
+        ignore_index=data.ignore_index,
+        validate_args=False,
+        rank=ranks.rank,
+        world_size=ranks.size,
+    )
+
+    def parts() -> Iterator[tuple[Tensor, ...]]:
+        for batch, target in logits.batches():
+            scaled = clamp.scale(batch)
+            metric.to(scaled.device).update(scaled, target)
+        yield (metric.sums,)
+
+    return Scores(*summed(parts(), [metric.sums.shape], ranks))
 
 
-def _warn_of_training_data(before: Mapping[str, float]) -> None:
+def _warn_of_training_data(before: Mapping[str, float], ranks: Ranks) -> None:
     if before["accuracy"] > 0.998 and before["nll"] < 0.02:
-        warnings.warn(
+        ranks.warn(
             f"The calibration set has accuracy {before['accuracy']:.4f} and NLL {before['nll']:.4f}: is it the "
             "training set? Calibrate on held-out data, or the confidences will be those of memory.",
             stacklevel=3,

@@ -1,7 +1,7 @@
 """Passes over the calibration set, each of which ends in additive sums.
 
 Every number the solvers use is a sum over samples, formed in :func:`summed` alone: the result does not depend on the
-order or the size of the batches, and a reduction over several devices has one place to go.
+order or the size of the batches, nor on how they are shared out to ranks.
 """
 
 import math
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from lightning_clamp._rows import Rows, Task, as_rows
 from lightning_clamp.clamping.frozen import module_of
 from lightning_clamp.clamping.perturbation import Grid, shifted
+from lightning_clamp.clamping.ranks import ALONE, Ranks
 
 Network: TypeAlias = Callable[[Tensor], Tensor]
 Batches: TypeAlias = Iterable[Sequence[Tensor]]
@@ -27,19 +28,44 @@ _STEP = 0.01
 _CHUNK_ELEMENTS = 2**25
 
 
-def summed(parts: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """Sum tuples of tensors position by position, in float64. The one place where sums over samples are formed."""
+def summed(
+    parts: Iterable[tuple[Tensor, ...]], shapes: Sequence[Sequence[int]], ranks: Ranks = ALONE
+) -> tuple[Tensor, ...]:
+    """Sum tuples of tensors position by position, over batches and ranks. The one place where such sums are formed.
+
+    Args:
+        parts: One tuple per batch of this rank, which may have none.
+        shapes: The shapes of a tuple's tensors.
+        ranks: The ranks that take part, all of which call this; an error of one is raised on all.
+
+    Returns:
+        The sums, float64 on the CPU.
+    """
+    total, error = accumulated(parts)
+    return ranks.total(total or [torch.zeros(tuple(shape), dtype=torch.float64) for shape in shapes], error)
+
+
+def accumulated(parts: Iterable[tuple[Tensor, ...]]) -> tuple[list[Tensor], Exception | None]:
+    """Sums over this rank's parts alone, empty if there are none; and what went wrong, for the ranks to agree on."""
     total: list[Tensor] = []
-    for part in parts:
-        if not total:
-            total = [torch.zeros(t.shape, dtype=torch.float64, device=t.device) for t in part]
-        for accumulated, term in zip(total, part, strict=True):
-            accumulated += term
-    return tuple(total)
+    try:
+        for part in parts:
+            if not total:
+                total = [torch.zeros(term.shape, dtype=torch.float64, device=term.device) for term in part]
+            for accumulated, term in zip(total, part, strict=True):
+                accumulated += term
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must hear of it; it is raised again
+        return total, error
+    return total, None
 
 
 class RowSource(Protocol):
-    """Something that yields the same rows of logits every time it is iterated."""
+    """Something that yields the same rows of logits every time it is iterated, and knows who has the others."""
+
+    @property
+    def ranks(self) -> Ranks:
+        """The ranks that share the rows out."""
+        ...
 
     def __iter__(self) -> Iterator[Rows]:
         """Yield the rows batch by batch."""
@@ -72,6 +98,7 @@ class CalibrationSet:
         ignore_index: See :func:`lightning_clamp._rows.as_rows`.
         cache_bytes: Logits of a pass are kept in memory up to this size, and recomputed when needed beyond it.
         progress: Called after every batch with what is being done and the number of batches done in this pass.
+        ranks: The ranks that share the set; ``batches`` are this one's part, and may be none.
     """
 
     def __init__(
@@ -83,6 +110,7 @@ class CalibrationSet:
         ignore_index: int | None,
         cache_bytes: int,
         progress: Progress | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         if isinstance(batches, Iterator):
             raise TypeError("`batches` is read several times: pass a DataLoader or a list, not a generator.")
@@ -92,6 +120,7 @@ class CalibrationSet:
         self.ignore_index = ignore_index
         self.cache_bytes = cache_bytes
         self.progress = progress
+        self.ranks = ranks
         self.passes = 0
         module = module_of(network)
         self.device = None if module is None else next((p.device for p in module.parameters()), None)
@@ -145,6 +174,11 @@ class Logits:
         self.perturbation = perturbation
         self._kept: list[tuple[Tensor, Tensor]] | None = None if recompute else []
         self._bytes = 0
+
+    @property
+    def ranks(self) -> Ranks:
+        """The ranks that share the logits."""
+        return self.data.ranks
 
     def keep(self, logits: Tensor, target: Tensor) -> None:
         """Remember a batch; past the limit all are forgotten."""
@@ -209,7 +243,9 @@ def score_pass(
                 terms += [scores.sum(0), curvature, outer]
             yield tuple(terms)
 
-    total = summed(parts())
+    sizes = [grid.n_coefficients + 1 for grid in grids]
+    shapes = [shape for size in sizes for shape in ((size,), (size, size), (size, size))]
+    total = summed(parts(), shapes, data.ranks)
     if dense_scale is not None:
         # The curvature of dense outputs took a forward pass per coefficient, and one to compare with.
         data.passes += sum(grid.n_coefficients + 1 for grid in grids)

@@ -130,7 +130,7 @@ def score_test(sums: ScoreSums) -> ScoreTest:
     :math:`\tilde g^\top \tilde J^{-1} \tilde g`, which reduces to the usual :math:`n \bar g^\top A^{-1} \bar g` where
     the curvature is the empirical Fisher.
     """
-    gradient, curvature, covariance = (part.cpu() for part in sums)
+    gradient, curvature, covariance = sums
     p = len(gradient) - 1
     share = curvature[:p, p:] / curvature[p, p].clamp_min(torch.finfo(torch.float64).tiny)
     efficient = torch.cat([torch.eye(p, dtype=torch.float64), -share], 1)

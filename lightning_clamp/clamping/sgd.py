@@ -114,8 +114,8 @@ def _start(
         perturbation = initial_scale * torch.randn(seen.shape, dtype=dtype)
     if isinstance(initial, str) and initial == "data-driven":
         perturbation = data_driven_perturbation(data, perturbation, initial_temperature)
-    temperature = torch.tensor(initial_temperature, dtype=dtype, device=seen.device)
-    return perturbation.to(seen.device).requires_grad_(), temperature.requires_grad_()
+    temperature = torch.tensor(initial_temperature, dtype=dtype, device=data.device)
+    return perturbation.to(data.device).requires_grad_(), temperature.requires_grad_()
 
 
 def data_driven_perturbation(data: CalibrationSet, perturbation: Tensor, temperature: float) -> Tensor:
@@ -127,7 +127,7 @@ def data_driven_perturbation(data: CalibrationSet, perturbation: Tensor, tempera
             (gradient,) = torch.autograd.grad((data.call(point) / temperature).sum(), point)
             yield gradient.sum(0), torch.tensor(float(len(inputs)))
 
-    total, count = summed(parts())
+    total, count = summed(parts(), [perturbation.shape, ()])
     return (total / float(count)).to(perturbation.dtype)
 
 

@@ -1,6 +1,5 @@
 """A first look at the calibration set: one forward pass that counts, checks, and keeps the logits."""
 
-import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -8,7 +7,8 @@ import torch
 from torch import Tensor
 
 from lightning_clamp._rows import Rows, is_dense
-from lightning_clamp.clamping.passes import CalibrationSet, Logits, summed
+from lightning_clamp.clamping.passes import CalibrationSet, Logits, accumulated
+from lightning_clamp.clamping.ranks import Ranks
 
 MIN_SAMPLES = 10
 
@@ -28,7 +28,6 @@ class Survey(NamedTuple):
         dtype: Floating dtype of the inputs, or of the logits for integer inputs.
         logit_dtype: Dtype of the network's logits.
         float_inputs: Whether the inputs are floats, so that something can be added to them.
-        device: Device of the inputs.
     """
 
     logits: Logits
@@ -42,7 +41,6 @@ class Survey(NamedTuple):
     dtype: torch.dtype
     logit_dtype: torch.dtype
     float_inputs: bool
-    device: torch.device
 
     @property
     def parameter_dtype(self) -> torch.dtype:
@@ -55,6 +53,18 @@ class Survey(NamedTuple):
         return self.input_scale if self.dense else None
 
 
+class _Kind(NamedTuple):
+    """What a batch shows that cannot be added up; see :class:`Survey`."""
+
+    shape: tuple[int, ...]
+    n_classes: int
+    dense: bool
+    row_elements: int
+    dtype: torch.dtype
+    logit_dtype: torch.dtype
+    float_inputs: bool
+
+
 def survey(data: CalibrationSet) -> Survey:
     """Pass over ``data`` once without gradients.
 
@@ -63,45 +73,67 @@ def survey(data: CalibrationSet) -> Survey:
             the outputs are probabilities.
     """
     logits_seen = Logits(data, None)
-    shapes: set[tuple[int, ...]] = set()
-    last: list[tuple[Tensor, Tensor]] = []
+    kinds: set[_Kind] = set()
 
     def parts() -> Iterator[tuple[Tensor, ...]]:
         seen = 0
         for inputs, logits, target in data.forward(None, "first look"):
             rows = data.rows(logits, target)
-            _check_values(rows, seen)
+            _check_values(rows, seen, data.ranks)
             logits_seen.keep(logits, target)
             seen += len(inputs)
-            shapes.add(tuple(inputs.shape[1:]))
-            last[:] = [(inputs, logits)]
+            kinds.add(_kind(inputs, logits, rows, data))
             squares = (inputs.double() ** 2).sum()
             counts = [len(inputs), len(rows.target), inputs.numel(), _outside_simplex(logits, data.task == "binary")]
             yield _class_items(rows).sum(0), squares, torch.tensor(counts, dtype=torch.float64)
 
-    total = summed(parts())
-    if not total:
-        raise ValueError("The calibration set is empty: pass a loader that yields at least one batch.")
-    samples_per_class, squares, counts = total
+    sums, error = accumulated(parts())
+    kinds = set().union(*data.ranks.gather(kinds, error))
+    kind = _of_all(kinds)
+    # A rank without batches learns only now of how many classes it has nothing to add to.
+    sums = sums or [torch.zeros(n, dtype=torch.float64) for n in (kind.n_classes, (), 4)]
+    samples_per_class, squares, counts = data.ranks.total(sums)
     n_samples, n_rows, n_values, n_outside = (int(count) for count in counts)
     _check_size(n_samples, n_rows)
     if n_outside == 0:
-        _complain_of_probabilities(data.task == "binary")
-    ((inputs, logits),) = last
+        _complain_of_probabilities(data)
     return Survey(
         logits=logits_seen,
-        shape=shapes.pop() if len(shapes) == 1 else None,
-        dense=is_dense(logits, data.task),
+        shape=kind.shape if len({kind.shape for kind in kinds}) == 1 else None,
+        dense=kind.dense,
         n_samples=n_samples,
         n_rows=n_rows,
-        samples_per_class=samples_per_class.cpu(),
-        row_elements=logits[:1].numel(),
+        samples_per_class=samples_per_class,
+        row_elements=kind.row_elements,
         input_scale=(float(squares) / n_values) ** 0.5,
+        dtype=kind.dtype,
+        logit_dtype=kind.logit_dtype,
+        float_inputs=kind.float_inputs,
+    )
+
+
+def _kind(inputs: Tensor, logits: Tensor, rows: Rows, data: CalibrationSet) -> _Kind:
+    return _Kind(
+        shape=tuple(inputs.shape[1:]),
+        n_classes=rows.logits.shape[1],
+        dense=is_dense(logits, data.task),
+        row_elements=logits[:1].numel(),
         dtype=inputs.dtype if inputs.is_floating_point() else logits.dtype,
         logit_dtype=logits.dtype,
         float_inputs=inputs.is_floating_point(),
-        device=inputs.device,
     )
+
+
+def _of_all(kinds: set[_Kind]) -> _Kind:
+    """The one kind that all decisions go by, the same on every rank: that of the largest outputs."""
+    if not kinds:
+        raise ValueError("The calibration set is empty: pass a loader that yields at least one batch.")
+    classes = sorted({kind.n_classes for kind in kinds})
+    if len(classes) > 1:
+        raise ValueError(
+            f"The network returned logits of {classes[0]} classes for one batch and {classes[1]} for another."
+        )
+    return max(kinds, key=lambda kind: (kind.row_elements, repr(kind)))
 
 
 def _class_items(rows: Rows) -> Tensor:
@@ -111,12 +143,13 @@ def _class_items(rows: Rows) -> Tensor:
     return occurs.index_fill(0, rows.item * n_classes + rows.target, 1.0).reshape(rows.n_items, n_classes)
 
 
-def _check_values(rows: Rows, offset: int) -> None:
+def _check_values(rows: Rows, offset: int, ranks: Ranks) -> None:
+    where = "the calibration set" if ranks.size == 1 else f"the part of the calibration set that rank {ranks.rank} has"
     finite = torch.isfinite(rows.logits).all(1)
     if not bool(finite.all()):
         first = int(rows.item[~finite][0]) + offset
         raise ValueError(
-            f"The network returned NaN or infinite logits for sample {first} of the calibration set: "
+            f"The network returned NaN or infinite logits for sample {first} of {where}: "
             "find that sample, or the weights that overflow, before calibrating."
         )
     n_classes = rows.logits.shape[1]
@@ -147,9 +180,9 @@ def _outside_simplex(logits: Tensor, binary: bool) -> int:
     return int(outside + ((logits.float().sum(1) - 1).abs() > tolerance).sum())
 
 
-def _complain_of_probabilities(binary: bool) -> None:
-    if binary:
-        warnings.warn(
+def _complain_of_probabilities(data: CalibrationSet) -> None:
+    if data.task == "binary":
+        data.ranks.warn(
             "Every output of the network lies in [0, 1]: if these are probabilities, return the logits instead "
             "(leave the final sigmoid out).",
             stacklevel=2,

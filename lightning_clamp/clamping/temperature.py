@@ -75,7 +75,8 @@ def _temperature_derivatives(rows: RowSource, log_temperature: float) -> tuple[f
         nll = F.nll_loss(log_probs, batch.target, reduction="sum")
         return nll, slope, variance - slope, torch.tensor(float(len(batch.target)))
 
-    nll, slope, curvature, count = (float(total) for total in summed(part(batch) for batch in rows))
+    total = summed((part(batch) for batch in rows), [()] * 4, rows.ranks)
+    nll, slope, curvature, count = (float(term) for term in total)
     return nll / count, slope / count, curvature / count
 
 
@@ -167,13 +168,13 @@ def _temperature_point(n_classes: int, log_temperature: float) -> Tensor:
 def newton_step(sums: ScoreSums) -> tuple[Tensor, float]:
     """The step ``-curvature⁻¹ gradient``, and the fall of the summed loss that it promises (half the decrement)."""
     step = -solve(sums.curvature, sums.gradient)
-    return step, -0.5 * float(sums.gradient.cpu() @ step)
+    return step, -0.5 * float(sums.gradient @ step)
 
 
 def solve(matrix: Tensor, right: Tensor) -> Tensor:
-    """``matrix⁻¹ right`` on the CPU; directions the matrix does not know are left at zero."""
-    columns = right.cpu().reshape(len(matrix), -1)
-    solution: Tensor = torch.linalg.lstsq(matrix.cpu(), columns, driver="gelsd").solution
+    """``matrix⁻¹ right``, both on the CPU; directions the matrix does not know are left at zero."""
+    columns = right.reshape(len(matrix), -1)
+    solution: Tensor = torch.linalg.lstsq(matrix, columns, driver="gelsd").solution
     return solution.reshape(right.shape)
 
 
@@ -208,7 +209,9 @@ def _map_derivatives(
         outer = scores.T @ scores if covariance else torch.zeros_like(curvature)
         return nll, torch.tensor(float(len(batch.target))), scores.sum(0), curvature, outer
 
-    nll, count, gradient, curvature, outer = (total.cpu() for total in summed(part(batch) for batch in rows))
+    n = len(point)
+    shapes = [(), (), (n,), (n, n), (n, n)]
+    nll, count, gradient, curvature, outer = summed((part(batch) for batch in rows), shapes, rows.ranks)
     sums = ScoreSums(ties.T @ gradient, ties.T @ curvature @ ties, ties.T @ outer @ ties)
     return float(nll) / float(count), sums
 

@@ -58,18 +58,27 @@ class CalibrationScores(RowMetric):
     Args:
         n_bins: Number of equal-width bins of the confidence, at least 1.
         n_blocks: Number of blocks, at least 2.
+        rank: Of this process, where items were dealt out in turn to several, as ``DistributedSampler`` does: an item
+            is then in the same block as in one process with all of them.
+        world_size: Number of such processes.
         **kwargs: Further arguments of :class:`~._base.RowMetric`.
     """
 
     # The block of an item depends on how many there were before.
     full_state_update = True
 
-    def __init__(self, n_bins: int = 15, *, n_blocks: int = 1024, **kwargs: Any) -> None:
+    def __init__(
+        self, n_bins: int = 15, *, n_blocks: int = 1024, rank: int = 0, world_size: int = 1, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         if n_blocks < 2:
             raise ValueError(f"`n_blocks` must be at least 2, got {n_blocks}.")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"`rank` must lie in [0, world_size), got {rank} of {world_size}.")
         self.n_bins = checked_bins(n_bins)
         self.n_blocks = n_blocks
+        self.rank = rank
+        self.world_size = world_size
         self.add_sums("blocks", n_blocks, 2 + 3 * n_bins)
 
     def update(self, preds: Tensor, target: Tensor) -> None:
@@ -81,7 +90,8 @@ class CalibrationScores(RowMetric):
         sums = self.sums
         rows, labels = self.read(batch.logits, batch.target)
         item = batch.item.to(sums.device)
-        block = (sums[:, 0].sum().long() + torch.arange(batch.n_items, device=sums.device)) % self.n_blocks
+        number = sums[:, 0].sum().long() + torch.arange(batch.n_items, device=sums.device)
+        block = (self.rank + self.world_size * number) % self.n_blocks
         nll = losses(self.log_probs(rows), labels)
         confidence, correct = (part.double() for part in self.top_label(rows, labels))
         self.checked(confidence, rows)

@@ -1,0 +1,105 @@
+"""The processes that share a calibration set: what they add up, and how they fail together."""
+
+import warnings
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """The ranks of a process group, each with its own part of the calibration set; or this process alone.
+
+    Every rank makes the same calls in the same order, whatever happens to its part: what goes wrong on one is raised
+    on all, and none waits for a rank that has given up.
+
+    Args:
+        group: The process group, None for this process alone.
+
+    Attributes:
+        rank: Number of this rank in the group, from 0.
+        size: Number of ranks.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.size = 1 if group is None else dist.get_world_size(group)
+
+    def total(self, terms: Sequence[Tensor], error: Exception | None = None) -> tuple[Tensor, ...]:
+        """Add up the ranks' terms, float64 and of the same shapes on all, in one all-reduce of one flat buffer.
+
+        Returns:
+            The sums, on the CPU and equal to the last bit on every rank.
+
+        Raises:
+            Exception: ``error``, the one that kept this rank from forming its terms.
+            RuntimeError: If another rank had one.
+        """
+        if self.group is None:
+            self.gather(None, error)
+            return tuple(term.cpu() for term in terms)
+        failed = torch.tensor([float(error is not None)], dtype=torch.float64)
+        flat = torch.cat([failed.to(self._device), *(term.to(self._device).flatten() for term in terms)])
+        dist.all_reduce(flat, group=self.group)
+        failures, *sums = torch.split(flat.cpu(), [1, *(term.numel() for term in terms)])
+        if failures.item():
+            self.gather(None, error)
+        return tuple(total.reshape(term.shape) for total, term in zip(sums, terms, strict=True))
+
+    def gather(self, value: T, error: Exception | None = None) -> list[T]:
+        """The values of all ranks, in their order; errors as in :meth:`total`."""
+        if self.group is None:
+            if error is not None:
+                raise error
+            return [value]
+        message = None if error is None else f"{type(error).__name__}: {error}"
+        everyone: list[tuple[T, str | None]] = [(value, message)] * self.size
+        dist.all_gather_object(everyone, (value, message), group=self.group)
+        for rank, (_, told) in enumerate(everyone):
+            if told is not None:
+                raise error if error is not None else RuntimeError(f"Rank {rank} failed with {told}")
+        return [value for value, _ in everyone]
+
+    def warn(self, message: str, stacklevel: int = 1) -> None:
+        """:func:`warnings.warn`, on the first rank only."""
+        if self.rank == 0:
+            warnings.warn(message, stacklevel=stacklevel + 1)
+
+    def unify(self, module: nn.Module) -> None:
+        """See that all ranks hold the same network: give them the buffers of the first, in place.
+
+        Distributed training keeps parameters equal, but the statistics of a batch normalisation are those of each
+        rank's last batch; the first rank's are what checkpoints hold.
+
+        Raises:
+            RuntimeError: If the ranks' parameters differ, or their buffers in name, dtype or shape.
+        """
+        if self.group is None:
+            return
+        buffers = dict(module.named_buffers())
+        layout = [(name, buffer.dtype, tuple(buffer.shape)) for name, buffer in buffers.items()]
+        sizes = [float(parameter.detach().abs().sum(dtype=torch.float64)) for parameter in module.parameters()]
+        everyone = self.gather((layout, torch.tensor(sizes, dtype=torch.float64)))
+        # Not to the last bit: the ranks' devices may add up in different order.
+        if any(other != layout or not torch.allclose(theirs, everyone[0][1], rtol=1e-6) for other, theirs in everyone):
+            raise RuntimeError("The ranks hold different networks: load the same weights on all of them.")
+        for buffer in buffers.values():
+            value = buffer.detach().to(self._device, copy=True)
+            dist.broadcast(value, dist.get_global_rank(self.group, 0), group=self.group)
+            with torch.no_grad():
+                buffer.copy_(value)
+
+    @property
+    def _device(self) -> torch.device:
+        """Where the group's backend wants its tensors."""
+        if self.group is not None and "nccl" in str(dist.get_backend(self.group)):
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")
+
+
+ALONE = Ranks()
