@@ -15,16 +15,18 @@ if TYPE_CHECKING:
     from lightning_clamp.clamping import Clamp as Clamp
     from lightning_clamp.clamping import fit_clamp as fit_clamp
     from lightning_clamp.module import CalibrationModule as CalibrationModule
+    from lightning_clamp.standalone import calibrate as calibrate
 
 _HOME = {
     "CalibrationModule": "module",
     "CalibrationResult": "clamping",
     "Clamp": "clamping",
     "NeuralClamping": "callback",
+    "calibrate": "standalone",
     "fit_clamp": "clamping",
 }
 
-__all__ = ["CalibrationModule", "CalibrationResult", "Clamp", "NeuralClamping", "fit_clamp", "metrics"]
+__all__ = ["CalibrationModule", "CalibrationResult", "Clamp", "NeuralClamping", "calibrate", "fit_clamp", "metrics"]
 
 
 def __getattr__(name: str) -> Any:

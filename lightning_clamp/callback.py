@@ -2,34 +2,27 @@
 
 import copy
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_clamp._rows import Task
-from lightning_clamp.checkpoint import (
-    STATE_KEY,
-    Calibrated,
-    calibrated_checkpoint,
-    fingerprint,
-    from_state,
-    to_state,
-)
-from lightning_clamp.clamping import CalibrationResult, Solver, check_options, fit_clamp
-from lightning_clamp.data import (
-    CalibrationBatches,
-    CalibrationSource,
-    TrainedNetwork,
-    find_calibration_set,
-    warn_if_training_data,
-)
+from lightning_clamp.checkpoint import STATE_KEY, Calibrated, fingerprint, from_state, to_state
+from lightning_clamp.clamping import CalibrationResult, Solver, check_options
+from lightning_clamp.data import CalibrationBatches, find_calibration_set, warn_if_training_data
+from lightning_clamp.devices import check_float64, check_strategy, ranks_of
+from lightning_clamp.fitting import fit_in_trainer, publish
 from lightning_clamp.hooks import ClampHooks
+from lightning_clamp.mailbox import Mailbox, Outcome
 from lightning_clamp.module import CalibrationModule
-from lightning_clamp.progress import shown_progress
-from lightning_clamp.report import log_result, table
+from lightning_clamp.report import table
+from lightning_clamp.weights import Moment, Weights, check_best, weights_of
 
 
 class NeuralClamping(Callback):
@@ -50,14 +43,16 @@ class NeuralClamping(Callback):
         save: Whether to save ``…-calibrated.ckpt``.
         dirpath: Folder to save in; by default the one the Trainer's ``ModelCheckpoint`` saves in, and nothing is saved
             where there is none.
-        cache_bytes: Logits of a pass are kept up to this size; beyond it they are recomputed.
+        weights: ``"last"``, those that training ends with (averaged, under such a callback); or ``"best"``, those of
+            the checkpoint that a ``ModelCheckpoint`` with a monitor found best. The model keeps its last weights;
+            :meth:`calibrated_module` and the saved file have the best, and what ``trainer.test(ckpt_path="best")``
+            loads is clamped.
+        other_weights: What test and predict do with weights that are not the calibrated ones: ``"skip"`` leaves them
+            alone, with a warning; ``"refit"`` calibrates them first, on the argument's or the hook's calibration set.
+        cache_bytes: Logits of a pass are kept up to this size on every rank; beyond it they are recomputed.
         on_error: ``"warn"`` reports a calibration that fails and lets ``fit`` return normally, the model uncalibrated;
             ``"raise"`` raises.
         **options: Of the solver, such as ``outputs=("temperature",)``; see :func:`~lightning_clamp.fit_clamp`.
-
-    Attributes:
-        result: The :class:`~lightning_clamp.CalibrationResult` of the last fit; None before and after a failure.
-        checkpoint_path: Path of the saved calibrated checkpoint; None where none was saved.
 
     Raises:
         TypeError: If an option is unknown to the solver.
@@ -73,6 +68,8 @@ class NeuralClamping(Callback):
         ignore_index: int | None = None,
         save: bool = True,
         dirpath: str | os.PathLike[str] | None = None,
+        weights: Weights = "last",
+        other_weights: Literal["skip", "refit"] = "skip",
         cache_bytes: int = 2**28,
         on_error: Literal["warn", "raise"] = "warn",
         **options: Any,
@@ -80,19 +77,26 @@ class NeuralClamping(Callback):
         check_options(solver, task, options)
         if on_error not in ("warn", "raise"):
             raise ValueError(f"`on_error` must be 'warn' or 'raise', got {on_error!r}.")
+        if weights not in ("last", "best"):
+            raise ValueError(f"`weights` must be 'last' or 'best', got {weights!r}.")
+        if other_weights not in ("skip", "refit"):
+            raise ValueError(f"`other_weights` must be 'skip' or 'refit', got {other_weights!r}.")
         self.calibration_dataloader = calibration_dataloader
         self.solver: Solver = solver
         self.task: Task = task
         self.ignore_index = ignore_index
         self.save = save
         self.dirpath = dirpath
+        self.weights: Weights = weights
+        self.other_weights = other_weights
         self.cache_bytes = cache_bytes
         self.on_error = on_error
         self.options = options
-        self.result: CalibrationResult | None = None
-        self.checkpoint_path: str | None = None
+        self._result: CalibrationResult | None = None
+        self._path: str | None = None
         self._calibrated: Calibrated | None = None
-        self._source: CalibrationSource | None = None
+        self._mailbox = Mailbox()
+        self._batches: CalibrationBatches | None = None
         self._module: LightningModule | None = None
         self._hooks: ClampHooks | None = None
         self._ended = False
@@ -102,179 +106,216 @@ class NeuralClamping(Callback):
         """Key of this callback's state in checkpoints."""
         return STATE_KEY
 
+    @property
+    def result(self) -> CalibrationResult | None:
+        """The :class:`~lightning_clamp.CalibrationResult` of the last fit; None before and after a failure."""
+        self._read_mail()
+        return self._result
+
+    @property
+    def checkpoint_path(self) -> str | None:
+        """Path of the saved calibrated checkpoint; None where none was saved."""
+        self._read_mail()
+        return self._path
+
     def calibrated_module(self) -> CalibrationModule:
-        """A copy of the trained model with its clamp, independent of the Trainer.
+        """A copy of the calibrated model with its clamp, independent of the Trainer.
 
         Raises:
-            RuntimeError: If nothing has been calibrated, or the model's weights have changed since.
+            RuntimeError: If nothing has been calibrated, the model was trained in other processes, or its weights have
+                changed since and the calibrated ones were not saved.
         """
-        if self._calibrated is None or self._module is None:
+        self._read_mail()
+        if self._calibrated is None:
             raise RuntimeError("Nothing has been calibrated yet: run trainer.fit first, and read what it reported.")
-        if fingerprint(self._module) != self._calibrated.fingerprint:
+        if self._module is None:
             raise RuntimeError(
-                "The model's weights are no longer the calibrated ones (another checkpoint was loaded, or it was "
-                f"trained on): use CalibrationModule.from_checkpoint on what fit saved, {self.checkpoint_path}."
+                "The model was trained in other processes and this callback never saw it: use "
+                f"CalibrationModule.from_checkpoint({self._path!r}, YourModule), or CalibrationModule(model, "
+                "callback.result.clamp)."
             )
         saved = self._calibrated
         network = copy.deepcopy(self._module)
+        if fingerprint(network) != saved.fingerprint and self._path is not None:
+            network.load_state_dict(torch.load(self._path, map_location="cpu", weights_only=True)["state_dict"])
+        if fingerprint(network) != saved.fingerprint:
+            raise RuntimeError(
+                "The model's weights are no longer the calibrated ones (another checkpoint was loaded, or it was "
+                "trained on), and those were not saved: give the Trainer a ModelCheckpoint, or the callback a dirpath."
+            )
         clamp = copy.deepcopy(saved.clamp).to(network.device)
-        return CalibrationModule(network, clamp, task=saved.task, ignore_index=saved.ignore_index)
+        module = CalibrationModule(network, clamp, task=saved.task, ignore_index=saved.ignore_index)
+        module.result = self._result
+        return module
+
+    def _read_mail(self) -> None:
+        """Take over what worker processes left, where the Trainer started some."""
+        if (outcome := self._mailbox.receive()) is not None:
+            self._result, self._calibrated, self._path = outcome
 
     # Fit
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work, and move behind the callbacks that still change weights, before any training."""
+        """Refuse what cannot work, and move behind all other callbacks, before any training."""
+        if stage == "validate":
+            return
+        check_strategy(trainer)
         if not isinstance(pl_module, CalibrationModule):
             self._module = pl_module
         if stage != "fit":
             return
-        if trainer.world_size > 1:
-            raise MisconfigurationException(
-                f"NeuralClamping calibrates on one device, and this Trainer has {trainer.world_size}: train without "
-                "it, load the checkpoint on one device and pass the model to lightning_clamp.fit_clamp."
-            )
-        if trainer.strategy.root_device.type == "mps":
-            raise MisconfigurationException(
-                "NeuralClamping sums in float64, which MPS does not have: use Trainer(accelerator='cpu'), or train "
-                "without it and pass the model to lightning_clamp.fit_clamp on the CPU."
-            )
-        self._move_behind_averaging(trainer)
+        check_float64(trainer)
+        check_options(self.solver, self.task, self.options, n_ranks=trainer.world_size)
+        if self.weights == "best" and not getattr(trainer, "fast_dev_run", False):
+            check_best(trainer)
+        self._move_to_the_end(trainer)
 
-    def _move_behind_averaging(self, trainer: Trainer) -> None:
-        """Callbacks run in list order: before an averaging callback we would calibrate weights about to be replaced."""
+    def _move_to_the_end(self, trainer: Trainer) -> None:
+        """Callbacks run in list order: calibrate when the others have averaged weights and saved all of the training.
+
+        Before an averaging callback we would calibrate weights about to be replaced, and before a ``ModelCheckpoint`` a
+        kill during calibration would cost the last checkpoint.
+        """
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        averaging = [c for c in callbacks if isinstance(c, WeightAveraging | StochasticWeightAveraging)]
-        if not averaging or callbacks.index(self) > callbacks.index(averaging[-1]):
+        behind = callbacks[callbacks.index(self) + 1 :]
+        if not behind:
             return
-        others = [callback for callback in callbacks if callback is not self]
-        others.insert(others.index(averaging[-1]) + 1, self)
         # A new list: the Trainer is iterating over the old one.
-        trainer.callbacks = others  # type: ignore[attr-defined]
-        rank_zero_info(
-            f"NeuralClamping moved behind {type(averaging[-1]).__name__}, to calibrate the averaged weights."
-        )
+        trainer.callbacks = [*(c for c in callbacks if c is not self), self]  # type: ignore[attr-defined]
+        for averaging in behind:
+            if isinstance(averaging, WeightAveraging | StochasticWeightAveraging):
+                rank_zero_info(
+                    f"NeuralClamping moved behind {type(averaging).__name__}, to calibrate the averaged weights."
+                )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget that an earlier fit ended."""
         self._ended = False
-        self._source = self.result = None
+        self._batches = self._result = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that there is a calibration set that can be read, before training time is spent."""
-        if (source := find_calibration_set(trainer, pl_module, self.calibration_dataloader)) is not None:
-            self._accept(source, trainer, pl_module)
+        self._batches = self._find_batches(trainer, pl_module)
 
-    def _accept(self, source: CalibrationSource, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take a calibration set, if it can be read, with the warnings it deserves."""
-        self._source = source
+    def _find_batches(self, trainer: Trainer, pl_module: LightningModule) -> CalibrationBatches | None:
+        """The calibration set, with the warnings it deserves; None if it will be loaded later."""
+        source = find_calibration_set(trainer, pl_module, self.calibration_dataloader)
+        if source is None:
+            return None
         if source.is_validation:
             rank_zero_warn(
                 "NeuralClamping will calibrate on the validation set, which also served to choose the model: pass a "
                 "`calibration_dataloader` for confidences that owe it nothing."
             )
         warn_if_training_data(source.loader, trainer)
-        CalibrationBatches(source, trainer, pl_module).check()
+        return CalibrationBatches(source, trainer, pl_module, ranks_of(trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Calibrate, report and save; a failure is reported and never loses the finished training."""
         self._ended = True
-        self.result = self._calibrated = self.checkpoint_path = None
+        self._result = self._calibrated = self._path = None
+        with (
+            self._failures_reported(),
+            weights_of(self.weights, trainer, pl_module, ranks_of(trainer)) as moment,
+        ):
+            outcome = self._calibrate(trainer, pl_module)
+            path = self._path_for(trainer, moment)
+            self._path = publish(trainer, pl_module, outcome, path, moment, self._mailbox).path
+
+    @contextmanager
+    def _failures_reported(self) -> Iterator[None]:
         try:
-            self.result = self._calibrate(trainer, pl_module)
-            self._report(trainer, pl_module, self.result)
+            yield
         except Exception as error:  # hours of training must not be lost to whatever a network can raise
             if self.on_error == "raise":
                 raise
             state = (
-                "stays uncalibrated" if self.result is None else "is calibrated, but not all of it is saved and logged"
+                "stays uncalibrated" if self._result is None else "is calibrated, but not all of it is saved and logged"
             )
             rank_zero_warn(f"NeuralClamping failed: the model {state}. {type(error).__name__}: {error}")
 
-    def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> CalibrationResult:
-        if self._source is None and (source := find_calibration_set(trainer, pl_module, None)) is not None:
-            self._accept(source, trainer, pl_module)
-        if self._source is None:
+    def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> Outcome:
+        batches = self._batches or self._find_batches(trainer, pl_module)
+        self._batches = None
+        if batches is None:
             raise MisconfigurationException(
                 "The Trainer never loaded its validation set, which was to be the calibration set: pass "
                 "NeuralClamping(calibration_dataloader=...)."
             )
-        batches = CalibrationBatches(self._source, trainer, pl_module)
-        # Transfer hooks that augment ask whether the Trainer is training; these batches are for measuring.
-        trainer.validating = True
-        try:
-            with shown_progress(trainer, batches.n_batches) as progress:
-                return fit_clamp(
-                    TrainedNetwork(trainer, pl_module),
-                    batches,
-                    solver=self.solver,
-                    task=self.task,
-                    ignore_index=self.ignore_index,
-                    cache_bytes=self.cache_bytes,
-                    progress=progress,
-                    **self.options,
-                )
-        finally:
-            trainer.training = True
-
-    def _report(self, trainer: Trainer, pl_module: LightningModule, result: CalibrationResult) -> None:
-        self._calibrated = Calibrated(
-            result.clamp, fingerprint(pl_module), self.task, self.ignore_index, dict(result.before), dict(result.after)
+        outcome = fit_in_trainer(
+            trainer,
+            pl_module,
+            batches,
+            solver=self.solver,
+            task=self.task,
+            ignore_index=self.ignore_index,
+            cache_bytes=self.cache_bytes,
+            **self.options,
         )
-        rank_zero_info(table(result))
-        if (path := self._path(trainer)) is not None:
-            checkpoint = calibrated_checkpoint(pl_module, self._calibrated, trainer.current_epoch, trainer.global_step)
-            trainer.strategy.save_checkpoint(checkpoint, path)
-            self.checkpoint_path = path
-            rank_zero_info(f"saved: {path}")
-        log_result(trainer, result)
+        self._result, self._calibrated, _ = outcome
+        return outcome
 
-    def _path(self, trainer: Trainer) -> str | None:
+    def _path_for(self, trainer: Trainer, moment: Moment) -> str | None:
         """Where to save; None for nowhere."""
         if not self.save or getattr(trainer, "fast_dev_run", False):
             return None
         folder = self.dirpath or getattr(trainer.checkpoint_callback, "dirpath", None)
         if folder is None:
             return None
-        name = f"epoch={trainer.current_epoch - 1}-step={trainer.global_step}-calibrated.ckpt"
-        return os.path.join(folder, name)
+        return os.path.join(folder, f"epoch={moment.epoch}-step={moment.step}-calibrated.ckpt")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if training never ran, for then nothing was calibrated."""
         if not self._ended:
             rank_zero_warn(
-                "Training had nothing left to do, so NeuralClamping did not run: raise max_epochs, or use the clamp of "
-                "the earlier fit, which is kept."
+                "Training had nothing left to do, so NeuralClamping did not run: raise max_epochs; or calibrate what "
+                "was trained with lightning_clamp.calibrate(trainer, model, calibration_dataloader); or use the clamp "
+                "of the earlier fit, which is kept."
             )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook behind, and say that an interrupted training was not calibrated."""
         self._remove_hooks()
-        if trainer.state.fn == "fit" and self.result is None:
-            rank_zero_info(f"The fit stopped with {type(exception).__name__}: the model was not calibrated.")
+        if trainer.state.fn == "fit" and self._result is None:
+            rank_zero_info(
+                f"The fit stopped with {type(exception).__name__}: the model was not calibrated. To calibrate what was "
+                "trained so far: lightning_clamp.calibrate(Trainer(), model, calibration_dataloader)."
+            )
 
     # Test and predict
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the clamp around the model."""
-        self._install_hooks(pl_module)
+        self._install_hooks(trainer, pl_module)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the clamp around the model."""
-        self._install_hooks(pl_module)
+        self._install_hooks(trainer, pl_module)
 
-    def _install_hooks(self, pl_module: LightningModule) -> None:
+    def _install_hooks(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._remove_hooks()
         if isinstance(pl_module, CalibrationModule):
             return
+        self._read_mail()
+        if self.other_weights == "refit" and not self._belongs(trainer, pl_module):
+            with self._failures_reported():
+                self._result = self._calibrated = self._path = None
+                rank_zero_info(table(self._calibrate(trainer, pl_module).result))
         if self._calibrated is None:
             rank_zero_warn("NeuralClamping has calibrated nothing yet: these are the outputs of the bare model.")
-        elif fingerprint(pl_module) != self._calibrated.fingerprint:
+        elif not self._belongs(trainer, pl_module):
             rank_zero_warn(
                 "The weights are not the ones that NeuralClamping calibrated (another checkpoint, or further "
-                "training): these are the outputs of the bare model."
+                "training): these are the outputs of the bare model. NeuralClamping(other_weights='refit') would "
+                "calibrate them."
             )
         elif not self._calibrated.clamp.is_identity:
             self._hooks = ClampHooks(pl_module, copy.deepcopy(self._calibrated.clamp).to(pl_module.device))
+
+    def _belongs(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        """Whether the clamp was fitted to these weights: those of the first rank, as when they were calibrated."""
+        own = self._calibrated is not None and fingerprint(pl_module) == self._calibrated.fingerprint
+        return bool(trainer.strategy.broadcast(own))
 
     def _remove_hooks(self) -> None:
         if self._hooks is not None:
@@ -308,6 +349,7 @@ class NeuralClamping(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The clamp, as tensors, numbers and strings; empty before calibration."""
+        self._read_mail()
         return {} if self._calibrated is None else to_state(self._calibrated)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -8,11 +8,12 @@ import io
 import os
 import pickle
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import lightning
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
@@ -72,7 +73,14 @@ def from_state(state: Mapping[str, Any]) -> Calibrated:
 
 
 def calibrated_checkpoint(module: LightningModule, calibrated: Calibrated, epoch: int, step: int) -> dict[str, Any]:
-    """A checkpoint for ``load_from_checkpoint``, :func:`read_calibrated`, and ``ckpt_path`` of test and predict."""
+    """A checkpoint for ``load_from_checkpoint``, :func:`read_calibrated`, and ``ckpt_path`` of test and predict.
+
+    Args:
+        module: Holds the calibrated weights.
+        calibrated: What was fitted to them.
+        epoch: Index of the epoch that they are from, as in Lightning's checkpoints.
+        step: Optimizer steps until then.
+    """
     checkpoint: dict[str, Any] = {
         "epoch": epoch,
         "global_step": step,
@@ -87,6 +95,35 @@ def calibrated_checkpoint(module: LightningModule, calibrated: Calibrated, epoch
         checkpoint[module.CHECKPOINT_HYPER_PARAMS_NAME] = getattr(module, "_hparams_name", None)
     module.on_save_checkpoint(checkpoint)
     return checkpoint
+
+
+def save(trainer: Trainer, checkpoint: dict[str, Any], path: str) -> None:
+    """Write a checkpoint from this rank; to a URL (``s3://…``) as the Trainer writes its own."""
+    if "://" in path:
+        trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, path)
+    else:
+        write_atomically(checkpoint, path)
+
+
+def write_atomically(content: Any, path: str | os.PathLike[str]) -> None:
+    """``torch.save`` under a temporary name in the same folder, then rename: the file is old, or new, and never half.
+
+    Lightning's own way writes to the system's temporary folder first, and moves from there: a copy, where that is
+    another disk.
+    """
+    path = os.path.abspath(path)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.remove(temporary)
+        raise
 
 
 def _plain(hparams: dict[str, Any]) -> dict[str, Any]:

@@ -1,18 +1,17 @@
-"""How the Trainer sees calibration: which loader is the calibration set, its batches, the network's precision."""
+"""Which loader is the calibration set, and its batches as the Trainer hands them out."""
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
-from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from lightning_clamp.clamping import MIN_SAMPLES, as_pair, kept_random_state
+from lightning_clamp.clamping import MIN_SAMPLES, Ranks, as_pair, kept_random_state
+from lightning_clamp.shards import Shard
 
 _HOOK = "calibration_dataloader"
 
@@ -49,27 +48,40 @@ def find_calibration_set(trainer: Trainer, module: LightningModule, given: Any) 
     if given is not None:
         return CalibrationSource(given, fast)
     for owner in (_datamodule(trainer), module):
-        if hook := getattr(owner, "calibration_dataloader", None):
+        if hook := getattr(owner, _HOOK, None):
             return CalibrationSource(hook(), fast)
-    loaders = trainer.val_dataloaders
-    if loaders is None and trainer.enable_validation:
+    if trainer.val_dataloaders is None and trainer.enable_validation:
         return None
+    loader = _only(trainer.val_dataloaders)
+    limit = trainer.num_val_batches[0] if trainer.num_val_batches else 0
+    if loader is None or limit == 0:
+        raise MisconfigurationException(
+            "There is no calibration set: pass NeuralClamping(calibration_dataloader=...), or give the datamodule a "
+            "`calibration_dataloader()`, or the Trainer a validation loader."
+        )
+    return CalibrationSource(loader, None if limit == float("inf") else int(limit), is_validation=True)
+
+
+def given_calibration_set(trainer: Trainer, given: Any) -> CalibrationSource:
+    """The calibration set of a loader, or of a datamodule that has been set up."""
+    if not isinstance(given, LightningDataModule) or hasattr(given, _HOOK):
+        loader = getattr(given, _HOOK)() if isinstance(given, LightningDataModule) else given
+        return CalibrationSource(loader, None)
+    return CalibrationSource(_only(given.val_dataloader()), None, is_validation=True)
+
+
+def _only(loaders: Any) -> Any:
+    """The one validation loader, if it is one."""
     if isinstance(loaders, dict):
         loaders = list(loaders.values())
     if isinstance(loaders, list | tuple) and len(loaders) == 1:
         (loaders,) = loaders
     if isinstance(loaders, list | tuple):
         raise MisconfigurationException(
-            f"There are {len(loaders)} validation loaders, and which is the calibration set? Pass "
-            "NeuralClamping(calibration_dataloader=...)."
+            f"There are {len(loaders)} validation loaders, and which is the calibration set? Pass one as the "
+            "calibration_dataloader."
         )
-    limit = trainer.num_val_batches[0] if trainer.num_val_batches else 0
-    if loaders is None or limit == 0:
-        raise MisconfigurationException(
-            "There is no calibration set: pass NeuralClamping(calibration_dataloader=...), or give the datamodule a "
-            "`calibration_dataloader()`, or the Trainer a validation loader."
-        )
-    return CalibrationSource(loaders, None if limit == float("inf") else int(limit), is_validation=True)
+    return loaders
 
 
 def _datamodule(trainer: Trainer) -> LightningDataModule | None:
@@ -105,65 +117,55 @@ def _overlap(first: Any, second: Any) -> int:
 
 
 class CalibrationBatches:
-    """The calibration set as Lightning would hand it to a validation step: transfer hooks run, on the device."""
+    """This rank's part of the calibration set as Lightning would hand it to a validation step: transfer hooks run.
 
-    def __init__(self, source: CalibrationSource, trainer: Trainer, module: LightningModule) -> None:
-        self.loader = source.loader
+    Reads the first batch, so that a set that cannot be used is refused before training and not after.
+
+    Raises:
+        MisconfigurationException: If the set cannot be iterated again and again, is empty, or yields no pairs.
+    """
+
+    def __init__(self, source: CalibrationSource, trainer: Trainer, module: LightningModule, ranks: Ranks) -> None:
+        if not isinstance(source.loader, Iterable) or isinstance(source.loader, Iterator):
+            raise MisconfigurationException(
+                f"The calibration set must be a DataLoader or a list of batches, got {type(source.loader).__name__}."
+            )
         self.limit = source.limit
         self.trainer = trainer
         self.module = module
+        with kept_random_state():
+            self.shard = Shard(source.loader, ranks)
+            self._check(ranks)
 
     @property
     def n_batches(self) -> int | None:
         """Number of batches; None for loaders that do not know it."""
-        length = sized_len(self.loader)
+        length = self.shard.n_batches
         return length if self.limit is None or length is None else min(self.limit, length)
 
     def __iter__(self) -> Iterator[Any]:
-        """Yield the batches."""
-        owner = self._owner_of("on_before_batch_transfer")
-        for batch in islice(self.loader, self.limit):
-            batch = self.trainer.precision_plugin.convert_input(batch)
-            batch = owner.on_before_batch_transfer(batch, 0)
-            yield self.trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        """Yield the batches, on the device."""
+        return (self._transferred(batch) for batch in islice(self.shard, self.limit))
 
-    def check(self) -> None:
-        """Read the first batch, so that a set that cannot be used is refused before training and not after.
+    def _transferred(self, batch: Any) -> Any:
+        batch = self.trainer.precision_plugin.convert_input(batch)
+        batch = self._owner_of("on_before_batch_transfer").on_before_batch_transfer(batch, 0)
+        return self.trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
-        Raises:
-            MisconfigurationException: If the set cannot be iterated again and again, is empty, or yields no pairs.
-        """
-        if not isinstance(self.loader, Iterable) or isinstance(self.loader, Iterator):
+    def _check(self, ranks: Ranks) -> None:
+        found = self.shard.first is not None
+        with ranks.agreeing():
+            try:
+                if found:
+                    as_pair(self._transferred(self.shard.first))
+            except TypeError as error:
+                raise MisconfigurationException(f"NeuralClamping cannot use the calibration set. {error}") from error
+        if not any(ranks.gather(found)):
             raise MisconfigurationException(
-                f"The calibration set must be a DataLoader or a list of batches, got {type(self.loader).__name__}."
+                "The calibration set is empty: pass a loader that yields at least one batch."
             )
-        with kept_random_state():
-            for batch in self:
-                try:
-                    as_pair(batch)
-                except TypeError as error:
-                    raise MisconfigurationException(
-                        f"NeuralClamping cannot use the calibration set. {error}"
-                    ) from error
-                return
-        raise MisconfigurationException("The calibration set is empty: pass a loader that yields at least one batch.")
 
     def _owner_of(self, hook: str) -> LightningModule | LightningDataModule:
         """As Lightning: the datamodule's hook if it overrides it, else the module's."""
         datamodule = _datamodule(self.trainer)
         return datamodule if datamodule is not None and is_overridden(hook, datamodule) else self.module
-
-
-class TrainedNetwork(nn.Module):
-    """The module's forward in the Trainer's precision."""
-
-    def __init__(self, trainer: Trainer, module: LightningModule) -> None:
-        super().__init__()
-        self.module = module
-        self.precision = trainer.precision_plugin
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Logits as the module's own steps would see them."""
-        with self.precision.forward_context():
-            logits: Tensor = self.module(inputs)
-        return logits

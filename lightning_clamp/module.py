@@ -10,7 +10,7 @@ from torchmetrics import Metric, MetricCollection
 
 from lightning_clamp._rows import Task
 from lightning_clamp.checkpoint import read_calibrated
-from lightning_clamp.clamping import Clamp, as_pair
+from lightning_clamp.clamping import CalibrationResult, Clamp, as_pair
 from lightning_clamp.metrics import Accuracy, ExpectedCalibrationError, NegativeLogLikelihood
 
 
@@ -25,6 +25,9 @@ class CalibrationModule(LightningModule):
         clamp: What was fitted to it.
         task: ``"multiclass"`` or ``"binary"``; what the metrics and :meth:`predict_proba` take the logits for.
         ignore_index: Target value that the metrics leave out.
+
+    Attributes:
+        result: What the calibration did, where it was done in this process; None for a module that was loaded.
     """
 
     def __init__(
@@ -35,6 +38,7 @@ class CalibrationModule(LightningModule):
         self.clamp = clamp
         self.task: Task = task
         self.ignore_index = ignore_index
+        self.result: CalibrationResult | None = None
         options: dict[str, Any] = {"task": task, "ignore_index": ignore_index}
         metrics: dict[str, Metric | MetricCollection] = {
             "nll": NegativeLogLikelihood(**options),

@@ -50,9 +50,14 @@ def log_result(trainer: Trainer, result: CalibrationResult) -> None:
     """Write the numbers to ``trainer.callback_metrics`` and every logger, and pictures where a logger takes them."""
     numbers = scalars(result)
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in numbers.items()})
+    if not trainer.is_global_zero:
+        return
+    # Private, and what Lightning's own callbacks log by: the one count of steps that metrics logged in training have.
+    # trainer.global_step counts every optimizer, and with manual optimization only their steps, so it may lie behind.
+    step = trainer.fit_loop.epoch_loop._batches_that_stepped  # noqa: SLF001
     for logger in trainer.loggers:
-        logger.log_metrics(numbers, step=trainer.global_step)
-    log_figures(trainer.loggers, result, trainer.global_step)
+        logger.log_metrics(numbers, step=step)
+    log_figures(trainer.loggers, result, step)
 
 
 def log_figures(loggers: Sequence[Logger], result: CalibrationResult, step: int) -> None:

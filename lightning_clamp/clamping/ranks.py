@@ -1,7 +1,8 @@
 """The processes that share a calibration set: what they add up, and how they fail together."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -64,6 +65,16 @@ class Ranks:
             if told is not None:
                 raise error if error is not None else RuntimeError(f"Rank {rank} failed with {told}")
         return [value for value, _ in everyone]
+
+    @contextmanager
+    def agreeing(self) -> Iterator[None]:
+        """What goes wrong inside on one rank is raised on all after; no rank may wait for another inside."""
+        error = None
+        try:
+            yield
+        except Exception as caught:  # noqa: BLE001 - whatever it is, the other ranks must hear of it; it is raised again
+            error = caught
+        self.gather(None, error)
 
     def warn(self, message: str, stacklevel: int = 1) -> None:
         """:func:`warnings.warn`, on the first rank only."""

@@ -1,0 +1,43 @@
+"""What the Trainer runs on: which strategies a calibration can use, and the ranks it has there."""
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from torch import distributed as dist
+
+from lightning_clamp.clamping import ALONE, Ranks
+
+
+def check_strategy(trainer: Trainer) -> None:
+    """Refuse strategies that do not hold the whole network on every device.
+
+    Raises:
+        MisconfigurationException: If the Trainer has one of those.
+    """
+    strategy = trainer.strategy
+    whole = isinstance(strategy, SingleDeviceStrategy | DDPStrategy) and strategy.root_device.type != "xla"
+    if not whole or isinstance(strategy, DeepSpeedStrategy):
+        raise MisconfigurationException(
+            f"NeuralClamping calls the network on every device by itself, which {type(strategy).__name__} does not "
+            "allow: train without the callback and save; then run lightning_clamp.calibrate(Trainer(devices=1), model, "
+            "calibration_dataloader) on the model, loaded from the consolidated checkpoint. One device and "
+            "strategy='ddp' work with the callback."
+        )
+
+
+def check_float64(trainer: Trainer) -> None:
+    """Refuse devices that cannot sum in float64.
+
+    Raises:
+        MisconfigurationException: On Apple's MPS.
+    """
+    if trainer.strategy.root_device.type == "mps":
+        raise MisconfigurationException(
+            "NeuralClamping sums in float64, which MPS does not have: use Trainer(accelerator='cpu'), or train without "
+            "it and run lightning_clamp.calibrate(Trainer(accelerator='cpu'), model, calibration_dataloader)."
+        )
+
+
+def ranks_of(trainer: Trainer) -> Ranks:
+    """The ranks of a running Trainer, which share the calibration set."""
+    return Ranks(dist.group.WORLD) if trainer.world_size > 1 else ALONE
