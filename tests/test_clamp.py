@@ -66,3 +66,15 @@ def test_a_temperature_is_one_finite_number(value):
 def test_a_clamp_has_nothing_to_train():
     assert list(Clamp(torch.zeros(2), 0.1).parameters()) == []
     assert "temperature=1.105" in repr(Clamp(torch.zeros(2), 0.1))
+
+
+@pytest.mark.parametrize("cast", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_cast_of_the_module_around_it_keeps_float32(cast):
+    clamp = Clamp(torch.randn(3, 4, 4), 0.1234567, torch.randn(5))
+    before = {name: value.clone() for name, value in clamp.state_dict().items()}
+    around = torch.nn.Sequential(torch.nn.Linear(2, 2), clamp).to(cast)
+    assert around[0].weight.dtype == cast
+    kept = torch.promote_types(cast, torch.float32)
+    for name, value in clamp.state_dict().items():
+        assert value.dtype == kept
+        assert torch.equal(value, before[name].to(kept))

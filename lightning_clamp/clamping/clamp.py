@@ -1,6 +1,6 @@
 """The clamp itself: a perturbation added to every input, and a map applied to every logit."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,8 @@ from lightning_clamp.clamping.perturbation import shifted
 class Clamp(nn.Module):
     r"""What calibration learned: :math:`\mathrm{softmax}(a \circ f(x + \delta) / T + b)`.
 
-    The tensors are buffers, so no optimizer, average or gradient check ever sees them. ``Clamp()`` is the identity.
+    The tensors are buffers, so no optimizer, average or gradient check ever sees them, and stay float32 at least when
+    a module around them is cast. ``Clamp()`` is the identity.
 
     Args:
         perturbation: :math:`\delta`, the shape of one input, or None for no perturbation.
@@ -88,6 +89,17 @@ class Clamp(nn.Module):
             factor = factor * _per_class(self.class_scale, scores)
         scores = scores * factor
         return scores if self.class_bias is None else scores + _per_class(self.class_bias, scores)
+
+    # Private in torch, and where a module's tensors are cast; nothing public comes before. A Trainer with
+    # precision="bf16-true" casts all of a module, and would leave log T and δ two or three digits. The tests hold it
+    # against such a Trainer and against casts.
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Clamp":
+        before = dict(self.named_buffers())
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, after in self.named_buffers():
+            if torch.finfo(after.dtype).bits < 32:
+                setattr(self, name, before[name].to(after.device))
+        return self
 
     def extra_repr(self) -> str:
         """Summary shown by ``print(clamp)``."""

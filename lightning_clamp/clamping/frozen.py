@@ -45,11 +45,12 @@ def frozen(network: Callable[[Tensor], Tensor]) -> Iterator[None]:
     parameters = [] if module is None else list(module.parameters())
     training = [part.training for part in modules]
     requires_grad = [parameter.requires_grad for parameter in parameters]
-    buffers = [
-        (part, name, buffer, buffer.detach().clone())
-        for part in modules
-        for name, buffer in part.named_buffers(recurse=False)
-    ]
+    with torch.inference_mode(False):
+        buffers = [
+            (part, name, buffer, buffer.detach().clone())
+            for part in modules
+            for name, buffer in part.named_buffers(recurse=False)
+        ]
     # cuDNN refuses the backward of a recurrent layer in eval mode; torch's own kernels do not.
     recurrent = any(isinstance(part, nn.RNNBase) for part in modules)
     try:
@@ -57,6 +58,10 @@ def frozen(network: Callable[[Tensor], Tensor]) -> Iterator[None]:
             part.training = False
         for parameter in parameters:
             parameter.requires_grad_(False)
+        for part, name, buffer, value in buffers:
+            if buffer.is_inference():
+                # Made in a validation under inference mode, and of no use where gradients are wanted.
+                setattr(part, name, value)
         with (
             kept_random_state(),
             torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext(),
@@ -77,6 +82,7 @@ def _restore(module: nn.Module, name: str, buffer: Tensor, value: Tensor) -> Non
     """Give a buffer its value back, and its place if the module put another tensor there."""
     if getattr(module, name) is not buffer:
         setattr(module, name, buffer)
-    if not torch.equal(buffer, value):
+    # An inference tensor was put aside meanwhile, and nothing could change it.
+    if not buffer.is_inference() and not torch.equal(buffer, value):
         with torch.no_grad():
             buffer.copy_(value)
