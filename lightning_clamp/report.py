@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_clamp.clamping import CalibrationResult, Clamp
@@ -61,8 +61,8 @@ def log_result(trainer: Trainer, result: CalibrationResult) -> None:
 
 
 def log_figures(loggers: Sequence[Logger], result: CalibrationResult, step: int) -> None:
-    """Log the reliability diagram and the perturbation to TensorBoard and Weights & Biases."""
-    takers = [logger for logger in loggers if isinstance(logger, TensorBoardLogger | WandbLogger)]
+    """Log the reliability diagram and the perturbation to TensorBoard, Weights & Biases and MLflow."""
+    takers = [logger for logger in loggers if isinstance(logger, TensorBoardLogger | WandbLogger | MLFlowLogger)]
     if not takers:
         return
     if find_spec("matplotlib") is None:
@@ -76,10 +76,13 @@ def log_figures(loggers: Sequence[Logger], result: CalibrationResult, step: int)
         figures["perturbation"] = plot_perturbation(result.clamp)
     for name, figure in figures.items():
         for logger in takers:
+            key = f"calibration/{name}"
             if isinstance(logger, WandbLogger):
-                _log_to_wandb(logger, f"calibration/{name}", figure, step)
+                _log_to_wandb(logger, key, figure, step)
+            elif isinstance(logger, MLFlowLogger):
+                logger.experiment.log_figure(logger.run_id, figure, f"{key}.png")
             else:
-                logger.experiment.add_figure(f"calibration/{name}", figure, step, close=False)
+                logger.experiment.add_figure(key, figure, step, close=False)
         plt.close(figure)
 
 

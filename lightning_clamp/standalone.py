@@ -70,7 +70,7 @@ def calibrate(
         {"solver": solver, "task": task, "ignore_index": ignore_index, "cache_bytes": cache_bytes, **options},
         None if save_to is None else os.fspath(save_to),
     )
-    trainer.validate(run, dataloaders=[_OneBatch()], verbose=False)
+    trainer.validate(run, dataloaders=[_NoBatches()], verbose=False)
     outcome = run.mailbox.receive() or run.outcome
     if outcome is None:
         raise MisconfigurationException("The Trainer did not validate, and then it calibrates: limit_val_batches=0?")
@@ -79,11 +79,11 @@ def calibrate(
     return module.cpu()
 
 
-class _OneBatch:
+class _NoBatches:
     """What the Trainer validates on, so that it starts to; the calibration set is read by the calibration."""
 
     def __iter__(self) -> Any:
-        return iter([torch.zeros(1)])
+        return iter(())
 
     def __len__(self) -> int:
         return 1

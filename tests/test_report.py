@@ -1,11 +1,12 @@
 import csv
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_clamp import Clamp, NeuralClamping, fit_clamp
@@ -78,6 +79,61 @@ def test_every_logger_and_the_callback_metrics_get_the_numbers(tmp_path):
     assert float(row["calibration/after/nll"]) == pytest.approx(expected["calibration/after/nll"])
 
 
+class Manual(LitClassifier):
+    """Logs every batch and steps on every other, so that batches run ahead of the optimizer's steps."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("train_loss", loss)
+        self.manual_backward(loss)
+        if batch_idx % 2:
+            self.optimizers().step()
+
+
+class TwoOptimizers(Manual):
+    """Two optimizers, both of which step on every batch: their steps run ahead of the batches."""
+
+    def training_step(self, batch, batch_idx):
+        loss = LitClassifier.training_step(self, batch, batch_idx)
+        self.log("train_loss", loss)
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [LitClassifier.configure_optimizers(self) for _ in range(2)]
+
+
+@pytest.mark.parametrize("model", [Manual, TwoOptimizers])
+def test_steps_are_those_of_the_metrics_of_training_and_never_go_backwards(tmp_path, model):
+    """Fails when Lightning moves the private count of steps that its own metrics are logged by."""
+    logger, callback = CSVLogger(tmp_path), plain()
+    run = trainer(tmp_path, callback, logger=logger, log_every_n_steps=1, max_epochs=2)
+    run.fit(model(), train_loader())
+    run.fit_loop.max_epochs = 3
+    run.fit(run.lightning_module, train_loader())
+    with open(Path(logger.log_dir) / "metrics.csv") as file:
+        steps = [(int(row["step"]), bool(row["calibration/temperature"])) for row in csv.DictReader(file)]
+    assert [step for step, ours in steps if ours] == [4, 6]
+    assert [step for step, _ in steps] == sorted(step for step, _ in steps)
+
+
+def test_mlflow_gets_numbers_and_figures(tmp_path, monkeypatch):
+    # The skinny client has no other local store than files, which it wants to be asked for.
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    logger, callback = MLFlowLogger("clamp", save_dir=str(tmp_path / "runs")), plain()
+    trainer(tmp_path, callback, logger=logger, log_every_n_steps=1).fit(LitClassifier(), train_loader())
+    client, run_id = logger.experiment, logger.run_id
+    metrics = client.get_run(run_id).data.metrics
+    assert set(metrics) >= KEYS
+    assert metrics["calibration/after/nll"] == pytest.approx(callback.result.after["nll"])
+    assert [point.step for point in client.get_metric_history(run_id, "calibration/temperature")] == [2]
+    written = {path.name for path in (tmp_path / "runs").rglob("artifacts/calibration/*.png")}
+    assert written == {"reliability.png", "perturbation.png"}
+
+
 def test_without_matplotlib_only_the_figures_are_missing(tmp_path, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr("lightning_clamp.report.find_spec", lambda name: None if name == "matplotlib" else found(name))
@@ -87,6 +143,36 @@ def test_without_matplotlib_only_the_figures_are_missing(tmp_path, monkeypatch):
     events = EventAccumulator(logger.log_dir).Reload()
     assert set(events.Tags()["scalars"]) >= KEYS
     assert events.Tags()["images"] == []
+
+
+def records(content, block=32768, header=7):
+    """Records of a LevelDB log, which is what W&B writes behind seven bytes of its own."""
+    whole, at = b"", header
+    while at + header <= len(content):
+        if block - at % block < header:
+            at += block - at % block
+            continue
+        size, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
+        whole += content[at + header : at + header + size]
+        at += header + size
+        if kind in (1, 4):  # a whole record, or the last part of one
+            yield whole
+            whole = b""
+
+
+def written_offline(path):
+    """What an offline run of W&B has written to its file, by key; the last value of each."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    logged = {}
+    for data in records(path.read_bytes()):
+        record = Record()
+        record.ParseFromString(data)
+        for item in record.history.item:
+            # Pictures are several items: the key, and what is told of it.
+            key, *part = item.nested_key or [item.key]
+            logged["/".join([key, *part])] = json.loads(item.value_json)
+    return logged
 
 
 def test_weights_and_biases_gets_numbers_and_figures(tmp_path, monkeypatch):
@@ -99,6 +185,13 @@ def test_weights_and_biases_gets_numbers_and_figures(tmp_path, monkeypatch):
     assert summary["calibration/temperature"] == pytest.approx(float(callback.result.clamp.temperature))
     assert set(summary) >= KEYS | {"calibration/reliability", "calibration/perturbation"}
     assert len(list(tmp_path.rglob("media/images/calibration/*.png"))) == 2
+    (file,) = tmp_path.rglob("run-*.wandb")
+    logged = written_offline(file)
+    assert set(logged) >= KEYS
+    assert logged["calibration/after/nll"] == pytest.approx(callback.result.after["nll"])
+    for picture in ("reliability", "perturbation"):
+        assert logged[f"calibration/{picture}/format"] == "png"
+        assert logged[f"calibration/{picture}/count"] == 1
 
 
 def test_the_table_is_shown_to_the_user(tmp_path, caplog):

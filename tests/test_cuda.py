@@ -1,0 +1,53 @@
+"""The Trainer's life on an accelerator: precision, compilation, NCCL. Skipped where there is none."""
+
+import pytest
+import torch
+
+from lightning_clamp import CalibrationModule, NeuralClamping, calibrate
+from tests.scenarios import LitClassifier, loader
+from tests.test_callback import train_loader, trainer
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+HELD_OUT = loader(1000, seed=30, size=250)
+OPTIONS = {"outputs": ("temperature",), "grids": (1,)}
+
+
+def fitted(path, *, model=None, **options):
+    callback = NeuralClamping(HELD_OUT, dirpath=path, **OPTIONS)
+    run, model = trainer(path, callback, **options), model or LitClassifier(lr=0.0)
+    run.fit(model, train_loader())
+    return run, model, callback
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "16-mixed", "bf16-mixed", "bf16-true", "16-true"])
+def test_the_clamp_is_that_of_the_cpu_within_the_stated_tolerance(tmp_path, precision):
+    _, _, expected = fitted(tmp_path / "cpu")
+    run, model, callback = fitted(tmp_path / "cuda", accelerator="cuda", devices=1, precision=precision)
+    dtype = torch.float64 if precision == "64-true" else torch.float32
+    assert {value.dtype for value in callback.result.clamp.state_dict().values()} == {dtype}
+    rel = 1e-3 if precision in ("32-true", "64-true") else 0.01
+    assert float(callback.result.clamp.temperature) == pytest.approx(float(expected.result.clamp.temperature), rel=rel)
+    for name in ("nll", "ece", "accuracy"):
+        assert callback.result.after[name] == pytest.approx(expected.result.after[name], abs=0.005)
+    module = CalibrationModule.from_checkpoint(callback.checkpoint_path, LitClassifier, map_location="cpu")
+    assert module.clamp.log_temperature.device.type == "cpu"
+    assert torch.cat(run.predict(model, HELD_OUT)).isfinite().all()
+
+
+def test_a_compiled_network(tmp_path):
+    model = LitClassifier(lr=0.0)
+    model.net = torch.compile(model.net)
+    _, _, callback = fitted(tmp_path / "cuda", model=model, accelerator="cuda", devices=1)
+    _, _, expected = fitted(tmp_path / "cpu")
+    assert float(callback.result.clamp.temperature) == pytest.approx(float(expected.result.clamp.temperature), rel=1e-3)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+def test_several_devices_over_nccl(tmp_path):
+    model = LitClassifier()
+    alone = calibrate(trainer(tmp_path), model, HELD_OUT, **OPTIONS)
+    several = trainer(tmp_path, accelerator="cuda", devices=2, strategy="ddp_spawn")
+    together = calibrate(several, model, HELD_OUT, **OPTIONS)
+    assert together.result.n_samples == alone.result.n_samples
+    assert float(together.clamp.temperature) == pytest.approx(float(alone.clamp.temperature), rel=1e-3)

@@ -1,0 +1,116 @@
+"""A model that was trained earlier, calibrated by any Trainer's own entry point."""
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.loggers import CSVLogger
+
+from lightning_clamp import CalibrationModule, Clamp, NeuralClamping, calibrate, fit_clamp
+from tests.scenarios import LitClassifier, loader
+from tests.test_callback import train_loader, trainer
+from tests.test_frozen import assert_same, trace
+
+OPTIONS = {"outputs": ("temperature",), "grids": (1,)}
+HELD_OUT = loader(600, seed=30)
+
+
+class Data(LightningDataModule):
+    """Keeps a list of what it was asked."""
+
+    def __init__(self, with_hook=True):
+        super().__init__()
+        self.asked = []
+        if with_hook:
+            self.calibration_dataloader = lambda: HELD_OUT
+
+    def prepare_data(self):
+        self.asked.append("prepare_data")
+
+    def setup(self, stage):
+        self.asked.append(f"setup {stage} of {self.trainer.world_size}")
+
+    def val_dataloader(self):
+        return loader(300, seed=31)
+
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        return [batch[0] + 5, batch[1]]
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return [batch[0] - 5, batch[1]]
+
+
+def test_it_is_the_clamp_of_fit_clamp_and_the_model_is_left_alone(tmp_path):
+    model = LitClassifier()
+    before = trace(model)
+    module = calibrate(trainer(tmp_path), model, HELD_OUT, **OPTIONS)
+    assert_same(before, trace(model))
+    assert module.network is not model
+    expected = fit_clamp(model, HELD_OUT, **OPTIONS)
+    assert module.result.after == expected.after
+    for name, value in expected.clamp.state_dict().items():
+        assert torch.equal(module.clamp.state_dict()[name], value)
+    (metrics,) = trainer(tmp_path).test(module, loader(300, seed=50), verbose=False)
+    assert metrics["calibrated/nll"] < 0.7
+
+
+def test_a_datamodules_hooks_run(tmp_path):
+    data = Data()
+    module = calibrate(trainer(tmp_path), LitClassifier(), data, **OPTIONS)
+    assert data.asked == ["prepare_data", "setup fit of 1"]
+    assert module.result.n_samples == 600
+    alone = calibrate(trainer(tmp_path), LitClassifier(), HELD_OUT, **OPTIONS)
+    assert float(module.clamp.log_temperature) == pytest.approx(float(alone.clamp.log_temperature), abs=1e-4)
+
+
+def test_for_want_of_a_calibration_set_the_validation_set_serves(tmp_path):
+    with pytest.warns(UserWarning, match=r"Data has no calibration_dataloader\(\), so its validation set serves"):
+        module = calibrate(trainer(tmp_path), LitClassifier(), Data(with_hook=False), **OPTIONS)
+    assert module.result.n_samples == 300
+
+
+def test_it_is_saved_and_logged_where_asked(tmp_path):
+    logger = CSVLogger(tmp_path / "csv")
+    path = tmp_path / "there" / "mine-calibrated.ckpt"
+    module = calibrate(
+        trainer(tmp_path, logger=logger), LitClassifier(temperature=3.0), HELD_OUT, save_to=path, **OPTIONS
+    )
+    x = loader(20, seed=3).dataset.tensors[0]
+    assert torch.equal(CalibrationModule.from_checkpoint(path, LitClassifier)(x), module(x))
+    assert "calibration/temperature" in (tmp_path / "csv/lightning_logs/version_0/metrics.csv").read_text()
+
+
+def test_a_trainer_that_has_been_used_and_has_the_callback_will_do(tmp_path):
+    callback = NeuralClamping(HELD_OUT, solver="temperature")
+    run, model = trainer(tmp_path, callback), LitClassifier()
+    run.fit(model, train_loader())
+    fitted = callback.calibrated_module()
+    calibrate(run, model, loader(300, seed=31), **OPTIONS)
+    x = loader(20, seed=3).dataset.tensors[0]
+    assert torch.equal(callback.calibrated_module()(x), fitted(x))
+
+
+class Failing(LitClassifier):
+    def forward(self, x):
+        raise OSError("no disk")
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "options", "error", "message"),
+    [
+        (torch.nn.Linear(2, 2), HELD_OUT, {}, TypeError, "takes the LightningModule that was trained, .* got Linear"),
+        (CalibrationModule(LitClassifier(), Clamp()), HELD_OUT, {}, TypeError, "got CalibrationModule"),
+        (LitClassifier(), HELD_OUT, {"epochs": 3}, TypeError, "solver='scoring' has no option epochs"),
+        (LitClassifier(), [], {}, MisconfigurationException, "The calibration set is empty"),
+        (LitClassifier(), iter([]), {}, MisconfigurationException, "must be a DataLoader or a list of batches"),
+        (Failing(), HELD_OUT, {}, OSError, "no disk"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_refused(tmp_path, model, data, options, error, message):
+    with pytest.raises(error, match=message):
+        calibrate(trainer(tmp_path), model, data, **options)
+
+
+def test_a_trainer_that_does_not_validate_is_refused(tmp_path):
+    with pytest.raises(MisconfigurationException, match=r"did not validate, .* limit_val_batches=0"):
+        calibrate(trainer(tmp_path, limit_val_batches=0), LitClassifier(), HELD_OUT)
