@@ -6,14 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_clamp._rows import Task
-from lightning_clamp.checkpoint import STATE_KEY, Calibrated, fingerprint, from_state, to_state
+from lightning_clamp.checkpoint import STATE_KEY, Calibrated, fingerprint, from_state, read_safely, to_state
 from lightning_clamp.clamping import CalibrationResult, Solver, check_options
 from lightning_clamp.data import CalibrationBatches, find_calibration_set, warn_if_training_data
 from lightning_clamp.devices import check_float64, check_strategy, ranks_of
@@ -136,9 +135,11 @@ class NeuralClamping(Callback):
             )
         saved = self._calibrated
         network = copy.deepcopy(self._module)
-        if fingerprint(network) != saved.fingerprint and self._path is not None:
-            network.load_state_dict(torch.load(self._path, map_location="cpu", weights_only=True)["state_dict"])
-        if fingerprint(network) != saved.fingerprint:
+        belongs = fingerprint(network) == saved.fingerprint
+        if not belongs and self._path is not None:
+            network.load_state_dict(read_safely(self._path)["state_dict"])
+            belongs = fingerprint(network) == saved.fingerprint
+        if not belongs:
             raise RuntimeError(
                 "The model's weights are no longer the calibrated ones (another checkpoint was loaded, or it was "
                 "trained on), and those were not saved: give the Trainer a ModelCheckpoint, or the callback a dirpath."

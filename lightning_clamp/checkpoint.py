@@ -155,13 +155,7 @@ def read_calibrated(path: str | os.PathLike[str]) -> Calibrated:
         FileNotFoundError: If there is no such file.
         ValueError: If it is damaged, holds objects a safe load refuses, or holds no clamp.
     """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise ValueError(
-            f"{os.fspath(path)!r} is damaged, or no checkpoint that can be loaded safely: "
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        ) from error
+    checkpoint = read_safely(path)
     states = checkpoint.get("callbacks", {}) if isinstance(checkpoint, dict) else {}
     if STATE_KEY not in states:
         raise ValueError(
@@ -169,3 +163,14 @@ def read_calibrated(path: str | os.PathLike[str]) -> Calibrated:
             "or calibrate this one first."
         )
     return from_state(states[STATE_KEY])
+
+
+def read_safely(path: str | os.PathLike[str]) -> Any:
+    """``torch.load`` to the CPU, of tensors and plain values only; errors as in :func:`read_calibrated`."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(
+            f"{os.fspath(path)!r} is damaged, or no checkpoint that can be loaded safely: "
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from error

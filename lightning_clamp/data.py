@@ -62,11 +62,12 @@ def find_calibration_set(trainer: Trainer, module: LightningModule, given: Any) 
     return CalibrationSource(loader, None if limit == float("inf") else int(limit), is_validation=True)
 
 
-def given_calibration_set(trainer: Trainer, given: Any) -> CalibrationSource:
+def given_calibration_set(given: Any) -> CalibrationSource:
     """The calibration set of a loader, or of a datamodule that has been set up."""
-    if not isinstance(given, LightningDataModule) or hasattr(given, _HOOK):
-        loader = getattr(given, _HOOK)() if isinstance(given, LightningDataModule) else given
-        return CalibrationSource(loader, None)
+    if not isinstance(given, LightningDataModule):
+        return CalibrationSource(given, None)
+    if hook := getattr(given, _HOOK, None):
+        return CalibrationSource(hook(), None)
     return CalibrationSource(_only(given.val_dataloader()), None, is_validation=True)
 
 
@@ -88,6 +89,13 @@ def _datamodule(trainer: Trainer) -> LightningDataModule | None:
     # Public, but set by a connector where mypy does not look.
     datamodule: LightningDataModule | None = trainer.datamodule  # type: ignore[attr-defined]
     return datamodule
+
+
+def owner_of(
+    hook: str, datamodule: LightningDataModule | None, module: LightningModule
+) -> LightningDataModule | LightningModule:
+    """Whose data hook counts, as in Lightning: the datamodule's if it overrides it, else the module's."""
+    return datamodule if datamodule is not None and is_overridden(hook, datamodule) else module
 
 
 def warn_if_training_data(loader: Any, trainer: Trainer) -> None:
@@ -149,7 +157,8 @@ class CalibrationBatches:
 
     def _transferred(self, batch: Any) -> Any:
         batch = self.trainer.precision_plugin.convert_input(batch)
-        batch = self._owner_of("on_before_batch_transfer").on_before_batch_transfer(batch, 0)
+        owner = owner_of("on_before_batch_transfer", _datamodule(self.trainer), self.module)
+        batch = owner.on_before_batch_transfer(batch, 0)
         return self.trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
     def _check(self, ranks: Ranks) -> None:
@@ -164,8 +173,3 @@ class CalibrationBatches:
             raise MisconfigurationException(
                 "The calibration set is empty: pass a loader that yields at least one batch."
             )
-
-    def _owner_of(self, hook: str) -> LightningModule | LightningDataModule:
-        """As Lightning: the datamodule's hook if it overrides it, else the module's."""
-        datamodule = _datamodule(self.trainer)
-        return datamodule if datamodule is not None and is_overridden(hook, datamodule) else self.module

@@ -8,11 +8,10 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_clamp._rows import Task
 from lightning_clamp.clamping import Solver, check_options
-from lightning_clamp.data import CalibrationBatches, given_calibration_set
+from lightning_clamp.data import CalibrationBatches, given_calibration_set, owner_of
 from lightning_clamp.devices import check_float64, check_strategy, ranks_of
 from lightning_clamp.fitting import fit_in_trainer, publish
 from lightning_clamp.mailbox import Mailbox, Outcome
@@ -139,13 +138,12 @@ class _Run(LightningModule):
         return self._owner_of("on_after_batch_transfer").on_after_batch_transfer(batch, dataloader_idx)
 
     def _owner_of(self, hook: str) -> LightningModule | LightningDataModule:
-        given = self.datamodule
-        return given if given is not None and is_overridden(hook, given) else self.network
+        return owner_of(hook, self.datamodule, self.network)
 
     def on_validation_start(self) -> None:
         """Calibrate."""
         trainer = self.trainer
-        source = given_calibration_set(trainer, self.data)
+        source = given_calibration_set(self.data)
         if source.is_validation:
             rank_zero_warn(
                 f"{type(self.data).__name__} has no calibration_dataloader(), so its validation set serves, which also "
