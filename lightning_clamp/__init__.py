@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from lightning_clamp import losses as losses
     from lightning_clamp import metrics as metrics
     from lightning_clamp.callback import NeuralClamping as NeuralClamping
     from lightning_clamp.clamping import CalibrationResult as CalibrationResult
@@ -25,14 +26,24 @@ _HOME = {
     "calibrate": "standalone",
     "fit_clamp": "clamping",
 }
+_PACKAGES = ("losses", "metrics")
 
-__all__ = ["CalibrationModule", "CalibrationResult", "Clamp", "NeuralClamping", "calibrate", "fit_clamp", "metrics"]
+__all__ = [
+    "CalibrationModule",
+    "CalibrationResult",
+    "Clamp",
+    "NeuralClamping",
+    "calibrate",
+    "fit_clamp",
+    "losses",
+    "metrics",
+]
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name from its module (PEP 562)."""
-    if name == "metrics":
-        return import_module("lightning_clamp.metrics")
+    if name in _PACKAGES:
+        return import_module(f"lightning_clamp.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'lightning_clamp' has no attribute {name!r}; it offers {', '.join(__all__)}")
     return getattr(import_module(f"lightning_clamp.{_HOME[name]}"), name)

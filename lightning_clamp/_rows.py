@@ -111,16 +111,20 @@ def _parts(logits: Tensor, target: Tensor, elements: int) -> Iterator[tuple[Tens
         yield from zip(torch.split(part, size, 2), torch.split(labels, size, 1), strict=True)
 
 
-def _checked(logits: Tensor, target: Tensor, task: Task) -> tuple[Tensor, Tensor]:
-    """Logits ``(N, C, S)`` and target ``(N, S)`` with the positions of an item on one axis; views where possible."""
+def check_layout(logits: Tensor, target: Tensor, task: Task) -> None:
+    """Refuse logits and targets that do not fit together; errors are those of :func:`as_rows`."""
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         raise TypeError(f"The network must return one float tensor of logits, got {_kind(logits)}.")
     if not isinstance(target, Tensor):
         raise TypeError(f"The target must be a tensor, got {_kind(target)}.")
+    (_check_binary if task == "binary" else _check_multiclass)(logits, target)
+
+
+def _checked(logits: Tensor, target: Tensor, task: Task) -> tuple[Tensor, Tensor]:
+    """Logits ``(N, C, S)`` and target ``(N, S)`` with the positions of an item on one axis; views where possible."""
+    check_layout(logits, target, task)
     if task == "binary":
-        _check_binary(logits, target)
         return logits[..., None].flatten(1)[:, None], target[..., None].flatten(1)
-    _check_multiclass(logits, target)
     return logits[..., None].flatten(2), target[..., None].flatten(1)
 
 

@@ -21,7 +21,7 @@ def margin(logits: Tensor, target: Tensor) -> Tensor:
         Morosini, Gjika, Poggio and Beneventano, "Too Sharp, Too Sure", 2026 (arXiv 2604.20614).
     """
     check_rows(logits, target, "logits")
-    return _margins(logits, target)
+    return class_margin(logits, target)
 
 
 def exponential_margin_tail(logits: Tensor, target: Tensor) -> Tensor:
@@ -51,10 +51,12 @@ class ExponentialMarginTail(MeanMetric):
         return _tails(self.log_probs(rows), labels)
 
 
-def _margins(logits: Tensor, target: Tensor) -> Tensor:
-    others = logits.scatter(1, target[:, None], -torch.inf)
-    return logits.gather(1, target[:, None])[:, 0] - others.amax(1)
+def class_margin(logits: Tensor, target: Tensor) -> Tensor:
+    """:func:`margin` without its checks, and for positions too: ``(N, C, ...)`` and ``(N, ...)``."""
+    index = target.unsqueeze(1)
+    others = logits.scatter(1, index, -torch.inf)
+    return logits.gather(1, index).squeeze(1) - others.amax(1)
 
 
 def _tails(logits: Tensor, target: Tensor) -> Tensor:
-    return _margins(logits.double(), target).neg().exp()
+    return class_margin(logits.double(), target).neg().exp()

@@ -1,0 +1,126 @@
+"""Projected gradient ascent on the cross-entropy of the inputs, in units of the images before normalisation."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from lightning_clamp.losses._options import check_at_least, check_choice
+
+Norm: TypeAlias = Literal["linf", "l2"]
+Mode: TypeAlias = Literal["eval", "train"]
+_NORMS: tuple[Norm, ...] = ("linf", "l2")
+_MODES: tuple[Mode, ...] = ("eval", "train")
+# Rounding of a normalised image, in units of the image.
+_SLACK = 1e-3
+
+
+class Attack(NamedTuple):
+    """How the inputs are moved.
+
+    Attributes:
+        epsilon: Radius of the ball around each input, in units of the image (8/255 for images in [0, 1]).
+        step_size: Length of a step, in the same units.
+        steps: Number of steps.
+        norm: ``"linf"``: signed steps, every pixel within ``epsilon``. ``"l2"``: steps along the gradient, the whole
+            input within ``epsilon``.
+        mean: What the data pipeline subtracts, one number or one per channel (axis 1).
+        std: What it then divides by, one number or one per channel (axis 1).
+        clip: Range of the images before normalisation, None for inputs without one.
+        mode: Mode of the network while it is attacked.
+    """
+
+    epsilon: float
+    step_size: float
+    steps: int
+    norm: Norm
+    mean: float | Sequence[float]
+    std: float | Sequence[float]
+    clip: tuple[float, float] | None
+    mode: Mode
+
+    def check(self) -> None:
+        """Refuse what cannot be.
+
+        Raises:
+            ValueError: If a number is negative, ``std`` is not positive, or a name is unknown.
+        """
+        check_at_least("epsilon", self.epsilon, 0)
+        check_at_least("step_size", self.step_size, 0)
+        check_at_least("steps", self.steps, 0)
+        check_choice("norm", self.norm, _NORMS)
+        check_choice("attack_mode", self.mode, _MODES)
+        if any(value <= 0 for value in ([self.std] if isinstance(self.std, int | float) else self.std)):
+            raise ValueError(f"`std` must be positive, got {self.std}.")
+
+    def __call__(self, loss: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+        """Move ``inputs`` so that ``loss``, a scalar, rises; they start at their place, and come back detached."""
+        origin = inputs.detach()
+        mean, std = (_per_channel(value, origin) for value in (self.mean, self.std))
+        bounds = self._bounds(origin, mean, std)
+        moved = origin
+        for _ in range(self.steps):
+            with torch.enable_grad():
+                moved = moved.requires_grad_()
+                (gradient,) = torch.autograd.grad(loss(moved), moved)
+            # A step of the image is std times smaller in the network's input, and its gradient std times larger.
+            shift = (moved.detach() - origin) * std + self.step_size * self._direction(gradient / std)
+            moved = origin + self._projected(shift) / std
+            if bounds is not None:
+                moved = torch.minimum(torch.maximum(moved, bounds[0]), bounds[1])
+        return moved.detach()
+
+    def _direction(self, gradient: Tensor) -> Tensor:
+        return gradient.sign() if self.norm == "linf" else gradient / _norms(gradient)
+
+    def _projected(self, shift: Tensor) -> Tensor:
+        if self.norm == "linf":
+            return shift.clamp(-self.epsilon, self.epsilon)
+        return shift * (self.epsilon / _norms(shift)).clamp_max(1)
+
+    def _bounds(self, origin: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The clip range in the network's units; inputs outside it would be moved by the clipping itself."""
+        if self.clip is None:
+            return None
+        low, high = self.clip
+        images = origin * std + mean
+        if bool((images < low - _SLACK).any() | (images > high + _SLACK).any()):
+            raise ValueError(
+                f"Inputs of the range [{images.amin():.3g}, {images.amax():.3g}] lie outside clip=({low:g}, {high:g}): "
+                "pass the mean and std of your normalisation, or clip=None for inputs without a range."
+            )
+        return (low - mean) / std, (high - mean) / std
+
+
+@contextmanager
+def in_mode(network: object, mode: Mode) -> Iterator[None]:
+    """Put every part of a module into ``mode``, and each back into its own; other callables have none."""
+    if not isinstance(network, nn.Module):
+        yield
+        return
+    before = {module: module.training for module in network.modules()}
+    try:
+        network.train(mode == "train")
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training
+
+
+def _per_channel(value: float | Sequence[float], inputs: Tensor) -> Tensor:
+    """``value`` in a shape that fits beside ``inputs``, with the channels on axis 1."""
+    tensor = torch.as_tensor(value, dtype=inputs.dtype, device=inputs.device)
+    if tensor.ndim == 0:
+        return tensor
+    if inputs.ndim < 2 or len(tensor) != inputs.shape[1]:
+        raise ValueError(f"Inputs of shape {tuple(inputs.shape)} have no axis 1 of {len(tensor)} channels.")
+    return tensor.reshape(-1, *[1] * (inputs.ndim - 2))
+
+
+def _norms(values: Tensor) -> Tensor:
+    """Length of each item, not 0, in a shape that fits beside ``values``."""
+    lengths = torch.linalg.vector_norm(values.flatten(1), dim=1).clamp_min(torch.finfo(values.dtype).tiny)
+    shaped: Tensor = lengths.reshape(-1, *[1] * (values.ndim - 1))
+    return shaped

@@ -1,0 +1,155 @@
+"""Losses that weigh or replace the cross-entropy of a row: focal, FLSD, dual focal, Brier."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_clamp._rows import Task
+from lightning_clamp.losses._batch import Reduction, as_batch
+from lightning_clamp.losses._options import check_at_least
+
+# The bands of FLSD-53, by the probability of the target class.
+_SURE = 0.2
+_HARD_GAMMA = 5.0
+
+
+def focal_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    gamma: float = 3.0,
+    task: Task = "multiclass",
+    ignore_index: int | None = None,
+    reduction: Reduction = "mean",
+    parts: dict[str, Tensor] | None = None,
+) -> Tensor:
+    r"""Focal loss, :math:`-(1 - p_y)^\gamma \log p_y`.
+
+    Args:
+        logits: As for :func:`~lightning_clamp.losses.label_smoothing_loss`, and so are ``target``, ``task``,
+            ``ignore_index`` and ``reduction``, what is returned and what is raised.
+        target: Class indices.
+        gamma: At least 0; 0 is the cross-entropy.
+        task: ``"multiclass"`` or ``"binary"``.
+        ignore_index: Target value of positions to leave out.
+        reduction: The official codes sum (torrvision) or take the mean (MDCA).
+        parts: A dict that is given the mean ``cross_entropy``.
+
+    Reference:
+        Lin et al., ICCV 2017; Mukhoti et al., "Calibrating Deep Neural Networks using Focal Loss", NeurIPS 2020.
+    """
+    check_at_least("gamma", gamma, 0)
+    batch = as_batch(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
+    cross_entropy = batch.cross_entropy()
+    return batch.reduced(
+        _focal(cross_entropy, -torch.expm1(-cross_entropy), gamma), reduction, parts, cross_entropy=cross_entropy
+    )
+
+
+def flsd_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    gamma: float = 3.0,
+    task: Task = "multiclass",
+    ignore_index: int | None = None,
+    reduction: Reduction = "mean",
+    parts: dict[str, Tensor] | None = None,
+) -> Tensor:
+    r"""Sample-dependent focal loss FLSD-53: exponent 5 where :math:`p_y < 0.2`, 3 up to 0.5, ``gamma`` from 0.5 on.
+
+    Args:
+        logits: As for :func:`~lightning_clamp.losses.label_smoothing_loss`, and so are ``target``, ``task``,
+            ``ignore_index`` and ``reduction``, what is returned and what is raised.
+        target: Class indices.
+        gamma: Exponent where the network is right and sure, at least 0. 3 is FLSD-53.
+        task: ``"multiclass"`` or ``"binary"``.
+        ignore_index: Target value of positions to leave out.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        parts: A dict that is given the mean ``cross_entropy``.
+
+    Reference:
+        Mukhoti et al., "Calibrating Deep Neural Networks using Focal Loss", NeurIPS 2020.
+    """
+    check_at_least("gamma", gamma, 0)
+    batch = as_batch(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
+    cross_entropy = batch.cross_entropy()
+    return batch.reduced(_banded(cross_entropy, gamma), reduction, parts, cross_entropy=cross_entropy)
+
+
+def dual_focal_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    gamma: float = 5.0,
+    task: Task = "multiclass",
+    ignore_index: int | None = None,
+    reduction: Reduction = "mean",
+    parts: dict[str, Tensor] | None = None,
+) -> Tensor:
+    r"""Dual focal loss, :math:`-(1 - p_y + p_j)^\gamma \log p_y`, with p_j the largest probability below p_y.
+
+    Strictly below, and 0 if there is none: not the runner-up, as in the official code.
+
+    Args:
+        logits: As for :func:`~lightning_clamp.losses.label_smoothing_loss`, and so are ``target``, ``task``,
+            ``ignore_index`` and ``reduction``, what is returned and what is raised.
+        target: Class indices.
+        gamma: At least 0; 0 is the cross-entropy, and the official code's default. 5 is our choice.
+        task: ``"multiclass"`` or ``"binary"``.
+        ignore_index: Target value of positions to leave out.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        parts: A dict that is given the mean ``cross_entropy``.
+
+    Reference:
+        Tao, Dong and Xu, "Dual Focal Loss for Calibration", ICML 2023.
+    """
+    check_at_least("gamma", gamma, 0)
+    batch = as_batch(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
+    log_probs = F.log_softmax(batch.logits, 1)
+    of_target = batch.of_target(log_probs)
+    lower = log_probs.masked_fill(log_probs >= of_target.unsqueeze(1), -torch.inf).amax(1).exp()
+    return batch.reduced(
+        _focal(-of_target, lower - torch.expm1(of_target), gamma), reduction, parts, cross_entropy=-of_target
+    )
+
+
+def brier_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    task: Task = "multiclass",
+    ignore_index: int | None = None,
+    reduction: Reduction = "mean",
+    parts: dict[str, Tensor] | None = None,
+) -> Tensor:
+    r"""Brier score as a loss, :math:`\sum_k (p_k - 1[k = y])^2`: a proper score that is bounded, in [0, 2].
+
+    Args:
+        logits: As for :func:`~lightning_clamp.losses.label_smoothing_loss`, and so are ``target``, ``task``,
+            ``ignore_index`` and ``reduction``, what is returned and what is raised.
+        target: Class indices.
+        task: ``"multiclass"`` or ``"binary"``.
+        ignore_index: Target value of positions to leave out.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        parts: A dict that is given the mean ``cross_entropy``.
+
+    Reference:
+        Brier, 1950; as a loss in Mukhoti et al., NeurIPS 2020.
+    """
+    batch = as_batch(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
+    probs = F.softmax(batch.logits, 1)
+    score = probs.square().sum(1) - 2 * batch.of_target(probs) + 1
+    terms = {} if parts is None else {"cross_entropy": batch.cross_entropy()}
+    return batch.reduced(score, reduction, parts, **terms)
+
+
+def _focal(cross_entropy: Tensor, doubt: Tensor, gamma: float | Tensor) -> Tensor:
+    """``doubt ** gamma * cross_entropy``; the slope of a power below 1 is infinite at doubt 0, hence the clamp."""
+    return doubt.clamp_min(torch.finfo(doubt.dtype).tiny).pow(gamma) * cross_entropy
+
+
+def _banded(cross_entropy: Tensor, gamma: float) -> Tensor:
+    prob = torch.exp(-cross_entropy)
+    exponent = torch.where(prob < _SURE, _HARD_GAMMA, torch.where(prob < 0.5, 3.0, gamma))
+    return _focal(cross_entropy, -torch.expm1(-cross_entropy), exponent)

@@ -1,0 +1,105 @@
+"""What every loss mixin is: a training step in front of somebody's LightningModule."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from lightning_clamp._rows import Task
+
+
+class LossMixin(LightningModule):
+    """Trains a LightningModule with another loss: ``class Calibrated(SomeMixin, MyModule): ...``.
+
+    The mixin's ``training_step`` takes the place of the module's. It is for batches ``(inputs, target)``, which an
+    index may follow, calls ``self(inputs)`` for the logits, and logs ``train/loss`` and the loss's parts
+    (``train/cross_entropy``, ...). Where a step does more, write it below the mixin and call :meth:`calibrated_loss`::
+
+        class Calibrated(ACLSMixin, MyModule):
+            def training_step(self, batch, batch_idx):
+                loss = self.calibrated_loss(*batch)
+                ...
+
+    The mixin adds nothing to the ``state_dict``. Its options are keyword arguments of the class beside the module's
+    own, ``Calibrated(width=64, acls_margin=6.0)``, also for LightningCLI, and hyperparameters where the module calls
+    ``save_hyperparameters()``.
+
+    Args:
+        *args: The module's own.
+        loss_task: ``"multiclass"``, or ``"binary"`` for one logit per position.
+        loss_ignore_index: Target value of positions to leave out.
+        **kwargs: The module's own.
+
+    Raises:
+        TypeError: When a class is written with the mixin behind the module, or with two losses.
+    """
+
+    loss_function: Callable[..., Tensor]
+
+    def __init__(
+        self, *args: Any, loss_task: Task = "multiclass", loss_ignore_index: int | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.loss_task = loss_task
+        self.loss_ignore_index = loss_ignore_index
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a class in which the mixin would be passed over, or two of them compete."""
+        super().__init_subclass__(**kwargs)
+        order = cls.__mro__[: cls.__mro__.index(LossMixin)]
+        if before := [base.__name__ for base in order if not issubclass(base, LossMixin)]:
+            mixin = next(base.__name__ for base in order if issubclass(base, LossMixin) and base is not cls)
+            raise TypeError(
+                f"{cls.__name__} would train with the step of {before[0]}, not with the loss of {mixin}: put the mixin "
+                f"first, class {cls.__name__}({mixin}, {before[0]})."
+            )
+        losses = [base.__name__ for base in order if LossMixin in base.__bases__]
+        if len(losses) > 1:
+            raise TypeError(f"{cls.__name__} has two losses, {' and '.join(losses)}: keep one of them.")
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The loss of a batch ``(inputs, target)``."""
+        if not self.automatic_optimization:
+            raise MisconfigurationException(
+                f"{type(self).__name__} optimizes manually, which this training_step does not: write your own, with "
+                "`loss = self.calibrated_loss(inputs, target)` and `self.manual_backward(loss)`."
+            )
+        loss = self.calibrated_loss(*self.unpacked(batch))
+        self._log({"loss": loss.detach()}, prog_bar=True)
+        return loss
+
+    def calibrated_loss(self, inputs: Tensor, target: Tensor, index: Tensor | None = None) -> Tensor:
+        """The mixin's loss of a batch, whose parts are logged as ``train/...``.
+
+        Args:
+            inputs: What ``self`` takes.
+            target: Labels, as the loss takes them.
+            index: Of each item in the training set, ``(N,)``, for losses that keep something for each item.
+        """
+        parts: dict[str, Tensor] = {}
+        loss = self.loss_of(inputs, target, index, parts)
+        self._log(parts)
+        return loss
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # or every name compiles Lightning's `log` anew
+    def _log(self, values: dict[str, Tensor], prog_bar: bool = False) -> None:
+        self.log_dict({f"train/{name}": value for name, value in values.items()}, prog_bar=prog_bar)
+
+    def loss_of(self, inputs: Tensor, target: Tensor, index: Tensor | None, parts: dict[str, Tensor]) -> Tensor:
+        """The loss alone; fills ``parts``. What a mixin of your own overrides, or it sets ``loss_function``."""
+        return self.loss_function(
+            self(inputs), target, task=self.loss_task, ignore_index=self.loss_ignore_index, parts=parts
+        )
+
+    def unpacked(self, batch: Any) -> tuple[Tensor, ...]:
+        """The arguments of :meth:`calibrated_loss` from a batch."""
+        if isinstance(batch, tuple | list) and len(batch) in (2, 3):
+            return tuple(batch)
+        size = f" of {len(batch)} items" if isinstance(batch, tuple | list | dict) else ""
+        raise TypeError(
+            f"{type(self).__name__} needs batches (inputs, target), got {type(batch).__name__}{size}: write a "
+            "training_step that takes them apart and calls `self.calibrated_loss(inputs, target)`."
+        )

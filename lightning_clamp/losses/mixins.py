@@ -1,0 +1,192 @@
+"""One mixin per loss; the options are those of its function, named after it."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from lightning_clamp.losses.attack import Mode, Norm
+from lightning_clamp.losses.batch_statistics import dca_loss, mdca_loss, mmce_loss
+from lightning_clamp.losses.focal import brier_loss, dual_focal_loss, flsd_loss, focal_loss
+from lightning_clamp.losses.label_perturbation import Kind, sc_bce_loss
+from lightning_clamp.losses.margin_aware import margin_aware_loss
+from lightning_clamp.losses.mixin import LossMixin
+from lightning_clamp.losses.regularizers import (
+    Reference,
+    acls_loss,
+    entropy_penalty_loss,
+    label_smoothing_loss,
+    mbls_loss,
+)
+
+
+class ACLSMixin(LossMixin):
+    """Trains with :func:`~lightning_clamp.losses.acls_loss`, whose options begin with ``acls_`` here."""
+
+    def __init__(
+        self,
+        *args: Any,
+        acls_alpha: float = 0.1,
+        acls_pos_lambda: float = 1.0,
+        acls_neg_lambda: float = 0.1,
+        acls_margin: float = 10.0,
+        acls_reference: Reference = "code",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.loss_function = partial(
+            acls_loss,
+            alpha=acls_alpha,
+            pos_lambda=acls_pos_lambda,
+            neg_lambda=acls_neg_lambda,
+            margin=acls_margin,
+            reference=acls_reference,
+        )
+
+
+class MbLSMixin(LossMixin):
+    """Trains with :func:`~lightning_clamp.losses.mbls_loss`, whose options begin with ``mbls_`` here."""
+
+    def __init__(self, *args: Any, mbls_alpha: float = 0.1, mbls_margin: float = 10.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.loss_function = partial(mbls_loss, alpha=mbls_alpha, margin=mbls_margin)
+
+
+class LabelSmoothingMixin(LossMixin):
+    """Trains with :func:`~lightning_clamp.losses.label_smoothing_loss`."""
+
+    def __init__(self, *args: Any, smoothing_alpha: float = 0.05, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.loss_function = partial(label_smoothing_loss, alpha=smoothing_alpha)
+
+
+class EntropyPenaltyMixin(LossMixin):
+    """Trains with :func:`~lightning_clamp.losses.entropy_penalty_loss`."""
+
+    def __init__(
+        self, *args: Any, entropy_alpha: float = 0.1, entropy_reference: Reference = "code", **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.loss_function = partial(entropy_penalty_loss, alpha=entropy_alpha, reference=entropy_reference)
+
+
+class FocalMixin(LossMixin):
+    """Trains with :func:`~lightning_clamp.losses.focal_loss`."""
+
+    def __init__(self, *args: Any, focal_gamma: float = 3.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.loss_function = partial(focal_loss, gamma=focal_gamma)
+
+
+class FLSDMixin(LossMixin):
+    """Trains with :func:`~lightning_clamp.losses.flsd_loss`."""
+
+    def __init__(self, *args: Any, flsd_gamma: float = 3.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.loss_function = partial(flsd_loss, gamma=flsd_gamma)
+
+
+class DualFocalMixin(LossMixin):
+    """Trains with :func:`~lightning_clamp.losses.dual_focal_loss`."""
+
+    def __init__(self, *args: Any, dual_focal_gamma: float = 5.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.loss_function = partial(dual_focal_loss, gamma=dual_focal_gamma)
+
+
+class BrierMixin(LossMixin):
+    """Trains with :func:`~lightning_clamp.losses.brier_loss`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.loss_function = brier_loss
+
+
+class MDCAMixin(LossMixin):
+    """Trains with :func:`~lightning_clamp.losses.mdca_loss`."""
+
+    def __init__(self, *args: Any, mdca_beta: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.loss_function = partial(mdca_loss, beta=mdca_beta)
+
+
+class DCAMixin(LossMixin):
+    """Trains with :func:`~lightning_clamp.losses.dca_loss`."""
+
+    def __init__(self, *args: Any, dca_beta: float = 10.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.loss_function = partial(dca_loss, beta=dca_beta)
+
+
+class MMCEMixin(LossMixin):
+    """Trains with :func:`~lightning_clamp.losses.mmce_loss`."""
+
+    def __init__(self, *args: Any, mmce_lamda: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.loss_function = partial(mmce_loss, lamda=mmce_lamda)
+
+
+class SCBCEMixin(LossMixin):
+    """Trains with :func:`~lightning_clamp.losses.sc_bce_loss`, whose options begin with ``sc_bce_`` here.
+
+    For one logit per position; ``loss_task`` says nothing.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        sc_bce_alpha: float = 0.1,
+        sc_bce_kind: Kind = "HI",
+        sc_bce_beta: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.loss_function = partial(sc_bce_loss, alpha=sc_bce_alpha, kind=sc_bce_kind, beta=sc_bce_beta)
+
+    def loss_of(self, inputs: Tensor, target: Tensor, index: Tensor | None, parts: dict[str, Tensor]) -> Tensor:
+        """The loss alone; fills ``parts``."""
+        return self.loss_function(self(inputs), target, ignore_index=self.loss_ignore_index, parts=parts)
+
+
+class MarginAwareMixin(LossMixin):
+    """Trains with :func:`~lightning_clamp.losses.margin_aware_loss`, whose options begin with ``margin_`` here.
+
+    Tell it your normalisation, ``margin_mean`` and ``margin_std``, so that the radius is one of images.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        margin_lambda_r: float = 0.5,
+        margin_lambda_s: float = 0.01,
+        margin_epsilon: float = 8 / 255,
+        margin_step_size: float = 2 / 255,
+        margin_steps: int = 3,
+        margin_norm: Norm = "linf",
+        margin_mean: float | Sequence[float] = 0.0,
+        margin_std: float | Sequence[float] = 1.0,
+        margin_clip: tuple[float, float] | None = (0.0, 1.0),
+        margin_attack_mode: Mode = "eval",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.loss_function = partial(
+            margin_aware_loss,
+            lambda_r=margin_lambda_r,
+            lambda_s=margin_lambda_s,
+            epsilon=margin_epsilon,
+            step_size=margin_step_size,
+            steps=margin_steps,
+            norm=margin_norm,
+            mean=margin_mean,
+            std=margin_std,
+            clip=margin_clip,
+            attack_mode=margin_attack_mode,
+        )
+
+    def loss_of(self, inputs: Tensor, target: Tensor, index: Tensor | None, parts: dict[str, Tensor]) -> Tensor:
+        """The loss alone; fills ``parts``."""
+        return self.loss_function(
+            self, inputs, target, task=self.loss_task, ignore_index=self.loss_ignore_index, parts=parts
+        )

@@ -1,0 +1,261 @@
+r"""Cross-entropy with a penalty on over-confident rows: smoothing, entropy, margins, ACLS."""
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from lightning_clamp._rows import Task
+from lightning_clamp.losses._batch import Reduction, as_batch
+from lightning_clamp.losses._options import check_at_least, check_between, check_choice
+
+Reference: TypeAlias = Literal["code", "paper"]
+
+
+def label_smoothing_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    alpha: float = 0.05,
+    task: Task = "multiclass",
+    ignore_index: int | None = None,
+    reduction: Reduction = "mean",
+    parts: dict[str, Tensor] | None = None,
+) -> Tensor:
+    r"""Cross-entropy with smoothed labels, :math:`(1 - \alpha)\,\mathrm{CE} + \frac{\alpha}{K} \sum_k -\log p_k`.
+
+    torch's own ``label_smoothing``; some codes spread :math:`\alpha` over the other K - 1 classes instead.
+
+    Args:
+        logits: Shape ``(N, C)`` or ``(N, C, ...)``, float; for ``task="binary"`` one logit per position.
+        target: Class indices, shape ``(N,)`` or ``(N, ...)``, int64; for ``task="binary"`` 0 or 1 of any dtype.
+        alpha: Weight of the uniform label, in [0, 1].
+        task: ``"multiclass"``, or ``"binary"`` for a one-logit (sigmoid) head.
+        ignore_index: Target value of positions to leave out.
+        reduction: ``"mean"`` over the positions that count (0 if there are none), ``"sum"``, or ``"none"``.
+        parts: A dict that is given the mean ``cross_entropy``, for logging.
+
+    Returns:
+        A scalar, or the shape of the target; float32, or float64 for float64 logits.
+
+    Raises:
+        TypeError: If either is no tensor, or the target's dtype cannot hold class indices.
+        ValueError: If shapes do not fit, an option is out of range, or a label is.
+
+    Reference:
+        Szegedy et al., "Rethinking the Inception Architecture", CVPR 2016; as in Liu et al. (MbLS), CVPR 2022.
+    """
+    check_between("alpha", alpha, 0, 1)
+    batch = as_batch(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
+    terms = {} if parts is None else {"cross_entropy": batch.cross_entropy()}
+    return batch.reduced(batch.cross_entropy(label_smoothing=alpha), reduction, parts, **terms)
+
+
+def entropy_penalty_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    alpha: float = 0.1,
+    reference: Reference = "code",
+    task: Task = "multiclass",
+    ignore_index: int | None = None,
+    reduction: Reduction = "mean",
+    parts: dict[str, Tensor] | None = None,
+) -> Tensor:
+    r"""Cross-entropy minus the entropy of the prediction, :math:`\mathrm{CE} - \alpha H(p)` (confidence penalty, ECP).
+
+    Args:
+        logits: As for :func:`label_smoothing_loss`.
+        target: As for :func:`label_smoothing_loss`.
+        alpha: Weight of the entropy, at least 0.
+        reference: ``"code"`` takes the *mean* of :math:`-p \log p` over the classes, as the code of Liu et al. (MbLS)
+            does, so that ``alpha`` counts K times less than in the ``"paper"``, which takes the sum.
+        task: As for :func:`label_smoothing_loss`.
+        ignore_index: As for :func:`label_smoothing_loss`.
+        reduction: As for :func:`label_smoothing_loss`.
+        parts: A dict that is given the means ``cross_entropy`` and ``entropy`` (as ``reference`` has it).
+
+    Returns:
+        A scalar, or the shape of the target.
+
+    Raises:
+        TypeError: As for :func:`label_smoothing_loss`.
+        ValueError: As for :func:`label_smoothing_loss`.
+
+    Reference:
+        Pereyra et al., "Regularizing Neural Networks by Penalizing Confident Output Distributions", 2017.
+    """
+    check_at_least("alpha", alpha, 0)
+    check_choice("reference", reference, ("code", "paper"))
+    batch = as_batch(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
+    log_probs = F.log_softmax(batch.logits, 1)
+    entropy = -(log_probs.exp() * log_probs).sum(1)
+    if reference == "code":
+        entropy = entropy / batch.num_classes
+    cross_entropy = F.nll_loss(log_probs, batch.target, reduction="none")
+    return batch.reduced(
+        cross_entropy - alpha * entropy, reduction, parts, cross_entropy=cross_entropy, entropy=entropy
+    )
+
+
+def mbls_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    alpha: float = 0.1,
+    margin: float = 10.0,
+    task: Task = "multiclass",
+    ignore_index: int | None = None,
+    reduction: Reduction = "mean",
+    parts: dict[str, Tensor] | None = None,
+) -> Tensor:
+    r"""Margin-based label smoothing, :math:`\mathrm{CE} + \frac{\alpha}{K} \sum_k \mathrm{relu}(\max_j z_j - z_k - m)`.
+
+    Args:
+        logits: As for :func:`label_smoothing_loss`.
+        target: As for :func:`label_smoothing_loss`.
+        alpha: Weight of the penalty, at least 0. It is the mean over the classes, as in the code; the paper sums.
+        margin: Distance to the largest logit that costs nothing, at least 0.
+        task: As for :func:`label_smoothing_loss`.
+        ignore_index: As for :func:`label_smoothing_loss`.
+        reduction: As for :func:`label_smoothing_loss`.
+        parts: A dict that is given the means ``cross_entropy`` and ``regularizer`` (before ``alpha``).
+
+    Returns:
+        A scalar, or the shape of the target.
+
+    Raises:
+        TypeError: As for :func:`label_smoothing_loss`.
+        ValueError: As for :func:`label_smoothing_loss`.
+
+    Reference:
+        Liu et al., "The Devil is in the Margin", CVPR 2022, eq. 4.
+    """
+    check_at_least("alpha", alpha, 0)
+    check_at_least("margin", margin, 0)
+
+    def penalty(z: Tensor) -> tuple[Tensor, Tensor]:
+        top = z.amax(1, keepdim=True)
+        excess = (top - margin - z).clamp_min_(0)
+        value = excess.mean(1)
+        beyond = (excess > 0).to(z.dtype)
+        share = _shared_among_ties(beyond.sum(1, keepdim=True), z == top)
+        return value, share.sub_(beyond).div_(z.shape[1])
+
+    return _penalised(logits, target, penalty, alpha, task, ignore_index, reduction, parts)
+
+
+def acls_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    alpha: float = 0.1,
+    pos_lambda: float = 1.0,
+    neg_lambda: float = 0.1,
+    margin: float = 10.0,
+    reference: Reference = "code",
+    task: Task = "multiclass",
+    ignore_index: int | None = None,
+    reduction: Reduction = "mean",
+    parts: dict[str, Tensor] | None = None,
+) -> Tensor:
+    r"""Adaptive and conditional label smoothing, :math:`\mathrm{CE} + \alpha R`.
+
+    With :math:`\hat y = \arg\max_j z_j`, sg = stop-gradient, and ``reference="code"``:
+
+    .. math:: R = \lambda_+\,\mathrm{relu}(z_{\hat y} - M)^2
+        + \frac{\lambda_-}{K-1} \sum_{j \ne \hat y} \mathrm{relu}(\mathrm{sg}(z_{\hat y}) - z_j - M)^2
+
+    It depends on the prediction, not on the label; several largest logits all count as :math:`\hat y`. The first term
+    looks at the logit itself, so that a constant added to all logits changes R (though not the cross-entropy).
+
+    ``reference="paper"`` is the loss with the gradient of the paper's formula, known to us **second-hand only**:
+    :math:`R = \frac{\lambda_+}{2}\,\mathrm{relu}(z_{\hat y} - \mathrm{sg}(\min_k z_k) - M)^2 + \frac{\lambda_-}{2}
+    \sum_{j \ne \hat y} \mathrm{relu}(\mathrm{sg}(z_{\hat y}) - z_j - M)^2`, where a constant changes nothing.
+
+    Args:
+        logits: As for :func:`label_smoothing_loss`.
+        target: As for :func:`label_smoothing_loss`.
+        alpha: Weight of R, at least 0.
+        pos_lambda: Weight of the term of the predicted class, at least 0.
+        neg_lambda: Weight of the terms of the other classes, at least 0.
+        margin: M, at least 0. The paper is said to use 6 for CIFAR-10 and 10 elsewhere.
+        reference: ``"code"`` or ``"paper"``.
+        task: As for :func:`label_smoothing_loss`; one logit z counts as (-z/2, z/2).
+        ignore_index: As for :func:`label_smoothing_loss`; the penalty is masked too, unlike in the official code.
+        reduction: As for :func:`label_smoothing_loss`.
+        parts: A dict that is given the means ``cross_entropy`` and ``regularizer`` (R, before ``alpha``).
+
+    Returns:
+        A scalar, or the shape of the target.
+
+    Raises:
+        TypeError: As for :func:`label_smoothing_loss`.
+        ValueError: As for :func:`label_smoothing_loss`.
+
+    Reference:
+        Park, Noh, Oh, Baek and Ham, "ACLS: Adaptive and Conditional Label Smoothing", ICCV 2023 (arXiv 2308.11911).
+    """
+    for name, value in (("alpha", alpha), ("pos_lambda", pos_lambda), ("neg_lambda", neg_lambda), ("margin", margin)):
+        check_at_least(name, value, 0)
+    check_choice("reference", reference, ("code", "paper"))
+    is_code = reference == "code"
+
+    def penalty(z: Tensor) -> tuple[Tensor, Tensor]:
+        positive = pos_lambda if is_code else pos_lambda / 2
+        negative = neg_lambda / (z.shape[1] - 1) if is_code else neg_lambda / 2
+        top = z.amax(1, keepdim=True)
+        excess = (top - margin if is_code else top - z.amin(1, keepdim=True) - margin).clamp_min_(0)
+        is_top = z == top
+        # The largest logits themselves are within the margin: they add nothing to the second term.
+        gap = (top - margin - z).clamp_min_(0)
+        value = positive * (excess.square() * is_top.sum(1, keepdim=True)).squeeze(1) + negative * gap.square().sum(1)
+        return value, torch.where(is_top, 2 * positive * excess, gap.mul_(-2 * negative))
+
+    return _penalised(logits, target, penalty, alpha, task, ignore_index, reduction, parts)
+
+
+class _RowPenalty(torch.autograd.Function):
+    """A penalty per position that knows its gradient: half the passes over memory that autograd would make.
+
+    The gradient is part of the definition where a term stands still (the stop-gradient of ACLS).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, penalty: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+        value, gradient = penalty(logits)
+        ctx.save_for_backward(gradient)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grads[0].unsqueeze(1), None
+
+
+def _penalised(
+    logits: Tensor,
+    target: Tensor,
+    penalty: Callable[[Tensor], tuple[Tensor, Tensor]],
+    alpha: float,
+    task: Task,
+    ignore_index: int | None,
+    reduction: Reduction,
+    parts: dict[str, Tensor] | None,
+) -> Tensor:
+    """Cross-entropy plus ``alpha`` times ``penalty(logits)``, which gives ``(N, ...)`` and its gradient."""
+    batch = as_batch(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
+    cross_entropy = batch.cross_entropy()
+    regularizer: Tensor = _RowPenalty.apply(batch.logits, penalty)
+    return batch.reduced(
+        cross_entropy + alpha * regularizer, reduction, parts, cross_entropy=cross_entropy, regularizer=regularizer
+    )
+
+
+def _shared_among_ties(amount: Tensor, is_top: Tensor) -> Tensor:
+    """``amount`` of each position, dealt out evenly over its largest logits, as the gradient of a maximum is."""
+    return is_top * (amount / is_top.sum(1, keepdim=True).to(amount.dtype))
