@@ -13,10 +13,10 @@ import torch
 OFFICIAL = json.loads((Path(__file__).parent / "reference" / "metrics.json").read_text())
 
 
-def official_inputs(key: str):
+def official_inputs(key: str, n: int = 1000):
     """Logits and labels of the official runs, by formula."""
-    n, k, s = {"K10": (1000, 10, 6.0), "K100": (1000, 100, 6.0), "K100_s24": (1000, 100, 24.0)}[key]
-    logits = _waves(n, k, s)
+    k, s = {"K2": (2, 6.0), "K10": (10, 6.0), "K10_s12": (10, 12.0), "K100": (100, 6.0), "K100_s24": (100, 24.0)}[key]
+    logits = waves(n, k, s)
     index = np.arange(n)
     rest = (index**3 + 3 * index + index // 5) % k
     target = np.where((37 * index) % 100 < 62, logits.argmax(1), rest)
@@ -26,7 +26,7 @@ def official_inputs(key: str):
 def official_edges(key: str):
     """Probabilities and labels whose confidences lie on bin edges, and other extremes, by formula."""
     if key.startswith("all"):
-        logits = torch.from_numpy(_waves(20, 5, 6.0))
+        logits = torch.from_numpy(waves(20, 5, 6.0))
         right = logits.argmax(1)
         return logits.softmax(1), right if key.startswith("all_correct") else (right + 1) % 5
     if key == "edges_quarter_nb4":
@@ -50,7 +50,7 @@ def official_edges(key: str):
     return torch.from_numpy(probs), torch.from_numpy(target)
 
 
-def _waves(n: int, k: int, s: float) -> np.ndarray:
+def waves(n: int, k: int, s: float) -> np.ndarray:
     i, j = np.arange(float(n))[:, None], np.arange(float(k))
     return s * np.sin(1.7 * i + 2.3 * j) + 0.5 * s * np.cos(0.37 * i * j)
 

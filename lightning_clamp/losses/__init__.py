@@ -25,6 +25,7 @@ from lightning_clamp.losses.mixins import (
     MMCEMixin,
     SCBCEMixin,
 )
+from lightning_clamp.losses.monitor import SharpnessMonitor
 from lightning_clamp.losses.regularizers import acls_loss, entropy_penalty_loss, label_smoothing_loss, mbls_loss
 from lightning_clamp.losses.sharpness import gauss_newton_sharpness
 
@@ -46,6 +47,7 @@ __all__ = [
     "MarginAwareMixin",
     "MbLSMixin",
     "SCBCEMixin",
+    "SharpnessMonitor",
     "acls_loss",
     "brier_loss",
     "dca_loss",

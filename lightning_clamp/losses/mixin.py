@@ -1,7 +1,7 @@
 """What every loss mixin is: a training step in front of somebody's LightningModule."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -9,6 +9,10 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_clamp._rows import Task
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+# torch.compile makes no graph of Lightning's log: what logs is left to Python, and what that calls is compiled.
+_in_python: Callable[[_Function], _Function] = torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call]
 
 
 class LossMixin(LightningModule):
@@ -19,7 +23,8 @@ class LossMixin(LightningModule):
     (``train/cross_entropy``, ...). Where a step does more, write it below the mixin and call :meth:`calibrated_loss`::
 
         class Calibrated(ACLSMixin, MyModule):
-            def training_step(self, batch, batch_idx):
+            @_in_python
+    def training_step(self, batch, batch_idx):
                 loss = self.calibrated_loss(*batch)
                 ...
 
@@ -60,6 +65,7 @@ class LossMixin(LightningModule):
         if len(losses) > 1:
             raise TypeError(f"{cls.__name__} has two losses, {' and '.join(losses)}: keep one of them.")
 
+    @_in_python
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of a batch ``(inputs, target)``."""
         if not self.automatic_optimization:
@@ -71,6 +77,7 @@ class LossMixin(LightningModule):
         self._log({"loss": loss.detach()}, prog_bar=True)
         return loss
 
+    @_in_python
     def calibrated_loss(self, inputs: Tensor, target: Tensor, index: Tensor | None = None) -> Tensor:
         """The mixin's loss of a batch, whose parts are logged as ``train/...``.
 
@@ -84,7 +91,7 @@ class LossMixin(LightningModule):
         self._log(parts)
         return loss
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # or every name compiles Lightning's `log` anew
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _log(self, values: dict[str, Tensor], prog_bar: bool = False) -> None:
         self.log_dict({f"train/{name}": value for name, value in values.items()}, prog_bar=prog_bar)
 
