@@ -290,7 +290,7 @@ def test_a_calibrated_training_may_be_clamped_too():
 
 
 # Lightning 2.6 uses what newer jsonargparse calls deprecated.
-@pytest.mark.filterwarnings("ignore:(?s).*JsonargparseDeprecationWarning")
+@pytest.mark.filterwarnings("ignore:(?s).*(JsonargparseDeprecationWarning|was deprecated in v4)")
 def test_lightning_cli_sets_the_options(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # LightningCLI would read pytest's own arguments.

@@ -86,7 +86,7 @@ def dca_loss(
     check_at_least("beta", beta, 0)
     batch = as_batch(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
     log_probs = F.log_softmax(batch.logits, 1)
-    gap = batch.mean(log_probs.amax(1).exp() - batch.correct().to(log_probs.dtype)).abs()
+    gap = batch.mean(log_probs.max(1).values.exp() - batch.correct().to(log_probs.dtype)).abs()
     return _with_gap(batch, F.nll_loss(log_probs, batch.target, reduction="none"), gap, beta, reduction, parts)
 
 
@@ -126,7 +126,7 @@ def mmce_loss(
     batch = as_batch(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
     log_probs = F.log_softmax(batch.logits, 1)
     # Sums with changing signs over many positions: float64, which costs nothing beside the softmax.
-    confidence = log_probs.amax(1).double().exp()
+    confidence = log_probs.max(1).values.double().exp()
     excess = batch.kept(batch.correct().double() - confidence)
     error = _kernel_sum(excess.flatten(), confidence.flatten()) / batch.n_kept() ** 2
     cross_entropy = F.nll_loss(log_probs, batch.target, reduction="none")

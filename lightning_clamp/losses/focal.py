@@ -108,7 +108,7 @@ def dual_focal_loss(
     batch = as_batch(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
     log_probs = F.log_softmax(batch.logits, 1)
     of_target = batch.of_target(log_probs)
-    lower = log_probs.masked_fill(log_probs >= of_target.unsqueeze(1), -torch.inf).amax(1).exp()
+    lower = log_probs.masked_fill(log_probs >= of_target.unsqueeze(1), -torch.inf).max(1).values.exp()
     return batch.reduced(
         _focal(-of_target, lower - torch.expm1(of_target), gamma), reduction, parts, cross_entropy=-of_target
     )
