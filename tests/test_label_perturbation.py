@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_clamp import CalibrationModule, calibrate
 from lightning_clamp.losses import ASLPMixin, Indexed, LabelPerturbationRule, SCBCEMixin, sc_bce_loss
 from lightning_clamp.losses.aslp import ImageAlphas
 from lightning_clamp.losses.label_perturbation import evidence
@@ -286,6 +287,13 @@ def test_mistakes_get_one_sentence_before_or_at_the_first_step(case):
         trainer(limit_train_batches=2).fit(
             cls(**options), loaders.get("train", train_loader()), loaders.get("val", val_loader())
         )
+
+
+def test_a_validation_outside_of_a_fit_asks_for_no_accuracy():
+    model = WithASLP(accuracy=None)
+    trainer().validate(model, val_loader(), verbose=False)
+    module = calibrate(trainer(), model, DataLoader(maps(20), batch_size=5), task="binary", solver="temperature")
+    assert isinstance(module, CalibrationModule)
 
 
 def test_options_are_checked_when_the_module_is_made():

@@ -327,6 +327,14 @@ def test_the_monitor_measures_and_draws_and_training_does_not_notice(tmp_path):
     assert torch.equal(*ends)
 
 
+def test_two_monitors_have_two_names():
+    monitors = [SharpnessMonitor(loader(60, seed), name=name) for seed, name in ((1, "train"), (3, "held_out"))]
+    run = trainer(max_epochs=1, callbacks=monitors)
+    run.fit(LitClassifier(), loader(100, 1))
+    assert {"train/sharpness", "held_out/sharpness"} <= set(run.callback_metrics)
+    assert len({monitor.state_key for monitor in monitors}) == 2
+
+
 def test_the_monitor_goes_on_where_it_was():
     monitor = SharpnessMonitor(loader(60, 3))
     with pytest.raises(ValueError, match="Nothing has been measured"):

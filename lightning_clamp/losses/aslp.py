@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -163,8 +164,10 @@ class ASLPMixin(LossMixin):
             )
 
     def on_validation_end(self) -> None:
-        """Take the accuracy that was logged."""
+        """Take the accuracy that was logged, in a fit."""
         super().on_validation_end()
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            return
         metrics = self.trainer.callback_metrics
         if self.aslp_accuracy not in metrics:
             raise MisconfigurationException(

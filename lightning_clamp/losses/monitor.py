@@ -25,11 +25,13 @@ class SharpnessMonitor(Callback):
 
     The margin tail, the mean of exp(-margin), bounds both others from above, up to factors; whether they move together
     is for :meth:`plot` to show. The numbers are logged as ``monitor/ece``, ``monitor/margin_tail`` and
-    ``monitor/sharpness``. The model's modes, gradients and random state are left as they are.
+    ``monitor/sharpness``. The model's modes, gradients and random state are left as they are. Two monitors, of training
+    and validation data, need two names.
 
     Args:
         dataloader: Batches ``(inputs, target)`` to measure on. They are kept on the device and gone through some dozen
             times: a few hundred samples, not shuffled, are enough.
+        name: What the logged names begin with.
         every_n_epochs: How often, at least 1.
         task: ``"multiclass"`` or ``"binary"``.
         ignore_index: Target value of positions to leave out.
@@ -50,6 +52,7 @@ class SharpnessMonitor(Callback):
         self,
         dataloader: Iterable[Any],
         *,
+        name: str = "monitor",
         every_n_epochs: int = 1,
         task: Task = "multiclass",
         ignore_index: int | None = None,
@@ -59,12 +62,18 @@ class SharpnessMonitor(Callback):
         check_at_least("every_n_epochs", every_n_epochs, 1)
         check_at_least("max_iterations", max_iterations, 1)
         self.dataloader = dataloader
+        self.name = name
         self.every_n_epochs = every_n_epochs
         self.layout: dict[str, Any] = {"task": task, "ignore_index": ignore_index}
         self.max_iterations = max_iterations
         self.tolerance = tolerance
         self.history: list[dict[str, float]] = []
         self._batches: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def state_key(self) -> str:
+        """Another one for every name, or Lightning takes two monitors for one."""
+        return f"{type(self).__qualname__}[{self.name}]"
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the batches."""
@@ -82,7 +91,7 @@ class SharpnessMonitor(Callback):
             return
         measured = self.measure(pl_module)
         self.history.append({"epoch": finished, **measured})
-        pl_module.log_dict({f"monitor/{name}": value for name, value in measured.items()})
+        pl_module.log_dict({f"{self.name}/{key}": value for key, value in measured.items()})
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let go of the batches."""
