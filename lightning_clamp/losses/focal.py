@@ -9,8 +9,8 @@ from lightning_clamp.losses._batch import Reduction, as_batch
 from lightning_clamp.losses._options import check_at_least
 
 # The bands of FLSD-53, by the probability of the target class.
-_SURE = 0.2
-_HARD_GAMMA = 5.0
+_HARDEST, _HARDEST_GAMMA = 0.2, 5.0
+_HARD, _HARD_GAMMA = 0.5, 3.0
 
 
 def focal_loss(
@@ -42,7 +42,7 @@ def focal_loss(
     batch = as_batch(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
     cross_entropy = batch.cross_entropy()
     return batch.reduced(
-        _focal(cross_entropy, -torch.expm1(-cross_entropy), gamma), reduction, parts, cross_entropy=cross_entropy
+        _focal(cross_entropy, 1 - torch.exp(-cross_entropy), gamma), reduction, parts, cross_entropy=cross_entropy
     )
 
 
@@ -110,7 +110,7 @@ def dual_focal_loss(
     of_target = batch.of_target(log_probs)
     lower = log_probs.masked_fill(log_probs >= of_target.unsqueeze(1), -torch.inf).max(1).values.exp()
     return batch.reduced(
-        _focal(-of_target, lower - torch.expm1(of_target), gamma), reduction, parts, cross_entropy=-of_target
+        _focal(-of_target, 1 - of_target.exp() + lower, gamma), reduction, parts, cross_entropy=-of_target
     )
 
 
@@ -144,12 +144,14 @@ def brier_loss(
     return batch.reduced(score, reduction, parts, **terms)
 
 
-def _focal(cross_entropy: Tensor, doubt: Tensor, gamma: float | Tensor) -> Tensor:
+def _focal(cross_entropy: Tensor, doubt: Tensor, gamma: float) -> Tensor:
     """``doubt ** gamma * cross_entropy``; the slope of a power below 1 is infinite at doubt 0, hence the clamp."""
     return doubt.clamp_min(torch.finfo(doubt.dtype).tiny).pow(gamma) * cross_entropy
 
 
 def _banded(cross_entropy: Tensor, gamma: float) -> Tensor:
     prob = torch.exp(-cross_entropy)
-    exponent = torch.where(prob < _SURE, _HARD_GAMMA, torch.where(prob < 0.5, 3.0, gamma))
-    return _focal(cross_entropy, -torch.expm1(-cross_entropy), exponent)
+    hardest, hard, easy = (
+        _focal(cross_entropy, 1 - prob, exponent) for exponent in (_HARDEST_GAMMA, _HARD_GAMMA, gamma)
+    )
+    return torch.where(prob < _HARDEST, hardest, torch.where(prob < _HARD, hard, easy))

@@ -211,12 +211,14 @@ def acls_loss(
         negative = neg_lambda / (z.shape[1] - 1) if is_code else neg_lambda / 2
         top = z.amax(1, keepdim=True)
         excess = (top - margin if is_code else top - z.amin(1, keepdim=True) - margin).clamp_min_(0)
-        is_top = torch.eq(z, top, out=torch.empty_like(z))
         # The gradient of the second term; the largest logits themselves are within the margin, and add nothing to it.
         slope = torch.add(-2 * negative * (top - margin), z, alpha=2 * negative).clamp_max_(0)
-        value = positive * (excess.square() * is_top.sum(1, keepdim=True)).squeeze(1)
+        ties = torch.eq(z, top, out=torch.empty_like(z)).sum(1)
+        value = positive * excess.squeeze(1).square() * ties
         if negative:
             value = value + slope.square().sum(1) / (4 * negative)
+        # Compared anew, by another operator: what has one use is fused by a compiler, which would store the mask else.
+        is_top = torch.ge(z, top, out=torch.empty_like(z))
         return value, slope.addcmul_(is_top, 2 * positive * excess)
 
     return _penalised(logits, target, penalty, alpha, task, ignore_index, reduction, parts)
