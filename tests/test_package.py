@@ -2,6 +2,7 @@
 
 import ast
 import re
+import runpy
 import subprocess
 import sys
 from functools import partial
@@ -10,12 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader
 
 import lightning_clamp
-from lightning_clamp import metrics
+from lightning_clamp import losses, metrics
 from tests.scenarios import LitClassifier, SmallNet, images, loader
+from tests.test_label_perturbation import Segmenter, maps
+from tests.test_loss_mixins import trainer
 
 ROOT = Path(lightning_clamp.__file__).parent
+# What can be used without Lightning.
+LOSS_FUNCTIONS = {"_batch.py", "_options.py", "attack.py", "batch_statistics.py", "focal.py", "label_perturbation.py",
+                  "margin_aware.py", "regularizers.py", "sharpness.py"}  # fmt: skip
 HEAVY = ("torchvision", "matplotlib", "tensorboard", "wandb", "sklearn", "scipy")
 
 
@@ -46,33 +53,56 @@ def test_imports_point_one_way(path):
     names = imports(path)
     assert not {name for name in names if name.split(".")[0] in HEAVY}
     part = path.relative_to(ROOT).parts[0]
-    if part in ("clamping", "metrics", "_rows.py"):
+    if part in ("clamping", "metrics", "_rows.py") or path.name in LOSS_FUNCTIONS:
         assert not {name for name in names if name.split(".")[0] == "lightning"}
     ours = {name.split(".")[1] for name in names if name.startswith("lightning_clamp.")}
-    allowed = {"metrics": {"metrics", "_rows"}, "clamping": {"clamping", "metrics", "_rows"}, "_rows.py": set()}
+    allowed = {
+        "metrics": {"metrics", "_rows"},
+        "losses": {"losses", "metrics", "_rows"},
+        "clamping": {"clamping", "metrics", "_rows"},
+        "_rows.py": set(),
+    }
     assert ours <= allowed.get(part, ours)
 
 
-def test_the_quickstart_runs_and_writes_what_it_says(tmp_path):
-    script = ROOT.parent / "examples" / "quickstart.py"
-    done = subprocess.run(
-        [sys.executable, script, "--epochs", "8", "--out", tmp_path], capture_output=True, text=True, timeout=200
-    )
+def ran(script, *options):
+    command = [sys.executable, ROOT.parent / "examples" / script, *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "held-out test" in done.stdout
+    return done.stdout
+
+
+def test_the_quickstart_runs_and_writes_what_it_says(tmp_path):
+    assert "held-out test" in ran("quickstart.py", "--epochs", "8", "--out", tmp_path)
     assert (tmp_path / "reliability.png").stat().st_size > 10_000
     assert list((tmp_path / "checkpoints").glob("*-calibrated.ckpt"))
     assert list(tmp_path.rglob("events.out.tfevents.*"))
+
+
+def test_losses_are_compared(tmp_path):
+    printed = ran("compare_losses.py", "--seeds", "1", "--losses", "ce", "acls", "--epochs", "2", "--out", tmp_path)
+    assert printed.count("then clamped") == 2
+    assert "adaptive ECE" in (tmp_path / "comparison.md").read_text()
+    assert (tmp_path / "comparison.png").stat().st_size > 10_000
+
+
+def test_segmentation_is_compared(tmp_path):
+    options = ("--epochs", "1", "--size", "16", "--losses", "bce", "aslp", "--out", tmp_path)
+    assert ran("segmentation.py", *options).count("+ clamp") == 2
+    for picture in ("confidence", "reliability"):
+        assert (tmp_path / f"{picture}.png").stat().st_size > 10_000
 
 
 SCRIPTS = [path for path in sorted((ROOT.parent / "examples").rglob("*.py")) if "def main(" in path.read_text()]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_every_example_explains_itself(script):
-    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "usage:" in done.stdout
+def test_every_example_explains_itself(script, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(script.parent)
+    monkeypatch.setattr(sys, "argv", [script.name, "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(script), run_name="__main__")
+    assert "usage:" in capsys.readouterr().out
 
 
 def python_blocks(name):
@@ -84,6 +114,29 @@ def test_the_python_about_metrics_runs(capsys):
     for block in python_blocks("docs/metrics.md"):
         exec(block, names)
     assert "ece: " in capsys.readouterr().out
+
+
+def test_the_python_about_losses_runs():
+    names = {
+        "MyModel": LitClassifier,
+        "MySegmenter": Segmenter,
+        "monitor_loader": loader(60, 3),
+        "train_loader": loader(100, 20),
+        "train_set": maps(4),
+        "val_loader": DataLoader(maps(2)),
+        "DataLoader": DataLoader,
+        "trainer": trainer(),
+    }
+    for block in python_blocks("docs/losses.md"):
+        exec(block, names)
+    run = trainer()
+    run.fit(names["Custom"](), names["train_loader"])
+    assert "mine" in run.callback_metrics
+
+
+def test_every_public_loss_is_in_the_docs():
+    text = (ROOT.parent / "docs" / "losses.md").read_text()
+    assert not [name for name in losses.__all__ if name not in text]
 
 
 def test_every_public_metric_is_in_the_docs():

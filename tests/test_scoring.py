@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from lightning_clamp import fit_clamp
 from lightning_clamp.clamping.frozen import frozen
-from lightning_clamp.clamping.passes import CalibrationSet, score_pass, summed
+from lightning_clamp.clamping.passes import CalibrationSet, ScoreSums, score_pass, summed
 from lightning_clamp.clamping.perturbation import make_grid
-from lightning_clamp.clamping.scoring import effective_parameters, score_test
+from lightning_clamp.clamping.scoring import _bounded_step, effective_parameters, score_test
 from tests.scenarios import SHIFT, SmallNet, batches, images, sampled, shifted_images
 
 
@@ -174,3 +174,14 @@ def test_independent_pixels_are_counted_by_parameter():
     y = sampled(network(x).detach().double())
     sums, _ = sums_at(network, x, y, 1, log_temperature=0.0)
     assert effective_parameters(sums) == pytest.approx(4, rel=0.25)
+
+
+def test_a_step_changes_the_temperature_by_a_factor_of_e_at_most():
+    """Outputs that say next to nothing of the labels have next to no curvature in log T."""
+    curvature = torch.diag(torch.tensor([2.0, 1e-9], dtype=torch.float64))
+    sums = ScoreSums(torch.tensor([0.5, 1e-6], dtype=torch.float64), curvature, curvature)
+    step, promise = _bounded_step(sums)
+    torch.testing.assert_close(step, torch.tensor([-0.25e-3, -1.0], dtype=torch.float64))
+    # What the quadratic model promises for that share of the step.
+    change = -(sums.gradient @ step + 0.5 * step @ curvature @ step)
+    assert promise == pytest.approx(float(change), rel=1e-9)

@@ -92,7 +92,7 @@ def _fit_grid(data: CalibrationSet, seen: Survey, grid: Grid, best: GridFit, max
     assert best.sums is not None
     point = torch.zeros(grid.n_coefficients + 1, dtype=torch.float64)
     point[-1] = best.temperature.log_temperature
-    step, promise = newton_step(best.sums)
+    step, promise = _bounded_step(best.sums)
     passes, history = 1, list(best.history)
     while passes < max_passes and promise > _WORTHWHILE * len(point):
         there = point + step
@@ -102,12 +102,22 @@ def _fit_grid(data: CalibrationSet, seen: Survey, grid: Grid, best: GridFit, max
         if trial.temperature.nll < best.temperature.nll:
             best, point = trial, there
             assert best.sums is not None
-            step, promise = newton_step(best.sums)
+            step, promise = _bounded_step(best.sums)
         else:
             # Half the step keeps three quarters of what the quadratic model promised.
             step, promise = step / 2, 0.75 * promise
     seconds = best.seconds + time.perf_counter() - started
     return best._replace(passes=passes, seconds=seconds, history=tuple(history))
+
+
+def _bounded_step(sums: ScoreSums) -> tuple[Tensor, float]:
+    """Newton's step and what it promises, shortened where T would change by more than a factor of e.
+
+    Outputs that say next to nothing of the labels have next to no curvature in log T, and steps without bound.
+    """
+    step, promise = newton_step(sums)
+    share = 1 / max(1.0, abs(float(step[-1])))
+    return share * step, share * (2 - share) * promise
 
 
 def _evaluate(data: CalibrationSet, seen: Survey, grid: Grid, point: Tensor, what: str, previous: GridFit) -> GridFit:
