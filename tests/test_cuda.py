@@ -4,8 +4,14 @@ import pytest
 import torch
 
 from lightning_clamp import CalibrationModule, NeuralClamping, calibrate
+from lightning_clamp.losses import MarginAwareMixin
 from tests.scenarios import LitClassifier, loader
 from tests.test_callback import train_loader, trainer
+from tests.test_label_perturbation import WithASLP, val_loader
+from tests.test_label_perturbation import train_loader as indexed_maps
+from tests.test_loss_mixins import made
+from tests.test_loss_mixins import trainer as mixin_trainer
+from tests.test_losses import drawn, every_loss, value_and_gradient
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -51,3 +57,29 @@ def test_several_devices_over_nccl(tmp_path):
     together = calibrate(several, model, HELD_OUT, **OPTIONS)
     assert together.result.n_samples == alone.result.n_samples
     assert float(together.clamp.temperature) == pytest.approx(float(alone.clamp.temperature), rel=1e-3)
+
+
+@every_loss
+def test_losses_are_those_of_the_cpu(loss):
+    logits, target = drawn(16, 5)
+    value, gradient = value_and_gradient(loss, logits, target, ignore_index=2)
+    for compiled in (loss, torch.compile(loss)):
+        there = value_and_gradient(compiled, logits.cuda(), target.cuda(), ignore_index=2)
+        torch.testing.assert_close([one.cpu() for one in there], [value, gradient])
+
+
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-mixed"])
+def test_the_margin_aware_loss_trains_on_the_device(precision):
+    found = {}
+    for accelerator, kind in (("cpu", "32-true"), ("cuda", precision)):
+        torch.manual_seed(0)
+        run = mixin_trainer(max_steps=1, accelerator=accelerator, devices=1, precision=kind)
+        run.fit(made(MarginAwareMixin, margin_clip=None), loader(100, 20))
+        found[accelerator] = float(run.callback_metrics["train/loss"])
+    assert found["cuda"] == pytest.approx(found["cpu"], rel=0.03)
+
+
+def test_alpha_is_kept_on_the_device():
+    model = WithASLP(aslp_warmup_epochs=1)
+    mixin_trainer(max_epochs=3, accelerator="cuda", devices=1).fit(model, indexed_maps(), val_loader())
+    assert (model.aslp_alphas.values > 0).all()

@@ -147,7 +147,7 @@ def test_every_public_metric_is_in_the_docs():
 def test_the_readmes_python_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = python_blocks("README.md")
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     # Lightning's own defaults, as in the README: tidy them for the test alone.
     monkeypatch.setattr("lightning.pytorch.Trainer", partial(Trainer, accelerator="cpu", enable_progress_bar=False))
     names = {
