@@ -120,10 +120,17 @@ def check_layout(logits: Tensor, target: Tensor, task: Task) -> None:
     (_check_binary if task == "binary" else _check_multiclass)(logits, target)
 
 
+def check_hard(target: Tensor) -> None:
+    """Refuse labels between 0 and 1; this reads them, which an accelerator waits for."""
+    if target.is_floating_point() and bool((target != target.round()).any()):
+        raise ValueError("A binary target must be 0 or 1, got a value between: soft labels have no calibration error.")
+
+
 def _checked(logits: Tensor, target: Tensor, task: Task) -> tuple[Tensor, Tensor]:
     """Logits ``(N, C, S)`` and target ``(N, S)`` with the positions of an item on one axis; views where possible."""
     check_layout(logits, target, task)
     if task == "binary":
+        check_hard(target)
         return logits[..., None].flatten(1)[:, None], target[..., None].flatten(1)
     return logits[..., None].flatten(2), target[..., None].flatten(1)
 
@@ -161,13 +168,11 @@ def _check_multiclass(logits: Tensor, target: Tensor) -> None:
 def _check_binary(logits: Tensor, target: Tensor) -> None:
     if logits.ndim == 0:
         raise ValueError("A batch needs an axis, got a single number: a `squeeze` loses it when a batch has one item.")
-    if _without_unit_axis(logits) != _without_unit_axis(target):
+    if logits.shape != target.shape and _without_unit_axis(logits) != _without_unit_axis(target):
         raise ValueError(
             f'task="binary" needs one logit per target, got logits of shape {tuple(logits.shape)} and a target of '
             f'shape {tuple(target.shape)}; for one logit per class say task="multiclass".'
         )
-    if target.is_floating_point() and bool((target != target.round()).any()):
-        raise ValueError("A binary target must be 0 or 1, got a value between: soft labels have no calibration error.")
 
 
 def _without_unit_axis(tensor: Tensor) -> torch.Size:

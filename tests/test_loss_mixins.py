@@ -1,6 +1,8 @@
 """A loss in front of somebody's module: what it trains with, logs, saves and refuses."""
 
+import copy
 import inspect
+import pickle
 import sys
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -32,6 +35,8 @@ OF_FUNCTION = {
     "sc_bce_loss": (losses.SCBCEMixin, "sc_bce"),
 }
 COMMON = {"task", "ignore_index", "reduction", "parts", "generator"}
+# With the defaults ACLS has nothing to do on logits as small as those of the tests.
+AT_WORK = {losses.ACLSMixin: {"acls_margin": 1.0, "acls_alpha": 1.0}}
 OF_CLASSES = [name for name in OF_FUNCTION if name not in ("sc_bce_loss", "margin_aware_loss")]
 
 
@@ -91,7 +96,7 @@ def test_options_reach_the_function():
     model = made(ACLSMixin, acls_alpha=0.5, acls_margin=1.0, acls_reference="paper", loss_ignore_index=3)
     inputs, target = next(iter(loader(100, 20)))
     expected = acls_loss(model(inputs), target, alpha=0.5, margin=1.0, reference="paper", ignore_index=3)
-    trained = model.loss_of(inputs, target, None, {})
+    trained = model.calibrated_loss_of(inputs, target, None, {})
     torch.testing.assert_close(trained, expected)
 
 
@@ -115,7 +120,7 @@ def test_the_state_dict_is_the_modules_and_the_options_are_hyperparameters(tmp_p
     run.fit(model, loader(100, 20))
     run.save_checkpoint(tmp_path / "last.ckpt")
     again = type(model).load_from_checkpoint(tmp_path / "last.ckpt")
-    assert again.loss_function.keywords == {"gamma": 2.0}
+    assert again.calibrated_loss_function.keywords == {"gamma": 2.0}
     # The module alone takes the weights too.
     assert LitClassifier.load_from_checkpoint(tmp_path / "last.ckpt").hparams["lr"] == 0.05
 
@@ -131,6 +136,98 @@ def test_a_step_of_ones_own_calls_the_loss():
     run.fit(Custom(), loader(100, 20))
     assert {"own", "train/cross_entropy"} <= set(run.callback_metrics)
     assert "train/loss" not in run.callback_metrics
+
+
+def test_a_step_that_forgets_the_loss_is_told_so():
+    """The natural mistake: the mixin on a class that has a step of its own already."""
+
+    class Forgetful(ACLSMixin, LitClassifier):
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self(batch[0]), batch[1])
+
+    with pytest.warns(UserWarning, match=r"Forgetful did not call `self.calibrated_loss\(inputs, target\)`"):
+        trainer(max_steps=1).fit(Forgetful(), loader(100, 20))
+
+
+def test_the_loss_may_be_had_in_validation_and_logs_nothing_there():
+    class Validating(FocalMixin, LitClassifier):
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", self.calibrated_loss(*batch))
+
+    run = trainer()
+    run.fit(Validating(), loader(100, 20), loader(100, 40))
+    # The training batch's, not the validation's.
+    model = Validating()
+    inputs, target = next(iter(loader(100, 20)))
+    assert run.callback_metrics["train/cross_entropy"] == pytest.approx(
+        F.cross_entropy(model(inputs), target).item(), rel=1e-5
+    )
+
+
+class Crowded(LitClassifier):
+    """A module that has the names one is likely to have."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.criterion = self.loss = nn.CrossEntropyLoss()
+        self.loss_function = nn.CrossEntropyLoss(label_smoothing=0.1)
+        self._accuracy = nn.Identity()
+        self.alpha, self.margin, self.rule = 1, 2, 3
+
+    def loss_of(self, logits, target):
+        return self.loss_function(logits, target)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_accuracy", 0.5)
+        self.log("val_loss", self.loss_of(self(batch[0]), batch[1]))
+
+
+@pytest.mark.parametrize("mixin", [ACLSMixin, MarginAwareMixin])
+def test_names_of_the_module_are_its_own(mixin):
+    options = {"margin_clip": None} if mixin is MarginAwareMixin else {}
+    model = made(mixin, Crowded, **options)
+    trainer(max_steps=1).fit(model, loader(100, 20), loader(100, 40))
+    assert isinstance(model.loss_function, nn.CrossEntropyLoss)
+    assert (model.alpha, model.margin, model.rule) == (1, 2, 3)
+    crowded = made(losses.ASLPMixin, Crowded)
+    assert isinstance(crowded._accuracy, nn.Identity)
+
+
+@pytest.mark.parametrize(
+    ("mixin", "options", "sentence"),
+    [
+        (ACLSMixin, {"acls_margin": -1}, "`margin` must be at least 0, got -1"),
+        (ACLSMixin, {"acls_reference": "Paper"}, "`reference` must be one of"),
+        (ACLSMixin, {"loss_task": "multilabel"}, "`loss_task` must be one of"),
+        (MarginAwareMixin, {"margin_std": (0.2, 0.0, 0.2)}, "`std` must be positive"),
+        (MarginAwareMixin, {"margin_std": (0.2, 0.2), "margin_mean": (0.5, 0.5, 0.5)}, "no axis 1 of 2 channels"),
+        (losses.SCBCEMixin, {"sc_bce_kind": "IH"}, "`kind` must be one of"),
+    ],
+)
+def test_options_are_checked_when_the_module_is_made(mixin, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        made(mixin, **options)
+
+
+def test_a_module_may_be_copied_and_pickled():
+    model = made(MarginAwareMixin, margin_mean=(0.5, 0.4, 0.3), margin_std=0.2)
+    again = copy.deepcopy(model)
+    assert again.calibrated_loss_function.keywords == model.calibrated_loss_function.keywords
+    assert pickle.loads(pickle.dumps(model.calibrated_loss_function)).keywords["std"] == 0.2
+
+
+def test_arguments_by_position_are_the_modules(tmp_path):
+    class Positional(ACLSMixin, LitClassifier):
+        pass
+
+    model = Positional(0.3, 1.5, acls_margin=4.0)
+    assert (model.hparams["lr"], model.hparams["temperature"]) == (0.3, 1.5)
+    run = trainer()
+    run.fit(model, loader(100, 20))
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    again = Positional.load_from_checkpoint(tmp_path / "last.ckpt")
+    assert again.hparams["lr"] == 0.3
+    assert again.calibrated_loss_function.keywords["margin"] == 4.0
 
 
 def test_manual_optimization_has_its_own_step():
@@ -170,7 +267,10 @@ def test_the_order_of_the_bases_is_checked_when_the_class_is_written():
         class Both(ACLSMixin, FocalMixin, LitClassifier):
             pass
 
-    class Right(ACLSMixin, LitClassifier):
+    class Helper:
+        """Has no step, and may stand anywhere."""
+
+    class Right(Helper, ACLSMixin, LitClassifier):
         pass
 
     class Derived(Right):
@@ -199,7 +299,7 @@ def test_an_index_after_the_pair_is_let_by():
 
 def test_a_mixin_of_ones_own():
     class MeanSquareMixin(LossMixin):
-        def loss_of(self, inputs, target, index, parts):
+        def calibrated_loss_of(self, inputs, target, index, parts):
             probs = self(inputs).softmax(1)
             parts["worst"] = probs.amin()
             return F.mse_loss(probs, F.one_hot(target, 4).float())
@@ -224,7 +324,7 @@ def test_lower_precision_gives_about_the_same_loss(mixin, precision):
 
 @pytest.mark.parametrize("mixin", [ACLSMixin, MarginAwareMixin])
 def test_accumulated_batches_are_one_batch(mixin):
-    options = {"margin_clip": None} if mixin is MarginAwareMixin else {}
+    options = {"margin_clip": None} if mixin is MarginAwareMixin else AT_WORK.get(mixin, {})
     ends = []
     for size, accumulate in ((100, 1), (25, 4)):
         model = made(mixin, lr=0.1, **options)
@@ -248,7 +348,7 @@ def compiled_part(model):
 def test_compiled_modules_train_as_they_do_uncompiled(mixin, how):
     """The margin's gradient is differentiated twice, which no compiled network allows: it is run as it was written."""
     torch._dynamo.reset()
-    options = {"margin_clip": None} if mixin is MarginAwareMixin else {}
+    options = {"margin_clip": None} if mixin is MarginAwareMixin else AT_WORK.get(mixin, {})
     ends = []
     for prepare in (lambda model: model, how):
         model = made(mixin, lr=0.1, **options)
@@ -271,7 +371,7 @@ class Writing:
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork")
 @pytest.mark.parametrize("mixin", [ACLSMixin, MarginAwareMixin])
 def test_two_processes_step_like_one(mixin, tmp_path):
-    options = {"margin_clip": None} if mixin is MarginAwareMixin else {}
+    options = {"margin_clip": None} if mixin is MarginAwareMixin else AT_WORK.get(mixin, {})
     one = made(mixin, lr=0.1, **options)
     trainer(max_steps=1).fit(one, loader(100, 20))
     two = type("Both", (mixin, Writing, LitClassifier), {})(lr=0.1, **options)
@@ -306,6 +406,14 @@ def test_lightning_cli_sets_the_options(tmp_path, monkeypatch):
         save_config_callback=None,
         seed_everything_default=0,
     )
-    assert cli.model.loss_function.keywords["margin"] == 6.0
+    assert cli.model.calibrated_loss_function.keywords["margin"] == 6.0
+
+    class Margins(MarginAwareMixin, LitClassifier):
+        pass
+
+    options = ["--model.margin_mean=[0.5,0.4,0.3]", "--model.margin_clip=null", "--trainer.logger=false"]
+    other = LightningCLI(Margins, run=False, args=options, save_config_callback=None, seed_everything_default=0)
+    assert list(other.model.calibrated_loss_function.keywords["mean"]) == [0.5, 0.4, 0.3]
+    assert other.model.calibrated_loss_function.keywords["clip"] is None
     assert cli.model.hparams["lr"] == 0.5
     assert cli.model.loss_ignore_index == 7

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -39,9 +40,11 @@ CASES = {
     "dca_mdca_b1": (losses.dca_loss, {"beta": 1}),
     "dca_fourm": (losses.dca_loss, {}),
 }
-LOSSES = sorted({loss for loss, _ in CASES.values()}, key=lambda loss: loss.__name__)
-BATCH_GAPS = (losses.mdca_loss, losses.dca_loss, losses.mmce_loss)
-every_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
+# Margins at which both terms of ACLS, and MbLS, are at work on the logits drawn here.
+AT_WORK = {losses.acls_loss: {"margin": 1.5}, losses.mbls_loss: {"margin": 1.5}}
+FUNCTIONS = sorted({loss for loss, _ in CASES.values()}, key=lambda loss: loss.__name__)
+LOSSES = {loss.__name__: partial(loss, **AT_WORK.get(loss, {})) for loss in FUNCTIONS}
+every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 
 
 def value_and_gradient(loss, logits: Tensor, target: Tensor, **options) -> tuple[Tensor, Tensor]:
@@ -117,13 +120,12 @@ def test_all_right_all_wrong_and_one_row_are_the_official_ones(name):
 
 
 # ACLS stops a gradient on purpose, so that it is not the derivative of its own value: see the test below.
-@pytest.mark.parametrize("loss", [one for one in LOSSES if one is not acls_loss], ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize("loss", [one for name, one in LOSSES.items() if name != "acls_loss"])
 @pytest.mark.parametrize("shape", [(5, 4), (2, 3, 2, 2)], ids=["classes", "dense"])
 def test_gradients_are_those_of_the_values(loss, shape):
     logits, target = drawn(*shape)
-    margin = {"margin": 1.5} if loss is mbls_loss else {}
     assert torch.autograd.gradcheck(
-        lambda z: loss(z, target, ignore_index=1, reduction="none", **margin), logits.requires_grad_()
+        lambda z: loss(z, target, ignore_index=1, reduction="none"), logits.requires_grad_()
     )
 
 
@@ -160,9 +162,9 @@ def test_acls_of_the_paper_has_the_gradient_of_the_paper():
 
 def test_a_constant_added_to_all_logits_changes_the_code_of_acls_and_nothing_else():
     logits, target = drawn(6, 5)
-    for loss in LOSSES:
+    for name, loss in LOSSES.items():
         same = torch.isclose(loss(logits + 20, target), loss(logits, target))
-        assert bool(same) == (loss is not acls_loss)
+        assert bool(same) == (name != "acls_loss")
     assert torch.isclose(
         acls_loss(logits + 20, target, margin=2, reference="paper"),
         acls_loss(logits, target, margin=2, reference="paper"),
@@ -237,7 +239,7 @@ def test_one_logit_is_two_classes(loss):
     logit, target = drawn(12, 1)[0][:, 0], torch.arange(12) % 2
     pair = torch.stack([-logit / 2, logit / 2], 1)
     expected = loss(pair, target)
-    for shape in ((12,), (12, 1), (3, 1, 2, 2), (3, 2, 2)):
+    for shape in ((12,), (12, 1), (3, 1, 2, 2), (3, 2, 2), (3, 1, 1, 4), (3, 1, 4)):
         labels = target.reshape(shape)
         torch.testing.assert_close(loss(logit.reshape(shape), labels, task="binary"), expected)
         assert loss(logit.reshape(shape), labels, task="binary", reduction="none").shape == labels.shape
@@ -285,15 +287,45 @@ def test_mmce_is_its_sum_over_pairs(n):
     torch.testing.assert_close(mmce_loss(logits, target, lamda=3), expected)
 
 
+LAYOUTS = {
+    "classes": (drawn(8, 5), {}),
+    "ignoring": (drawn(8, 5), {"ignore_index": 2}),
+    "dense": (drawn(2, 3, 2, 4), {"ignore_index": 1, "reduction": "none"}),
+    "one logit": ((drawn(6, 1)[0], torch.arange(6).reshape(6, 1) % 2.0), {"task": "binary"}),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @every_loss
-def test_compiled_losses_are_the_same(loss):
-    logits, target = drawn(8, 5)
+def test_compiled_losses_are_the_same(loss, layout):
+    (logits, target), options = LAYOUTS[layout]
     torch._dynamo.reset()
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
-    for ours, theirs in zip(
-        value_and_gradient(compiled, logits, target), value_and_gradient(loss, logits, target), strict=True
-    ):
-        torch.testing.assert_close(ours, theirs)
+    ours, theirs = (value_and_gradient(one, logits, target, **options) for one in (compiled, loss))
+    torch.testing.assert_close(ours, theirs)
+
+
+@every_loss
+def test_memory_may_be_laid_out_in_any_way(loss):
+    logits, target = drawn(2, 4, 3, 5)
+    expected = value_and_gradient(loss, logits, target)
+    for other in (logits.contiguous(memory_format=torch.channels_last), logits.mT.contiguous().mT):
+        torch.testing.assert_close(value_and_gradient(loss, other, target), expected)
+    torch.testing.assert_close(value_and_gradient(loss, logits, target.to(torch.uint8)), expected)
+
+
+# Smoothing asks for its probability, and a margin has no finite distance to it.
+ALL_CLASSES = ("acls_loss", "mbls_loss", "label_smoothing_loss")
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in ALL_CLASSES])
+def test_a_masked_class_has_no_part(name):
+    logits, target = drawn(6, 4)
+    masked = logits.index_fill(1, torch.tensor([3]), -torch.inf)
+    value, gradient = value_and_gradient(LOSSES[name], masked, target % 3)
+    assert value.isfinite()
+    assert gradient.isfinite().all()
+    assert not gradient[:, 3].any()
 
 
 @every_loss

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -189,6 +190,59 @@ def test_modes_come_back_and_the_attack_moves_statistics_only_in_train_mode(mode
     assert int(network.net[1].num_batches_tracked) == 2 + (3 if mode == "train" else 0)
 
 
+def test_normalised_images_in_half_precision_are_within_their_range():
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    m, s = (torch.tensor(value).reshape(3, 1, 1) for value in (mean, std))
+    images = torch.rand(4, 3, 6, 6).round(decimals=1)
+    for dtype in (torch.float16, torch.bfloat16):
+        inputs = ((images - m) / s).to(dtype)
+        moved = attack(mean=mean, std=std)(lambda x: -x.float().sum(), inputs)
+        assert moved.dtype == dtype
+        shift = (moved.float() - inputs.float()) * s
+        # Three steps of 2/255 down, to the rounding of the dtype, and not below black.
+        expected = torch.maximum(-6 / 255 * torch.ones_like(shift), -images)
+        torch.testing.assert_close(shift, expected, atol=0.5 * torch.finfo(dtype).eps, rtol=0)
+
+
+class Attending(nn.Module):
+    """A transformer's layer, whose fused attention has a first derivative only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x).mean(1))
+
+
+def test_networks_with_attention_are_differentiated_twice():
+    torch.manual_seed(0)
+    network = Attending()
+    inputs, target = torch.rand(5, 4, 8), torch.tensor([0, 1, 2, 0, 1])
+    margin_aware_loss(network, inputs, target, clip=None).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in network.parameters())
+    assert gauss_newton_sharpness(network, [(inputs, target)], max_iterations=3) > 0
+
+
+def test_the_smoothness_of_large_images_does_not_underflow():
+    torch.manual_seed(0)
+    conv = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 1, 3, padding=1))
+    images, target = torch.rand(1, 1, 512, 512), torch.ones(1, 512, 512)
+    found = {}
+    for dtype in (torch.float32, torch.float16):
+        parts: dict[str, Tensor] = {}
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.float16):
+            margin_aware_loss(conv, images, target, lambda_r=0, task="binary", parts=parts)
+        found[dtype] = parts["smoothness"].item()
+    assert found[torch.float16] == pytest.approx(found[torch.float32], rel=0.01)
+
+
+def test_images_of_integers_are_refused():
+    with pytest.raises(TypeError, match="Inputs must be float to be moved, got"):
+        margin_aware_loss(formula_network(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(2).long())
+
+
 def test_modes_come_back_after_an_error():
     class Failing(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -288,7 +342,7 @@ def test_sharpness_of_what_is_ignored_or_frozen_does_not_count():
     assert gauss_newton_sharpness(network, [(inputs, target)], **options) < exact_sharpness_of_all(network, inputs)
     with pytest.raises(ValueError, match="no trainable parameters"):
         gauss_newton_sharpness(network.requires_grad_(False), [(inputs, target)])
-    with pytest.raises(ValueError, match="no position that counts"):
+    with pytest.raises(ValueError, match="no batch holds a position that counts"):
         gauss_newton_sharpness(formula_network(), [])
 
 
@@ -325,6 +379,25 @@ def test_the_monitor_measures_and_draws_and_training_does_not_notice(tmp_path):
             assert run.callback_metrics["monitor/sharpness"] == pytest.approx(last["sharpness"])
             assert [panel.get_ylabel() for panel in monitor.plot().axes] == ["ECE", "margin tail", "sharpness"]
     assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("how", ["compiled", "bf16-true"])
+def test_the_monitor_measures_compiled_and_cast_networks(how):
+    torch._dynamo.reset()
+    model, monitor = LitClassifier(), SharpnessMonitor(loader(60, 3))
+    if how == "compiled":
+        model.net = torch.compile(model.net, backend="aot_eager")
+    precision = "32-true" if how == "compiled" else how
+    trainer(max_epochs=1, precision=precision, callbacks=[monitor]).fit(model, loader(100, 1))
+    plain = SharpnessMonitor(loader(60, 3))
+    trainer(max_epochs=1, callbacks=[plain]).fit(LitClassifier(), loader(100, 1))
+    rel = 1e-4 if how == "compiled" else 0.05
+    assert monitor.history[0]["sharpness"] == pytest.approx(plain.history[0]["sharpness"], rel=rel)
+
+
+def test_a_monitor_of_nothing_is_refused_before_training():
+    with pytest.raises(MisconfigurationException, match="and one batch at least"):
+        trainer(callbacks=[SharpnessMonitor([])]).fit(LitClassifier(), loader(100, 1))
 
 
 def test_two_monitors_have_two_names():

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_clamp._rows import TASKS, Task, check_layout
+from lightning_clamp._rows import TASKS, Task, check_hard, check_layout
 from lightning_clamp.metrics._checks import check_range
 
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
@@ -54,10 +54,9 @@ class Batch(NamedTuple):
         """``values``, shape of the target, with 0 where a position is ignored."""
         return values if self.keep is None else torch.where(self.keep, values, 0)
 
-    def n_kept(self) -> Tensor:
+    def n_kept(self) -> Tensor | int:
         """How many positions count, at least 1, so that a batch without any has the loss 0."""
-        size = torch.tensor(self.target.numel(), device=self.logits.device) if self.keep is None else self.keep.sum()
-        return size.clamp_min(1)
+        return max(1, self.target.numel()) if self.keep is None else self.keep.sum().clamp_min(1)
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean of ``values``, shape of the target, over the positions that count."""
@@ -97,21 +96,22 @@ def as_batch(logits: Tensor, target: Tensor, *, task: Task, ignore_index: int | 
     if task not in TASKS:
         raise ValueError(f"`task` must be one of {TASKS}, got {task!r}.")
     check_layout(logits, target, task)
+    # Labels on an accelerator are not read, which would stall it, nor while a graph is made.
+    readable = target.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and task == "binary":
+        check_hard(target)
     shape = target.shape
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     if task == "binary":
-        positive = logits.reshape(len(logits), 1, *_positions(logits)) / 2
+        # Either may have an axis of length 1 for the class that the other has not.
+        positions = min(logits.shape, target.shape, key=len)[1:]
+        positive = logits.reshape(len(logits), 1, *positions) / 2
         logits = torch.cat([-positive, positive], 1)
-        target = target.reshape(len(target), *_positions(target))
+        target = target.reshape(len(target), *positions)
     target = target.long()
     keep = None if ignore_index is None else target != ignore_index
     if keep is not None:
         target = torch.where(keep, target, 0)
-    if target.device.type == "cpu" and not torch.compiler.is_compiling():
+    if readable:
         check_range(target.flatten(), logits.shape[1], " Pass ignore_index= for positions to leave out.")
     return Batch(logits, target, keep, shape)
-
-
-def _positions(tensor: Tensor) -> torch.Size:
-    """The axes behind the first, without the unit axis of one class."""
-    return tensor.shape[2:] if tensor.ndim > 1 and tensor.shape[1] == 1 else tensor.shape[1:]

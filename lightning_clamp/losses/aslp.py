@@ -9,8 +9,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_clamp.losses.label_perturbation import Kind, LabelPerturbationRule, Rule, amount, evidence, sc_bce_loss
+from lightning_clamp.losses.label_perturbation import Kind, LabelPerturbationRule, Rule, amount, sc_bce_loss
 from lightning_clamp.losses.mixin import LossMixin
+from lightning_clamp.losses.mixins import NO_PIXELS
 
 _STATE = "adaptive_label_perturbation"
 
@@ -27,7 +28,10 @@ class Indexed(Dataset[tuple[Any, ...]]):
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         """The item and its index."""
-        return (*self.dataset[index], index)
+        item = self.dataset[index]
+        if not isinstance(item, tuple | list):
+            raise TypeError(f"Indexed needs items (inputs, target), got {type(item).__name__}.")
+        return (*item, index)
 
 
 class ImageAlphas:
@@ -49,9 +53,12 @@ class ImageAlphas:
 
     def of(self, index: Tensor) -> Tensor:
         """α of the images at ``index``, ``(N,)``."""
-        if index.is_floating_point() or index.ndim != 1 or (len(index) and int(index.min()) < 0):
-            raise ValueError(f"Indices must be integers from 0 on, shape (N,), got {index.dtype} {tuple(index.shape)}.")
-        self._grow(int(index.max()) + 1 if len(index) else 0, index.device)
+        if index.is_floating_point() or index.ndim != 1 or not len(index):
+            raise ValueError(f"Indices must be integers of shape (N,), got {index.dtype} of {tuple(index.shape)}.")
+        low, high = (int(end) for end in index.aminmax())
+        if low < 0:
+            raise ValueError(f"Indices must be integers from 0 on, got {low}.")
+        self._grow(high + 1, index.device)
         return self.values[index]
 
     def put(self, index: Tensor, values: Tensor) -> None:
@@ -66,8 +73,6 @@ class ImageAlphas:
         Args:
             reduce: Reduces a tensor over the ranks, by ``"sum"`` or ``"max"``.
         """
-        if not self.pending:
-            return
         device = self.values.device
         self._grow(int(reduce(torch.tensor(len(self.values), device=device), "max")), device)
         count = reduce(self.touched.to(self.values.dtype), "sum")
@@ -78,6 +83,8 @@ class ImageAlphas:
 
     def _grow(self, size: int, device: torch.device) -> None:
         more = max(0, size - len(self.values))
+        if not more and self.values.device == device:
+            return
         self.values = torch.cat([self.values.to(device), torch.zeros(more, device=device)])
         self.touched = torch.cat([self.touched.to(device), torch.zeros(more, dtype=torch.bool, device=device)])
 
@@ -120,38 +127,39 @@ class ASLPMixin(LossMixin):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.aslp_kind: Kind = aslp_kind
-        self.aslp_rule = LabelPerturbationRule(amount(aslp_kind, aslp_beta), aslp_eta, aslp_lambd, aslp_rule)
-        self.aslp_rule.check()
+        # The rule's β is the loss's; α comes with each batch.
+        self.aslp_learning = LabelPerturbationRule(amount(aslp_kind, aslp_beta), aslp_eta, aslp_lambd, aslp_rule)
+        self.train_with(sc_bce_loss, *NO_PIXELS, kind=aslp_kind, beta=self.aslp_learning.beta)
         self.aslp_warmup_epochs = aslp_warmup_epochs
         self.aslp_accuracy = aslp_accuracy
         self.aslp_alphas = ImageAlphas()
-        self._accuracy: float | None = None
-        self._best_accuracy = 0.0
+        self._aslp_measured: float | None = None
+        self._aslp_best = 0.0
 
-    def loss_of(self, inputs: Tensor, target: Tensor, index: Tensor | None, parts: dict[str, Tensor]) -> Tensor:
+    def calibrated_loss_of(
+        self, inputs: Tensor, target: Tensor, index: Tensor | None, parts: dict[str, Tensor]
+    ) -> Tensor:
         """The loss alone; fills ``parts``, and moves the α of these images."""
         if index is None:
             raise TypeError(
                 f"{type(self).__name__} keeps an α for each image and needs batches (inputs, target, index): wrap the "
                 "training set in lightning_clamp.losses.Indexed."
             )
-        logits = self(inputs)
-        alpha = self.aslp_alphas.of(index.to(logits.device))
-        loss = sc_bce_loss(
-            logits,
-            target,
-            alpha=alpha,
-            kind=self.aslp_kind,
-            beta=self.aslp_rule.beta,
-            ignore_index=self.loss_ignore_index,
-            parts=parts,
-        )
+        logits, ignore_index = self(inputs), self.loss_ignore_index
+        index = index.to(logits.device)
+        alpha = self.aslp_alphas.of(index)
+        loss = self.calibrated_loss_function(logits, target, alpha=alpha, ignore_index=ignore_index, parts=parts)
         parts["alpha"] = alpha.mean()
-        if self.training and self.current_epoch >= self.aslp_warmup_epochs and self._accuracy is not None:
-            seen = evidence(logits, target, ignore_index=self.loss_ignore_index)
-            moved = self.aslp_rule.updated(alpha, seen, self._accuracy, self._best_accuracy)
-            self.aslp_alphas.put(index.to(logits.device), moved)
+        if self.training and self.current_epoch >= self.aslp_warmup_epochs and self._aslp_measured is not None:
+            moved = self.aslp_learning.updated(
+                alpha,
+                logits,
+                target,
+                accuracy=self._aslp_measured,
+                best_accuracy=self._aslp_best,
+                ignore_index=ignore_index,
+            )
+            self.aslp_alphas.put(index, moved)
         return loss
 
     def on_fit_start(self) -> None:
@@ -163,23 +171,26 @@ class ASLPMixin(LossMixin):
                 f"loader, and log {self.aslp_accuracy!r} in validation_step."
             )
 
-    def on_validation_end(self) -> None:
+    def on_validation_epoch_end(self) -> None:
         """Take the accuracy that was logged, in a fit."""
-        super().on_validation_end()
+        # Before on_validation_end, where ModelCheckpoint may save.
+        super().on_validation_epoch_end()
         if self.trainer.state.fn != TrainerFn.FITTING:
             return
         metrics = self.trainer.callback_metrics
         if self.aslp_accuracy not in metrics:
+            if self.trainer.sanity_checking and len(self.trainer.num_sanity_val_batches) > 1:
+                return  # Lightning does not gather the metrics of several loaders then.
             raise MisconfigurationException(
-                f"{type(self).__name__} learns α from {self.aslp_accuracy!r}, which validation_step did not log; it "
-                f"logged {sorted(metrics) or 'nothing'}. Name the accuracy in aslp_accuracy=..."
+                f"{type(self).__name__} learns α from {self.aslp_accuracy!r}, which validation_step did not log; there "
+                f"is {sorted(metrics) or 'nothing'}. Name the accuracy in aslp_accuracy=..."
             )
         # Modules may log without sync_dist, and every rank must go the same way.
         accuracy = float(self._over_ranks(metrics[self.aslp_accuracy].to(self.device), "mean"))
         if not 0 <= accuracy <= 1:
             raise MisconfigurationException(f"{self.aslp_accuracy!r} must be an accuracy in [0, 1], got {accuracy:g}.")
         if not self.trainer.sanity_checking:
-            self._accuracy, self._best_accuracy = accuracy, max(accuracy, self._best_accuracy)
+            self._aslp_measured, self._aslp_best = accuracy, max(accuracy, self._aslp_best)
 
     def on_train_epoch_end(self) -> None:
         """Bring the ranks together."""
@@ -189,19 +200,21 @@ class ASLPMixin(LossMixin):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save every α, and the accuracies."""
         super().on_save_checkpoint(checkpoint)
-        self.aslp_alphas.merge(self._over_ranks)
+        # In mid-epoch; after an epoch there is nothing to do, and one rank may save alone.
+        if self.aslp_alphas.pending:
+            self.aslp_alphas.merge(self._over_ranks)
         checkpoint[_STATE] = {
             "alpha": self.aslp_alphas.values.cpu(),
-            "accuracy": self._accuracy,
-            "best_accuracy": self._best_accuracy,
+            "accuracy": self._aslp_measured,
+            "best_accuracy": self._aslp_best,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on where the checkpoint was; one of another loss starts every α at 0."""
+        """Go on where the checkpoint was; one of another loss says nothing of α."""
         super().on_load_checkpoint(checkpoint)
         if state := checkpoint.get(_STATE):
             self.aslp_alphas.restore(state["alpha"])
-            self._accuracy, self._best_accuracy = state["accuracy"], state["best_accuracy"]
+            self._aslp_measured, self._aslp_best = state["accuracy"], state["best_accuracy"]
 
     def _over_ranks(self, values: Tensor, how: str) -> Tensor:
         """``values`` reduced over the ranks; the strategy may do so in place."""

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_clamp.losses._options import check_at_least, check_choice
 
@@ -13,8 +14,8 @@ Norm: TypeAlias = Literal["linf", "l2"]
 Mode: TypeAlias = Literal["eval", "train"]
 _NORMS: tuple[Norm, ...] = ("linf", "l2")
 _MODES: tuple[Mode, ...] = ("eval", "train")
-# Rounding of a normalised image, in units of the image.
-_SLACK = 1e-3
+# Means and deviations are often given with two digits: so far an image may lie outside its range, as a share of it.
+_SLACK = 0.01
 
 
 class Attack(NamedTuple):
@@ -56,21 +57,30 @@ class Attack(NamedTuple):
             raise ValueError(f"`std` must be positive, got {self.std}.")
 
     def __call__(self, loss: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-        """Move ``inputs`` so that ``loss``, a scalar, rises; they start at their place, and come back detached."""
-        origin = inputs.detach()
-        mean, std = (_per_channel(value, origin) for value in (self.mean, self.std))
-        bounds = self._bounds(origin, mean, std)
-        moved = origin
+        """Move ``inputs`` so that ``loss``, a scalar, rises; they start at their place, and come back detached.
+
+        Raises:
+            TypeError: If the inputs are not float.
+            ValueError: If they lie outside the clip range, or have other channels than the normalisation.
+        """
+        if not inputs.is_floating_point():
+            raise TypeError(f"Inputs must be float to be moved, got {inputs.dtype}: scale the images to [0, 1] first.")
+        # In units of the image, and in float32: a step is below the rounding of bfloat16.
+        wide = inputs.detach().to(torch.promote_types(inputs.dtype, torch.float32))
+        mean, std = (_per_channel(value, wide) for value in (self.mean, self.std))
+        images = wide * std + mean
+        self._check_range(images, torch.finfo(inputs.dtype).eps)
+        moved = images
         for _ in range(self.steps):
+            point = ((moved - mean) / std).to(inputs.dtype).requires_grad_()
             with torch.enable_grad():
-                moved = moved.requires_grad_()
-                (gradient,) = torch.autograd.grad(loss(moved), moved)
-            # A step of the image is std times smaller in the network's input, and its gradient std times larger.
-            shift = (moved.detach() - origin) * std + self.step_size * self._direction(gradient / std)
-            moved = origin + self._projected(shift) / std
-            if bounds is not None:
-                moved = torch.minimum(torch.maximum(moved, bounds[0]), bounds[1])
-        return moved.detach()
+                (gradient,) = torch.autograd.grad(loss(point), point)
+            with torch.no_grad():
+                shift = moved - images + self.step_size * self._direction(gradient.to(wide.dtype) / std)
+                moved = images + self._projected(shift)
+                if self.clip is not None:
+                    moved = moved.clamp(*self.clip)
+        return ((moved - mean) / std).to(inputs.dtype)
 
     def _direction(self, gradient: Tensor) -> Tensor:
         return gradient.sign() if self.norm == "linf" else gradient / _norms(gradient)
@@ -80,18 +90,17 @@ class Attack(NamedTuple):
             return shift.clamp(-self.epsilon, self.epsilon)
         return shift * (self.epsilon / _norms(shift)).clamp_max(1)
 
-    def _bounds(self, origin: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The clip range in the network's units; inputs outside it would be moved by the clipping itself."""
+    def _check_range(self, images: Tensor, rounding: float) -> None:
+        """Refuse images outside the clip range, which the clipping itself would move."""
         if self.clip is None:
-            return None
+            return
         low, high = self.clip
-        images = origin * std + mean
-        if bool((images < low - _SLACK).any() | (images > high + _SLACK).any()):
+        slack = max(_SLACK, 8 * rounding) * (high - low)
+        if bool((images < low - slack).any() | (images > high + slack).any()):
             raise ValueError(
                 f"Inputs of the range [{images.amin():.3g}, {images.amax():.3g}] lie outside clip=({low:g}, {high:g}): "
                 "pass the mean and std of your normalisation, or clip=None for inputs without a range."
             )
-        return (low - mean) / std, (high - mean) / std
 
 
 @contextmanager
@@ -107,6 +116,13 @@ def in_mode(network: object, mode: Mode) -> Iterator[None]:
     finally:
         for module, training in before.items():
             module.training = training
+
+
+@contextmanager
+def differentiable_twice() -> Iterator[None]:
+    """Run networks uncompiled, and attention by its formula: compiled code and fused kernels have one derivative."""
+    with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 def _per_channel(value: float | Sequence[float], inputs: Tensor) -> Tensor:

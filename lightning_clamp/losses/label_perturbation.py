@@ -1,7 +1,8 @@
 """Dense binary prediction with perturbed labels: the self-calibrating binary cross-entropy and its learning rules."""
 
 import math
-from typing import Literal, NamedTuple, TypeAlias
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ PERTURBATIONS: dict[Kind, float] = {"HI": 2.0, "SI": 1.5, "M": 1.0, "DM": 1.0}
 RULES: tuple[Rule, ...] = ("MC", "MEI")
 # Noise of DM: a standard normal, truncated to this distance from 0.
 _NOISE = 0.25
+_NOISE_CDF = (0.5 * (1 + math.erf(-_NOISE / math.sqrt(2))), 0.5 * (1 + math.erf(_NOISE / math.sqrt(2))))
 # The official code clamps probabilities to [1e-7, 1 - 1e-7]: the logits beyond are these.
 _LOGIT_CAP = math.log(1e7 - 1)
 # α stays this far below the amount at which the expected label would be 1/2.
@@ -111,13 +113,14 @@ def amount(kind: Kind, beta: float | None) -> float:
 
 def _truncated_normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
     """A standard normal within ``_NOISE`` of 0, shape of ``like``, by the inverse of its distribution function."""
-    low, high = torch.special.ndtr(torch.tensor([-_NOISE, _NOISE], dtype=torch.float64)).tolist()
+    low, high = _NOISE_CDF
     uniform = torch.rand(like.shape, generator=generator, dtype=like.dtype, device=like.device)
     normal: Tensor = torch.special.ndtri(low + (high - low) * uniform)
     return normal
 
 
-class LabelPerturbationRule(NamedTuple):
+@dataclass(frozen=True)
+class LabelPerturbationRule:
     r"""How the perturbation of each image is learned.
 
     .. math:: \alpha_i \leftarrow \alpha_i + \eta\,\Big(\frac{4}{\beta^2}\,\big(\mathrm{BCE}(z_i, p(y_i)) -
@@ -136,6 +139,9 @@ class LabelPerturbationRule(NamedTuple):
         lambd: Weight λ of the constraint; 2000 in the official code.
         rule: ``"MC"`` or ``"MEI"``.
 
+    Raises:
+        ValueError: If β is not in (0, 2], another number is negative, or the rule is unknown.
+
     Reference:
         Liu et al., ICCV 2023, figure 2 (eq. 5 and 6), and the official ``main_ASLP.py``.
     """
@@ -145,36 +151,46 @@ class LabelPerturbationRule(NamedTuple):
     lambd: float = 2000.0
     rule: Rule = "MC"
 
-    def check(self) -> None:
-        """Refuse what cannot be.
-
-        Raises:
-            ValueError: If a number is negative or the rule unknown.
-        """
+    def __post_init__(self) -> None:
+        """Refuse what cannot be."""
+        amount("HI", self.beta)
         check_at_least("eta", self.eta, 0)
         check_at_least("lambd", self.lambd, 0)
         check_choice("rule", self.rule, RULES)
 
-    def updated(self, alpha: Tensor, evidence: Tensor, accuracy: float, best_accuracy: float) -> Tensor:
-        """The α of images after one step.
+    def updated(
+        self,
+        alpha: Tensor,
+        logits: Tensor,
+        target: Tensor,
+        *,
+        accuracy: float,
+        best_accuracy: float,
+        ignore_index: int | None = None,
+    ) -> Tensor:
+        """The α of images after one step; where the logits are not finite, as it was.
 
         Args:
             alpha: Before the step, ``(N,)``.
-            evidence: :func:`evidence` of the same images.
+            logits: One logit per position of the same images, as for :func:`sc_bce_loss`.
+            target: Their labels, unperturbed.
             accuracy: On validation data, a fraction.
             best_accuracy: The best so far, this one included.
+            ignore_index: Target value of positions to leave out.
         """
         regularizer = (
             ((1 - self.beta * alpha / 2) - accuracy).clamp_max(0)
             if self.rule == "MC"
             else min(accuracy - best_accuracy, 0.0)
         )
-        moved = alpha + self.eta * (2 / self.beta * evidence + self.lambd * regularizer)
+        seen = signed_logit(logits, target, ignore_index=ignore_index)
+        moved = alpha + self.eta * (2 / self.beta * seen + self.lambd * regularizer)
         cap = 1 / self.beta
-        return torch.where(moved >= cap, cap - _BELOW_CAP, moved).clamp(0, 1)
+        moved = torch.where(moved >= cap, cap - _BELOW_CAP, moved).clamp(0, 1)
+        return torch.where(moved.isfinite(), moved, alpha)
 
 
-def evidence(logits: Tensor, target: Tensor, *, ignore_index: int | None = None) -> Tensor:
+def signed_logit(logits: Tensor, target: Tensor, *, ignore_index: int | None = None) -> Tensor:
     r"""How sure and right the network is on each image: the mean of :math:`(2y - 1)\,z` over its positions, ``(N,)``.
 
     It is :math:`\frac{2}{\beta}(\mathrm{BCE}(z, p(y)) - \mathrm{BCE}(z, y))` for every β, since the cross-entropy is

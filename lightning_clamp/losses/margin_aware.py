@@ -1,6 +1,7 @@
 """CalMO, the margin-aware objective: cross-entropy, robustness to small moves of the input, and a smooth margin."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch.nn import functional as F
 from lightning_clamp._rows import Task
 from lightning_clamp.losses._batch import Batch, Reduction, as_batch
 from lightning_clamp.losses._options import check_at_least
-from lightning_clamp.losses.attack import Attack, Mode, Norm, in_mode
+from lightning_clamp.losses.attack import Attack, Mode, Norm, differentiable_twice, in_mode
 from lightning_clamp.metrics.margin import class_margin
 
 
@@ -49,8 +50,8 @@ def margin_aware_loss(
     TRADES, and none through :math:`x_{\mathrm{adv}}`; the margin of an item of dense outputs is the mean over its
     positions. The gradient of m is that of the network's input, in the units it is given in.
 
-    The gradient penalty is differentiated twice, for which a compiled network is run uncompiled (not with
-    ``lambda_s=0``).
+    The gradient penalty is differentiated twice, for which a compiled network is run uncompiled, and attention by its
+    formula instead of a fused kernel (neither with ``lambda_s=0``).
 
     Args:
         network: Maps inputs to logits: ``(N, C)``, ``(N, C, ...)``, or one logit per position for ``task="binary"``.
@@ -88,13 +89,15 @@ def margin_aware_loss(
     attack = Attack(epsilon, step_size, steps, norm, mean, std, clip, attack_mode)
     attack.check()
     if torch.is_inference_mode_enabled():
-        raise RuntimeError("margin_aware_loss needs gradients of the input, and inference mode has none: use no_grad.")
+        raise RuntimeError(
+            "margin_aware_loss needs gradients of the input, and inference mode has none: "
+            "use no_grad, in Lightning Trainer(inference_mode=False)."
+        )
 
     differentiable = torch.is_grad_enabled()
 
     def batch_of(x: Tensor) -> Batch:
-        # What a compiler made cannot be differentiated twice.
-        with torch.compiler.set_stance("force_eager" if lambda_s else "default"):
+        with differentiable_twice() if lambda_s else nullcontext():
             logits = network(x)
         return as_batch(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
 
@@ -123,10 +126,11 @@ def margin_aware_loss(
 
 def _squared_gradient(batch: Batch, margin: Tensor, inputs: Tensor, differentiable: bool) -> Tensor:
     """Squared norm of the input gradient of each item's margin, at each of its positions."""
-    kept = batch.kept(margin).reshape(len(margin), -1)
-    positions = kept.shape[1] if batch.keep is None else batch.keep.reshape(kept.shape).sum(1).clamp_min(1)
-    (gradient,) = torch.autograd.grad((kept.sum(1) / positions).sum(), inputs, create_graph=differentiable)
-    squared = gradient.square().reshape(len(inputs), -1).sum(1)
+    (gradient,) = torch.autograd.grad(batch.kept(margin).sum(), inputs, create_graph=differentiable)
+    counted = torch.ones_like(batch.target, dtype=torch.bool) if batch.keep is None else batch.keep
+    positions = counted.flatten(1).sum(1).clamp_min(1) if counted.ndim > 1 else counted.long().clamp_min(1)
+    # The mean over the positions is taken here: their share of a large image would underflow in half precision.
+    squared = gradient.to(margin.dtype).square().flatten(1).sum(1) / positions.square()
     return squared.reshape(-1, *[1] * (margin.ndim - 1)).expand(margin.shape)
 
 

@@ -1,14 +1,17 @@
 """What every loss mixin is: a training step in front of somebody's LightningModule."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_clamp._rows import Task
+from lightning_clamp._rows import TASKS, Task
+from lightning_clamp.losses._options import check_choice
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 # torch.compile makes no graph of Lightning's log: what logs is left to Python, and what that calls is compiled.
@@ -23,14 +26,15 @@ class LossMixin(LightningModule):
     (``train/cross_entropy``, ...). Where a step does more, write it below the mixin and call :meth:`calibrated_loss`::
 
         class Calibrated(ACLSMixin, MyModule):
-            @_in_python
-    def training_step(self, batch, batch_idx):
+            def training_step(self, batch, batch_idx):
                 loss = self.calibrated_loss(*batch)
                 ...
 
     The mixin adds nothing to the ``state_dict``. Its options are keyword arguments of the class beside the module's
     own, ``Calibrated(width=64, acls_margin=6.0)``, also for LightningCLI, and hyperparameters where the module calls
     ``save_hyperparameters()``.
+
+    A mixin of your own calls :meth:`train_with` in its ``__init__``, or overrides :meth:`calibrated_loss_of`.
 
     Args:
         *args: The module's own.
@@ -40,14 +44,18 @@ class LossMixin(LightningModule):
 
     Raises:
         TypeError: When a class is written with the mixin behind the module, or with two losses.
+        ValueError: If an option is out of range.
     """
 
-    loss_function: Callable[..., Tensor]
+    # The names are long because they share the instance with those of somebody's module.
+    calibrated_loss_function: Callable[..., Tensor]
+    _calibrated_loss_was_called = False
 
     def __init__(
         self, *args: Any, loss_task: Task = "multiclass", loss_ignore_index: int | None = None, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
+        check_choice("loss_task", loss_task, TASKS)
         self.loss_task = loss_task
         self.loss_ignore_index = loss_ignore_index
 
@@ -55,7 +63,8 @@ class LossMixin(LightningModule):
         """Refuse a class in which the mixin would be passed over, or two of them compete."""
         super().__init_subclass__(**kwargs)
         order = cls.__mro__[: cls.__mro__.index(LossMixin)]
-        if before := [base.__name__ for base in order if not issubclass(base, LossMixin)]:
+        others = [base for base in order if not issubclass(base, LossMixin)]
+        if before := [base.__name__ for base in others if "training_step" in vars(base)]:
             mixin = next(base.__name__ for base in order if issubclass(base, LossMixin) and base is not cls)
             raise TypeError(
                 f"{cls.__name__} would train with the step of {before[0]}, not with the loss of {mixin}: put the mixin "
@@ -65,6 +74,17 @@ class LossMixin(LightningModule):
         if len(losses) > 1:
             raise TypeError(f"{cls.__name__} has two losses, {' and '.join(losses)}: keep one of them.")
 
+    def train_with(self, function: Callable[..., Tensor], *nothing: Any, **options: Any) -> None:
+        """Set the loss.
+
+        Args:
+            function: Called with what :meth:`calibrated_loss_of` gives it.
+            *nothing: Arguments for a batch of no samples: the options are checked on it, now and not in training.
+            **options: The function's own.
+        """
+        self.calibrated_loss_function = partial(function, **options)
+        self.calibrated_loss_function(*(nothing or (torch.zeros(0, 2), torch.zeros(0, dtype=torch.long))))
+
     @_in_python
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of a batch ``(inputs, target)``."""
@@ -73,40 +93,50 @@ class LossMixin(LightningModule):
                 f"{type(self).__name__} optimizes manually, which this training_step does not: write your own, with "
                 "`loss = self.calibrated_loss(inputs, target)` and `self.manual_backward(loss)`."
             )
-        loss = self.calibrated_loss(*self.unpacked(batch))
-        self._log({"loss": loss.detach()}, prog_bar=True)
+        if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
+            size = f" of {len(batch)} items" if isinstance(batch, tuple | list | dict) else ""
+            raise TypeError(
+                f"{type(self).__name__} needs batches (inputs, target), got {type(batch).__name__}{size}: write a "
+                "training_step that takes them apart and calls `self.calibrated_loss(inputs, target)`."
+            )
+        loss = self.calibrated_loss(*batch)
+        self._log_calibrated({"loss": loss.detach()}, prog_bar=True)
         return loss
 
     @_in_python
     def calibrated_loss(self, inputs: Tensor, target: Tensor, index: Tensor | None = None) -> Tensor:
-        """The mixin's loss of a batch, whose parts are logged as ``train/...``.
+        """The mixin's loss of a batch; in training, its parts are logged as ``train/...``.
 
         Args:
             inputs: What ``self`` takes.
             target: Labels, as the loss takes them.
             index: Of each item in the training set, ``(N,)``, for losses that keep something for each item.
         """
+        self._calibrated_loss_was_called = True
         parts: dict[str, Tensor] = {}
-        loss = self.loss_of(inputs, target, index, parts)
-        self._log(parts)
+        loss = self.calibrated_loss_of(inputs, target, index, parts)
+        if self.training:
+            self._log_calibrated(parts)
         return loss
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _log(self, values: dict[str, Tensor], prog_bar: bool = False) -> None:
-        self.log_dict({f"train/{name}": value for name, value in values.items()}, prog_bar=prog_bar)
-
-    def loss_of(self, inputs: Tensor, target: Tensor, index: Tensor | None, parts: dict[str, Tensor]) -> Tensor:
-        """The loss alone; fills ``parts``. What a mixin of your own overrides, or it sets ``loss_function``."""
-        return self.loss_function(
+    def calibrated_loss_of(
+        self, inputs: Tensor, target: Tensor, index: Tensor | None, parts: dict[str, Tensor]
+    ) -> Tensor:
+        """The loss alone; fills ``parts``."""
+        return self.calibrated_loss_function(
             self(inputs), target, task=self.loss_task, ignore_index=self.loss_ignore_index, parts=parts
         )
 
-    def unpacked(self, batch: Any) -> tuple[Tensor, ...]:
-        """The arguments of :meth:`calibrated_loss` from a batch."""
-        if isinstance(batch, tuple | list) and len(batch) in (2, 3):
-            return tuple(batch)
-        size = f" of {len(batch)} items" if isinstance(batch, tuple | list | dict) else ""
-        raise TypeError(
-            f"{type(self).__name__} needs batches (inputs, target), got {type(batch).__name__}{size}: write a "
-            "training_step that takes them apart and calls `self.calibrated_loss(inputs, target)`."
-        )
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Say so if the step that ran knows nothing of this loss."""
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        if not self._calibrated_loss_was_called:
+            self._calibrated_loss_was_called = True
+            rank_zero_warn(
+                f"The training_step of {type(self).__name__} did not call `self.calibrated_loss(inputs, target)`: it "
+                "does not train with the mixin's loss. Remove it, or call that."
+            )
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _log_calibrated(self, values: dict[str, Tensor], prog_bar: bool = False) -> None:
+        self.log_dict({f"train/{name}": value for name, value in values.items()}, prog_bar=prog_bar)

@@ -1,9 +1,9 @@
 """One mixin per loss; the options are those of its function, named after it."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_clamp.losses.attack import Mode, Norm
@@ -20,6 +20,9 @@ from lightning_clamp.losses.regularizers import (
     mbls_loss,
 )
 
+# A batch of no pixels, for a loss of one logit.
+NO_PIXELS = (torch.zeros(0), torch.zeros(0))
+
 
 class ACLSMixin(LossMixin):
     """Trains with :func:`~lightning_clamp.losses.acls_loss`, whose options begin with ``acls_`` here."""
@@ -35,7 +38,7 @@ class ACLSMixin(LossMixin):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.loss_function = partial(
+        self.train_with(
             acls_loss,
             alpha=acls_alpha,
             pos_lambda=acls_pos_lambda,
@@ -50,7 +53,7 @@ class MbLSMixin(LossMixin):
 
     def __init__(self, *args: Any, mbls_alpha: float = 0.1, mbls_margin: float = 10.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.loss_function = partial(mbls_loss, alpha=mbls_alpha, margin=mbls_margin)
+        self.train_with(mbls_loss, alpha=mbls_alpha, margin=mbls_margin)
 
 
 class LabelSmoothingMixin(LossMixin):
@@ -58,7 +61,7 @@ class LabelSmoothingMixin(LossMixin):
 
     def __init__(self, *args: Any, smoothing_alpha: float = 0.05, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.loss_function = partial(label_smoothing_loss, alpha=smoothing_alpha)
+        self.train_with(label_smoothing_loss, alpha=smoothing_alpha)
 
 
 class EntropyPenaltyMixin(LossMixin):
@@ -68,7 +71,7 @@ class EntropyPenaltyMixin(LossMixin):
         self, *args: Any, entropy_alpha: float = 0.1, entropy_reference: Reference = "code", **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.loss_function = partial(entropy_penalty_loss, alpha=entropy_alpha, reference=entropy_reference)
+        self.train_with(entropy_penalty_loss, alpha=entropy_alpha, reference=entropy_reference)
 
 
 class FocalMixin(LossMixin):
@@ -76,7 +79,7 @@ class FocalMixin(LossMixin):
 
     def __init__(self, *args: Any, focal_gamma: float = 3.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.loss_function = partial(focal_loss, gamma=focal_gamma)
+        self.train_with(focal_loss, gamma=focal_gamma)
 
 
 class FLSDMixin(LossMixin):
@@ -84,7 +87,7 @@ class FLSDMixin(LossMixin):
 
     def __init__(self, *args: Any, flsd_gamma: float = 3.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.loss_function = partial(flsd_loss, gamma=flsd_gamma)
+        self.train_with(flsd_loss, gamma=flsd_gamma)
 
 
 class DualFocalMixin(LossMixin):
@@ -92,7 +95,7 @@ class DualFocalMixin(LossMixin):
 
     def __init__(self, *args: Any, dual_focal_gamma: float = 5.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.loss_function = partial(dual_focal_loss, gamma=dual_focal_gamma)
+        self.train_with(dual_focal_loss, gamma=dual_focal_gamma)
 
 
 class BrierMixin(LossMixin):
@@ -100,7 +103,7 @@ class BrierMixin(LossMixin):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.loss_function = brier_loss
+        self.train_with(brier_loss)
 
 
 class MDCAMixin(LossMixin):
@@ -108,7 +111,7 @@ class MDCAMixin(LossMixin):
 
     def __init__(self, *args: Any, mdca_beta: float = 1.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.loss_function = partial(mdca_loss, beta=mdca_beta)
+        self.train_with(mdca_loss, beta=mdca_beta)
 
 
 class DCAMixin(LossMixin):
@@ -116,7 +119,7 @@ class DCAMixin(LossMixin):
 
     def __init__(self, *args: Any, dca_beta: float = 10.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.loss_function = partial(dca_loss, beta=dca_beta)
+        self.train_with(dca_loss, beta=dca_beta)
 
 
 class MMCEMixin(LossMixin):
@@ -124,7 +127,7 @@ class MMCEMixin(LossMixin):
 
     def __init__(self, *args: Any, mmce_lamda: float = 1.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.loss_function = partial(mmce_loss, lamda=mmce_lamda)
+        self.train_with(mmce_loss, lamda=mmce_lamda)
 
 
 class SCBCEMixin(LossMixin):
@@ -142,11 +145,13 @@ class SCBCEMixin(LossMixin):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.loss_function = partial(sc_bce_loss, alpha=sc_bce_alpha, kind=sc_bce_kind, beta=sc_bce_beta)
+        self.train_with(sc_bce_loss, *NO_PIXELS, alpha=sc_bce_alpha, kind=sc_bce_kind, beta=sc_bce_beta)
 
-    def loss_of(self, inputs: Tensor, target: Tensor, index: Tensor | None, parts: dict[str, Tensor]) -> Tensor:
+    def calibrated_loss_of(
+        self, inputs: Tensor, target: Tensor, index: Tensor | None, parts: dict[str, Tensor]
+    ) -> Tensor:
         """The loss alone; fills ``parts``."""
-        return self.loss_function(self(inputs), target, ignore_index=self.loss_ignore_index, parts=parts)
+        return self.calibrated_loss_function(self(inputs), target, ignore_index=self.loss_ignore_index, parts=parts)
 
 
 class MarginAwareMixin(LossMixin):
@@ -171,8 +176,12 @@ class MarginAwareMixin(LossMixin):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.loss_function = partial(
+        channels = max(1 if isinstance(value, int | float) else len(value) for value in (margin_mean, margin_std))
+        self.train_with(
             margin_aware_loss,
+            lambda x: x.sum(1, keepdim=True).expand(-1, 2),
+            torch.zeros(0, channels),
+            torch.zeros(0, dtype=torch.long),
             lambda_r=margin_lambda_r,
             lambda_s=margin_lambda_s,
             epsilon=margin_epsilon,
@@ -185,8 +194,10 @@ class MarginAwareMixin(LossMixin):
             attack_mode=margin_attack_mode,
         )
 
-    def loss_of(self, inputs: Tensor, target: Tensor, index: Tensor | None, parts: dict[str, Tensor]) -> Tensor:
+    def calibrated_loss_of(
+        self, inputs: Tensor, target: Tensor, index: Tensor | None, parts: dict[str, Tensor]
+    ) -> Tensor:
         """The loss alone; fills ``parts``."""
-        return self.loss_function(
+        return self.calibrated_loss_function(
             self, inputs, target, task=self.loss_task, ignore_index=self.loss_ignore_index, parts=parts
         )

@@ -25,8 +25,9 @@ class SharpnessMonitor(Callback):
 
     The margin tail, the mean of exp(-margin), bounds both others from above, up to factors; whether they move together
     is for :meth:`plot` to show. The numbers are logged as ``monitor/ece``, ``monitor/margin_tail`` and
-    ``monitor/sharpness``. The model's modes, gradients and random state are left as they are. Two monitors, of training
-    and validation data, need two names.
+    ``monitor/sharpness``. The model's modes, gradients and torch's random state are left as they are. Two monitors, of
+    training and validation data, need two names. Under DDP every rank measures the whole loader; after a spawned fit
+    the history is in the processes that trained, and in the checkpoints.
 
     Args:
         dataloader: Batches ``(inputs, target)`` to measure on. They are kept on the device and gone through some dozen
@@ -79,9 +80,14 @@ class SharpnessMonitor(Callback):
         """Read the batches."""
         # A loader draws a seed when it is read, which training must not notice.
         with torch.random.fork_rng(devices=[]):
-            batches = [trainer.strategy.batch_to_device(batch) for batch in self.dataloader]
-        if any(not isinstance(batch, tuple | list) or len(batch) != 2 for batch in batches):
-            raise MisconfigurationException("SharpnessMonitor needs batches (inputs, target).")
+            batches = [
+                trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
+                for batch in self.dataloader
+            ]
+        if not batches or any(not isinstance(batch, tuple | list) or len(batch) != 2 for batch in batches):
+            raise MisconfigurationException(
+                "SharpnessMonitor needs a loader of batches (inputs, target), and one batch at least."
+            )
         self._batches = [(inputs, target) for inputs, target in batches]
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -93,7 +99,7 @@ class SharpnessMonitor(Callback):
         self.history.append({"epoch": finished, **measured})
         pl_module.log_dict({f"{self.name}/{key}": value for key, value in measured.items()})
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the batches."""
         self._batches = []
 

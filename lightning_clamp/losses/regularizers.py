@@ -91,7 +91,8 @@ def entropy_penalty_loss(
     check_at_least("alpha", alpha, 0)
     check_choice("reference", reference, ("code", "paper"))
     batch = as_batch(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
-    log_probs = F.log_softmax(batch.logits, 1)
+    # A class that is masked by a logit of -inf has no part in the entropy, where 0 * inf would be nan.
+    log_probs = F.log_softmax(batch.logits, 1).clamp_min(torch.finfo(batch.logits.dtype).min)
     entropy = -(log_probs.exp() * log_probs).sum(1)
     if reference == "code":
         entropy = entropy / batch.num_classes

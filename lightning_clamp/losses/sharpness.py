@@ -9,9 +9,10 @@ from torch.nn import functional as F
 from lightning_clamp._rows import Task
 from lightning_clamp.losses._batch import as_batch
 from lightning_clamp.losses._options import check_at_least
-from lightning_clamp.losses.attack import in_mode
+from lightning_clamp.losses.attack import differentiable_twice, in_mode
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # it sets the compiler's stance
 def gauss_newton_sharpness(
     network: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
@@ -54,7 +55,7 @@ def gauss_newton_sharpness(
     generator = torch.Generator().manual_seed(seed)
     direction, _ = _unit([torch.randn(value.shape, generator=generator).to(value) for value in weights])
     sharpness = 0.0
-    with in_mode(network, "eval"), torch.enable_grad():
+    with in_mode(network, "eval"), torch.enable_grad(), differentiable_twice():
         for _ in range(max_iterations):
             image = _product(network, weights, direction, batches, task, ignore_index)
             estimate = sum(float((one * other).sum()) for one, other in zip(image, direction, strict=True))
@@ -93,7 +94,10 @@ def _product(
             part += value
         count += int(keep.sum())
     if not count:
-        raise ValueError("There is nothing to measure the sharpness on: the batches hold no position that counts.")
+        raise ValueError(
+            "There is nothing to measure the sharpness on: no batch holds a position that counts, or the batches can "
+            "be read only once; pass a list or a DataLoader."
+        )
     return [value / count for value in total]
 
 
