@@ -131,6 +131,7 @@ class SharpnessMonitor(Callback):
             ValueError: If nothing has been measured yet.
         """
         from matplotlib import pyplot as plt
+        from matplotlib.ticker import LogFormatter
 
         if not self.history:
             raise ValueError("Nothing has been measured: fit with this callback first.")
@@ -139,6 +140,9 @@ class SharpnessMonitor(Callback):
             panel.plot([one["epoch"] for one in self.history], [one[name] for one in self.history], marker="o", ms=3)
             panel.set(ylabel=title, yscale="linear" if name == "ece" else "log")
             panel.grid(alpha=0.3)
+            if name != "ece":
+                panel.yaxis.set_major_formatter(LogFormatter())
+                panel.yaxis.set_minor_formatter(LogFormatter())
         panels[0].set_ylim(bottom=0)
         panels[-1].set_xlabel("epoch")
         return figure
