@@ -1,19 +1,16 @@
 """Projected gradient ascent on the cross-entropy of the inputs, in units of the images before normalisation."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor
 
+from lightning_clamp.losses._modes import MODES, Mode
 from lightning_clamp.losses._options import check_at_least, check_choice
 
 Norm: TypeAlias = Literal["linf", "l2"]
-Mode: TypeAlias = Literal["eval", "train"]
 _NORMS: tuple[Norm, ...] = ("linf", "l2")
-_MODES: tuple[Mode, ...] = ("eval", "train")
 # Means and deviations are often given with two digits: so far an image may lie outside its range, as a share of it.
 _SLACK = 0.01
 
@@ -52,7 +49,7 @@ class Attack(NamedTuple):
         check_at_least("step_size", self.step_size, 0)
         check_at_least("steps", self.steps, 0)
         check_choice("norm", self.norm, _NORMS)
-        check_choice("attack_mode", self.mode, _MODES)
+        check_choice("attack_mode", self.mode, MODES)
         if any(value <= 0 for value in ([self.std] if isinstance(self.std, int | float) else self.std)):
             raise ValueError(f"`std` must be positive, got {self.std}.")
 
@@ -101,28 +98,6 @@ class Attack(NamedTuple):
                 f"Inputs of the range [{images.amin():.3g}, {images.amax():.3g}] lie outside clip=({low:g}, {high:g}): "
                 "pass the mean and std of your normalisation, or clip=None for inputs without a range."
             )
-
-
-@contextmanager
-def in_mode(network: object, mode: Mode) -> Iterator[None]:
-    """Put every part of a module into ``mode``, and each back into its own; other callables have none."""
-    if not isinstance(network, nn.Module):
-        yield
-        return
-    before = {module: module.training for module in network.modules()}
-    try:
-        network.train(mode == "train")
-        yield
-    finally:
-        for module, training in before.items():
-            module.training = training
-
-
-@contextmanager
-def differentiable_twice() -> Iterator[None]:
-    """Run networks uncompiled, and attention by its formula: compiled code and fused kernels have one derivative."""
-    with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH):
-        yield
 
 
 def _per_channel(value: float | Sequence[float], inputs: Tensor) -> Tensor:

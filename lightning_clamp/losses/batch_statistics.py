@@ -32,14 +32,20 @@ def mdca_loss(
     .. math:: \mathrm{CE} + \frac{\beta}{K} \sum_c |\mathrm{mean}_i\, p_{ic} - \mathrm{mean}_i\, 1[y_i = c]|.
 
     Args:
-        logits: As for :func:`~lightning_clamp.losses.label_smoothing_loss`, and so are ``target``, ``task``,
-            ``ignore_index`` and ``reduction``, what is returned and what is raised.
-        target: Class indices.
+        logits: Shape ``(N, C)`` or ``(N, C, ...)``, float; for ``task="binary"`` one logit per position.
+        target: Class indices, shape ``(N,)`` or ``(N, ...)``, int64; for ``task="binary"`` 0 or 1 of any dtype.
         beta: Weight of the gap, at least 0. The authors' scripts use 1, their command line defaults to 10.
-        task: ``"multiclass"`` or ``"binary"``.
+        task: ``"multiclass"``, or ``"binary"`` for a one-logit (sigmoid) head.
         ignore_index: Target value of positions to leave out.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        reduction: ``"mean"`` over the positions that count (0 if there are none), ``"sum"``, or ``"none"``.
         parts: A dict that is given ``cross_entropy`` and ``regularizer`` (the gap, before ``beta``).
+
+    Returns:
+        A scalar, or the shape of the target; float32, or float64 for float64 logits.
+
+    Raises:
+        TypeError: As :func:`~lightning_clamp.losses.label_smoothing_loss`.
+        ValueError: As :func:`~lightning_clamp.losses.label_smoothing_loss`.
 
     Reference:
         Hebbalaguppe et al., "A Stitch in Time Saves Nine", CVPR 2022.
@@ -70,14 +76,20 @@ def dca_loss(
     r"""Cross-entropy and the difference of mean confidence and accuracy (DCA), :math:`\beta\,|\bar r - \bar c|`.
 
     Args:
-        logits: As for :func:`~lightning_clamp.losses.label_smoothing_loss`, and so are ``target``, ``task``,
-            ``ignore_index`` and ``reduction``, what is returned and what is raised.
-        target: Class indices.
+        logits: Shape ``(N, C)`` or ``(N, C, ...)``, float; for ``task="binary"`` one logit per position.
+        target: Class indices, shape ``(N,)`` or ``(N, ...)``, int64; for ``task="binary"`` 0 or 1 of any dtype.
         beta: Weight of the gap, at least 0. 10 in the authors' code, 1 in the comparison of MDCA.
-        task: ``"multiclass"`` or ``"binary"``.
+        task: ``"multiclass"``, or ``"binary"`` for a one-logit (sigmoid) head.
         ignore_index: Target value of positions to leave out.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        reduction: ``"mean"`` over the positions that count (0 if there are none), ``"sum"``, or ``"none"``.
         parts: A dict that is given ``cross_entropy`` and ``regularizer`` (the gap, before ``beta``).
+
+    Returns:
+        A scalar, or the shape of the target; float32, or float64 for float64 logits.
+
+    Raises:
+        TypeError: As :func:`~lightning_clamp.losses.label_smoothing_loss`.
+        ValueError: As :func:`~lightning_clamp.losses.label_smoothing_loss`.
 
     Reference:
         Liang, Zhang, Wang and Jacobs, "Improved Trainable Calibration Method for Neural Networks on Medical Imaging
@@ -109,14 +121,20 @@ def mmce_loss(
     right and wrong predictions apart, divides twice by the number of pairs; it is left out.
 
     Args:
-        logits: As for :func:`~lightning_clamp.losses.label_smoothing_loss`, and so are ``target``, ``task``,
-            ``ignore_index`` and ``reduction``, what is returned and what is raised.
-        target: Class indices.
+        logits: Shape ``(N, C)`` or ``(N, C, ...)``, float; for ``task="binary"`` one logit per position.
+        target: Class indices, shape ``(N,)`` or ``(N, ...)``, int64; for ``task="binary"`` 0 or 1 of any dtype.
         lamda: Weight of the error, at least 0.
-        task: ``"multiclass"`` or ``"binary"``.
+        task: ``"multiclass"``, or ``"binary"`` for a one-logit (sigmoid) head.
         ignore_index: Target value of positions to leave out.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        reduction: ``"mean"`` over the positions that count (0 if there are none), ``"sum"``, or ``"none"``.
         parts: A dict that is given ``cross_entropy`` and ``regularizer`` (before ``lamda``).
+
+    Returns:
+        A scalar, or the shape of the target; float32, or float64 for float64 logits.
+
+    Raises:
+        TypeError: As :func:`~lightning_clamp.losses.label_smoothing_loss`.
+        ValueError: As :func:`~lightning_clamp.losses.label_smoothing_loss`.
 
     Reference:
         Kumar, Sarawagi and Jain, "Trainable Calibration Measures for Neural Networks from Kernel Mean Embeddings",

@@ -26,14 +26,20 @@ def focal_loss(
     r"""Focal loss, :math:`-(1 - p_y)^\gamma \log p_y`.
 
     Args:
-        logits: As for :func:`~lightning_clamp.losses.label_smoothing_loss`, and so are ``target``, ``task``,
-            ``ignore_index`` and ``reduction``, what is returned and what is raised.
-        target: Class indices.
+        logits: Shape ``(N, C)`` or ``(N, C, ...)``, float; for ``task="binary"`` one logit per position.
+        target: Class indices, shape ``(N,)`` or ``(N, ...)``, int64; for ``task="binary"`` 0 or 1 of any dtype.
         gamma: At least 0; 0 is the cross-entropy.
-        task: ``"multiclass"`` or ``"binary"``.
+        task: ``"multiclass"``, or ``"binary"`` for a one-logit (sigmoid) head.
         ignore_index: Target value of positions to leave out.
         reduction: The official codes sum (torrvision) or take the mean (MDCA).
         parts: A dict that is given the mean ``cross_entropy``.
+
+    Returns:
+        A scalar, or the shape of the target; float32, or float64 for float64 logits.
+
+    Raises:
+        TypeError: As :func:`~lightning_clamp.losses.label_smoothing_loss`.
+        ValueError: As :func:`~lightning_clamp.losses.label_smoothing_loss`.
 
     Reference:
         Lin et al., ICCV 2017; Mukhoti et al., "Calibrating Deep Neural Networks using Focal Loss", NeurIPS 2020.
@@ -59,14 +65,20 @@ def flsd_loss(
     r"""Sample-dependent focal loss FLSD-53: exponent 5 where :math:`p_y < 0.2`, 3 up to 0.5, ``gamma`` from 0.5 on.
 
     Args:
-        logits: As for :func:`~lightning_clamp.losses.label_smoothing_loss`, and so are ``target``, ``task``,
-            ``ignore_index`` and ``reduction``, what is returned and what is raised.
-        target: Class indices.
+        logits: Shape ``(N, C)`` or ``(N, C, ...)``, float; for ``task="binary"`` one logit per position.
+        target: Class indices, shape ``(N,)`` or ``(N, ...)``, int64; for ``task="binary"`` 0 or 1 of any dtype.
         gamma: Exponent where the network is right and sure, at least 0. 3 is FLSD-53.
-        task: ``"multiclass"`` or ``"binary"``.
+        task: ``"multiclass"``, or ``"binary"`` for a one-logit (sigmoid) head.
         ignore_index: Target value of positions to leave out.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        reduction: ``"mean"`` over the positions that count (0 if there are none), ``"sum"``, or ``"none"``.
         parts: A dict that is given the mean ``cross_entropy``.
+
+    Returns:
+        A scalar, or the shape of the target; float32, or float64 for float64 logits.
+
+    Raises:
+        TypeError: As :func:`~lightning_clamp.losses.label_smoothing_loss`.
+        ValueError: As :func:`~lightning_clamp.losses.label_smoothing_loss`.
 
     Reference:
         Mukhoti et al., "Calibrating Deep Neural Networks using Focal Loss", NeurIPS 2020.
@@ -92,14 +104,20 @@ def dual_focal_loss(
     Strictly below, and 0 if there is none: not the runner-up, as in the official code.
 
     Args:
-        logits: As for :func:`~lightning_clamp.losses.label_smoothing_loss`, and so are ``target``, ``task``,
-            ``ignore_index`` and ``reduction``, what is returned and what is raised.
-        target: Class indices.
+        logits: Shape ``(N, C)`` or ``(N, C, ...)``, float; for ``task="binary"`` one logit per position.
+        target: Class indices, shape ``(N,)`` or ``(N, ...)``, int64; for ``task="binary"`` 0 or 1 of any dtype.
         gamma: At least 0; 0 is the cross-entropy, and the official code's default. 5 is our choice.
-        task: ``"multiclass"`` or ``"binary"``.
+        task: ``"multiclass"``, or ``"binary"`` for a one-logit (sigmoid) head.
         ignore_index: Target value of positions to leave out.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        reduction: ``"mean"`` over the positions that count (0 if there are none), ``"sum"``, or ``"none"``.
         parts: A dict that is given the mean ``cross_entropy``.
+
+    Returns:
+        A scalar, or the shape of the target; float32, or float64 for float64 logits.
+
+    Raises:
+        TypeError: As :func:`~lightning_clamp.losses.label_smoothing_loss`.
+        ValueError: As :func:`~lightning_clamp.losses.label_smoothing_loss`.
 
     Reference:
         Tao, Dong and Xu, "Dual Focal Loss for Calibration", ICML 2023.
@@ -126,13 +144,19 @@ def brier_loss(
     r"""Brier score as a loss, :math:`\sum_k (p_k - 1[k = y])^2`: a proper score that is bounded, in [0, 2].
 
     Args:
-        logits: As for :func:`~lightning_clamp.losses.label_smoothing_loss`, and so are ``target``, ``task``,
-            ``ignore_index`` and ``reduction``, what is returned and what is raised.
-        target: Class indices.
-        task: ``"multiclass"`` or ``"binary"``.
+        logits: Shape ``(N, C)`` or ``(N, C, ...)``, float; for ``task="binary"`` one logit per position.
+        target: Class indices, shape ``(N,)`` or ``(N, ...)``, int64; for ``task="binary"`` 0 or 1 of any dtype.
+        task: ``"multiclass"``, or ``"binary"`` for a one-logit (sigmoid) head.
         ignore_index: Target value of positions to leave out.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        reduction: ``"mean"`` over the positions that count (0 if there are none), ``"sum"``, or ``"none"``.
         parts: A dict that is given the mean ``cross_entropy``.
+
+    Returns:
+        A scalar, or the shape of the target; float32, or float64 for float64 logits.
+
+    Raises:
+        TypeError: As :func:`~lightning_clamp.losses.label_smoothing_loss`.
+        ValueError: As :func:`~lightning_clamp.losses.label_smoothing_loss`.
 
     Reference:
         Brier, 1950; as a loss in Mukhoti et al., NeurIPS 2020.

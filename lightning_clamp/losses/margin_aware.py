@@ -9,8 +9,9 @@ from torch.nn import functional as F
 
 from lightning_clamp._rows import Task
 from lightning_clamp.losses._batch import Batch, Reduction, as_batch
+from lightning_clamp.losses._modes import Mode, differentiable_twice, in_mode
 from lightning_clamp.losses._options import check_at_least
-from lightning_clamp.losses.attack import Attack, Mode, Norm, differentiable_twice, in_mode
+from lightning_clamp.losses.attack import Attack, Norm
 from lightning_clamp.metrics.margin import class_margin
 
 

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_clamp.losses.attack import Mode, Norm
+from lightning_clamp.losses._modes import Mode
+from lightning_clamp.losses.attack import Norm
 from lightning_clamp.losses.batch_statistics import dca_loss, mdca_loss, mmce_loss
 from lightning_clamp.losses.focal import brier_loss, dual_focal_loss, flsd_loss, focal_loss
 from lightning_clamp.losses.label_perturbation import Kind, sc_bce_loss

@@ -9,8 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_clamp._rows import Task
+from lightning_clamp.losses._modes import in_mode
 from lightning_clamp.losses._options import check_at_least
-from lightning_clamp.losses.attack import in_mode
 from lightning_clamp.losses.sharpness import gauss_newton_sharpness
 from lightning_clamp.metrics import ExpectedCalibrationError, ExponentialMarginTail
 

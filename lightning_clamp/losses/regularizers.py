@@ -68,22 +68,22 @@ def entropy_penalty_loss(
     r"""Cross-entropy minus the entropy of the prediction, :math:`\mathrm{CE} - \alpha H(p)` (confidence penalty, ECP).
 
     Args:
-        logits: As for :func:`label_smoothing_loss`.
-        target: As for :func:`label_smoothing_loss`.
+        logits: As :func:`label_smoothing_loss`.
+        target: As :func:`label_smoothing_loss`.
         alpha: Weight of the entropy, at least 0.
         reference: ``"code"`` takes the *mean* of :math:`-p \log p` over the classes, as the code of Liu et al. (MbLS)
             does, so that ``alpha`` counts K times less than in the ``"paper"``, which takes the sum.
-        task: As for :func:`label_smoothing_loss`.
-        ignore_index: As for :func:`label_smoothing_loss`.
-        reduction: As for :func:`label_smoothing_loss`.
+        task: As :func:`label_smoothing_loss`.
+        ignore_index: As :func:`label_smoothing_loss`.
+        reduction: As :func:`label_smoothing_loss`.
         parts: A dict that is given the means ``cross_entropy`` and ``entropy`` (as ``reference`` has it).
 
     Returns:
         A scalar, or the shape of the target.
 
     Raises:
-        TypeError: As for :func:`label_smoothing_loss`.
-        ValueError: As for :func:`label_smoothing_loss`.
+        TypeError: As :func:`label_smoothing_loss`.
+        ValueError: As :func:`label_smoothing_loss`.
 
     Reference:
         Pereyra et al., "Regularizing Neural Networks by Penalizing Confident Output Distributions", 2017.
@@ -116,21 +116,21 @@ def mbls_loss(
     r"""Margin-based label smoothing, :math:`\mathrm{CE} + \frac{\alpha}{K} \sum_k \mathrm{relu}(\max_j z_j - z_k - m)`.
 
     Args:
-        logits: As for :func:`label_smoothing_loss`.
-        target: As for :func:`label_smoothing_loss`.
+        logits: As :func:`label_smoothing_loss`.
+        target: As :func:`label_smoothing_loss`.
         alpha: Weight of the penalty, at least 0. It is the mean over the classes, as in the code; the paper sums.
         margin: Distance to the largest logit that costs nothing, at least 0.
-        task: As for :func:`label_smoothing_loss`.
-        ignore_index: As for :func:`label_smoothing_loss`.
-        reduction: As for :func:`label_smoothing_loss`.
+        task: As :func:`label_smoothing_loss`.
+        ignore_index: As :func:`label_smoothing_loss`.
+        reduction: As :func:`label_smoothing_loss`.
         parts: A dict that is given the means ``cross_entropy`` and ``regularizer`` (before ``alpha``).
 
     Returns:
         A scalar, or the shape of the target.
 
     Raises:
-        TypeError: As for :func:`label_smoothing_loss`.
-        ValueError: As for :func:`label_smoothing_loss`.
+        TypeError: As :func:`label_smoothing_loss`.
+        ValueError: As :func:`label_smoothing_loss`.
 
     Reference:
         Liu et al., "The Devil is in the Margin", CVPR 2022, eq. 4.
@@ -180,8 +180,8 @@ def acls_loss(
     \sum_{j \ne \hat y} \mathrm{relu}(\mathrm{sg}(z_{\hat y}) - z_j - M)^2`, where a constant changes nothing.
 
     Args:
-        logits: As for :func:`label_smoothing_loss`.
-        target: As for :func:`label_smoothing_loss`.
+        logits: As :func:`label_smoothing_loss`.
+        target: As :func:`label_smoothing_loss`.
         alpha: Weight of R, at least 0.
         pos_lambda: Weight of the term of the predicted class, at least 0.
         neg_lambda: Weight of the terms of the other classes, at least 0.
@@ -189,15 +189,15 @@ def acls_loss(
         reference: ``"code"`` or ``"paper"``.
         task: As for :func:`label_smoothing_loss`; one logit z counts as (-z/2, z/2).
         ignore_index: As for :func:`label_smoothing_loss`; the penalty is masked too, unlike in the official code.
-        reduction: As for :func:`label_smoothing_loss`.
+        reduction: As :func:`label_smoothing_loss`.
         parts: A dict that is given the means ``cross_entropy`` and ``regularizer`` (R, before ``alpha``).
 
     Returns:
         A scalar, or the shape of the target.
 
     Raises:
-        TypeError: As for :func:`label_smoothing_loss`.
-        ValueError: As for :func:`label_smoothing_loss`.
+        TypeError: As :func:`label_smoothing_loss`.
+        ValueError: As :func:`label_smoothing_loss`.
 
     Reference:
         Park, Noh, Oh, Baek and Ham, "ACLS: Adaptive and Conditional Label Smoothing", ICCV 2023 (arXiv 2308.11911).

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from lightning_clamp._rows import Task
 from lightning_clamp.losses._batch import as_batch
+from lightning_clamp.losses._modes import differentiable_twice, in_mode
 from lightning_clamp.losses._options import check_at_least
-from lightning_clamp.losses.attack import differentiable_twice, in_mode
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # it sets the compiler's stance
