@@ -81,7 +81,7 @@ def watched(optimizer: str, lr: float, epochs: int) -> list[SharpnessMonitor]:
 
 
 def correlation(sharp: SharpnessMonitor, other: SharpnessMonitor, name: str, late: bool) -> float:
-    """Pearson's correlation of one monitor's sharpness with a number of the other; if late, from the sharpest epoch on."""
+    """Pearson's correlation of one monitor's sharpness with the other's number; if late, from the sharpest epoch on."""
     pairs = torch.tensor([[one["sharpness"], two[name]] for one, two in zip(sharp.history, other.history, strict=True)])
     return float(torch.corrcoef(pairs[pairs[:, 0].argmax() if late else 0 :].T)[0, 1])
 
