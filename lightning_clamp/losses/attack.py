@@ -106,7 +106,10 @@ def _per_channel(value: float | Sequence[float], inputs: Tensor) -> Tensor:
     if tensor.ndim == 0:
         return tensor
     if inputs.ndim < 2 or len(tensor) != inputs.shape[1]:
-        raise ValueError(f"Inputs of shape {tuple(inputs.shape)} have no axis 1 of {len(tensor)} channels.")
+        raise ValueError(
+            f"`mean` or `std` holds {len(tensor)} numbers, one per channel, and inputs of shape {tuple(inputs.shape)} "
+            f"have no axis 1 of {len(tensor)} channels."
+        )
     return tensor.reshape(-1, *[1] * (inputs.ndim - 2))
 
 
