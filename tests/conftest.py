@@ -2,6 +2,10 @@
 
 import os
 
+# Tests fork, and a child may wait for ever for a lock that a thread held: the parent must have no threads of its own.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+os.environ.setdefault("TQDM_MONITOR_INTERVAL", "0")
+
 import matplotlib as mpl
 import pytest
 import torch

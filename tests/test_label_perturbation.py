@@ -1,5 +1,8 @@
 """SC-BCE and ASLP: the official numbers in the paper's β, the draws, and α as state of a run."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +18,6 @@ from lightning_clamp.losses import ASLPMixin, Indexed, LabelPerturbationRule, SC
 from lightning_clamp.losses.aslp import _STATE as STATE
 from lightning_clamp.losses.aslp import ImageAlphas
 from lightning_clamp.losses.label_perturbation import signed_logit
-from tests.ranks import on_ranks
 from tests.test_losses import OFFICIAL
 
 ASLP = OFFICIAL["aslp"]
@@ -351,30 +353,35 @@ def test_the_fixed_amount_takes_pairs():
     assert run.callback_metrics["train/loss"] > 0
 
 
-def _merged(of_rank):
-    """α after one epoch in which each rank saw its own images."""
-    rank = torch.distributed.get_rank()
-    alphas = ImageAlphas()
-    index, values = of_rank[rank]
-    if len(index):
-        alphas.of(index)
-        alphas.put(index, values)
-
-    def reduce(tensor, how):
-        torch.distributed.all_reduce(tensor, getattr(torch.distributed.ReduceOp, how.upper()))
-        return tensor
-
-    alphas.merge(reduce)
-    return alphas.values
-
-
-def test_all_ranks_have_every_alpha(tmp_path):
-    of_rank = [
+def test_all_ranks_have_every_alpha():
+    """Each rank has other images, one of them both, and the largest index is known to one rank alone."""
+    seen = [
         (torch.tensor([0, 3]), torch.tensor([0.1, 0.2])),
         (torch.tensor([1, 5, 3]), torch.tensor([0.3, 0.4, 0.6])),
+        (torch.tensor([2]), None),
     ]
-    for values in on_ranks(2, tmp_path / "ranks", _merged, of_rank):
-        torch.testing.assert_close(values, torch.tensor([0.1, 0.3, 0.0, 0.4, 0.0, 0.4]))
+    together = threading.Barrier(len(seen), timeout=30)
+    given: dict[int, Tensor] = {}
+
+    def merged(rank: int) -> Tensor:
+        def reduce(values: Tensor, how: str) -> Tensor:
+            given[rank] = values.clone()
+            together.wait()
+            stacked = torch.stack([given[other] for other in range(len(seen))])
+            together.wait()
+            return stacked.sum(0) if how == "sum" else stacked.amax(0)
+
+        alphas, (index, values) = ImageAlphas(), seen[rank]
+        alphas.of(index)
+        if values is not None:
+            alphas.put(index, values)
+        alphas.merge(reduce)
+        assert not alphas.pending
+        return alphas.values
+
+    with ThreadPoolExecutor(len(seen)) as pool:
+        for values in pool.map(merged, range(len(seen))):
+            torch.testing.assert_close(values, torch.tensor([0.1, 0.3, 0.0, 0.4, 0.0, 0.4]))
 
 
 class Writing(WithASLP):

@@ -29,11 +29,6 @@ class Batch(NamedTuple):
     keep: Tensor | None
     shape: torch.Size
 
-    @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-        return self.logits.shape[1]
-
     def cross_entropy(self, label_smoothing: float = 0.0) -> Tensor:
         """Cross-entropy of every position, shape of the target."""
         return F.cross_entropy(self.logits, self.target, reduction="none", label_smoothing=label_smoothing)

@@ -58,8 +58,8 @@ def mdca_loss(
         probs = probs * batch.keep.unsqueeze(1)
     count = batch.n_kept()
     ones = batch.kept(torch.ones_like(batch.target, dtype=probs.dtype))
-    frequency = probs.new_zeros(batch.num_classes).index_add(0, batch.target.flatten(), ones.flatten())
-    gap = (probs.sum([0, *range(2, probs.ndim)]) - frequency).abs().sum() / (count * batch.num_classes)
+    frequency = probs.new_zeros(batch.logits.shape[1]).index_add(0, batch.target.flatten(), ones.flatten())
+    gap = (probs.sum([0, *range(2, probs.ndim)]) - frequency).abs().sum() / (count * batch.logits.shape[1])
     return _with_gap(batch, F.nll_loss(log_probs, batch.target, reduction="none"), gap, beta, reduction, parts)
 
 

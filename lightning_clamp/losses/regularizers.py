@@ -95,7 +95,7 @@ def entropy_penalty_loss(
     log_probs = F.log_softmax(batch.logits, 1).clamp_min(torch.finfo(batch.logits.dtype).min)
     entropy = -(log_probs.exp() * log_probs).sum(1)
     if reference == "code":
-        entropy = entropy / batch.num_classes
+        entropy = entropy / batch.logits.shape[1]
     cross_entropy = F.nll_loss(log_probs, batch.target, reduction="none")
     return batch.reduced(
         cross_entropy - alpha * entropy, reduction, parts, cross_entropy=cross_entropy, entropy=entropy
