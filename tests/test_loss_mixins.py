@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 from torch import nn
 from torch.nn import functional as F
@@ -207,6 +207,17 @@ def test_names_of_the_module_are_its_own(mixin):
 def test_options_are_checked_when_the_module_is_made(mixin, options, sentence):
     with pytest.raises(ValueError, match=sentence):
         made(mixin, **options)
+
+
+@pytest.mark.parametrize("mixin", [mixin for mixin, _ in OF_FUNCTION.values()] + [losses.ASLPMixin])
+def test_a_module_may_be_made_without_memory(mixin):
+    class Bare(mixin, LightningModule):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.layer = nn.Linear(2, 2)
+
+    with torch.device("meta"):
+        assert Bare().layer.weight.is_meta
 
 
 def test_a_module_may_be_copied_and_pickled():

@@ -83,7 +83,9 @@ class LossMixin(LightningModule):
             **options: The function's own.
         """
         self.calibrated_loss_function = partial(function, **options)
-        self.calibrated_loss_function(*(nothing or (torch.zeros(0, 2), torch.zeros(0, dtype=torch.long))))
+        # On the CPU also where modules are made on another device, or on none.
+        rows, labels = torch.zeros(0, 2, device="cpu"), torch.zeros(0, dtype=torch.long, device="cpu")
+        self.calibrated_loss_function(*(nothing or (rows, labels)))
 
     @_in_python
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:

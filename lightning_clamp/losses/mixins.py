@@ -22,7 +22,7 @@ from lightning_clamp.losses.regularizers import (
 )
 
 # A batch of no pixels, for a loss of one logit.
-NO_PIXELS = (torch.zeros(0), torch.zeros(0))
+NO_PIXELS = (torch.zeros(0, device="cpu"), torch.zeros(0, device="cpu"))
 
 
 class ACLSMixin(LossMixin):
@@ -181,8 +181,8 @@ class MarginAwareMixin(LossMixin):
         self.train_with(
             margin_aware_loss,
             lambda x: x.sum(1, keepdim=True).expand(-1, 2),
-            torch.zeros(0, channels),
-            torch.zeros(0, dtype=torch.long),
+            torch.zeros(0, channels, device="cpu"),
+            torch.zeros(0, dtype=torch.long, device="cpu"),
             lambda_r=margin_lambda_r,
             lambda_s=margin_lambda_s,
             epsilon=margin_epsilon,
