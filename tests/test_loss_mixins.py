@@ -360,7 +360,7 @@ def compiled_part(model):
 @pytest.mark.parametrize("mixin", [ACLSMixin, MarginAwareMixin, losses.MDCAMixin])
 def test_compiled_modules_train_as_they_do_uncompiled(mixin, how):
     """The margin's gradient is differentiated twice, which no compiled network allows: it is run as it was written."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     options = {"margin_clip": None} if mixin is MarginAwareMixin else AT_WORK.get(mixin, {})
     ends = []
     for prepare in (lambda model: model, how):

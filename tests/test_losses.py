@@ -301,7 +301,7 @@ LAYOUTS = {
 @every_loss
 def test_compiled_losses_are_the_same(loss, layout):
     (logits, target), options = LAYOUTS[layout]
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
     ours, theirs = (value_and_gradient(one, logits, target, **options) for one in (compiled, loss))
     torch.testing.assert_close(ours, theirs)

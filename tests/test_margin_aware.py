@@ -383,7 +383,7 @@ def test_the_monitor_measures_and_draws_and_training_does_not_notice(tmp_path):
 
 @pytest.mark.parametrize("how", ["compiled", "bf16-true"])
 def test_the_monitor_measures_compiled_and_cast_networks(how):
-    torch._dynamo.reset()
+    torch.compiler.reset()
     model, monitor = LitClassifier(), SharpnessMonitor(loader(60, 3))
     if how == "compiled":
         model.net = torch.compile(model.net, backend="aot_eager")

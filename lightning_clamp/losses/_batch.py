@@ -49,6 +49,14 @@ class Batch(NamedTuple):
         """``values``, shape of the target, with 0 where a position is ignored."""
         return values if self.keep is None else torch.where(self.keep, values, 0)
 
+    def counted(self) -> Tensor:
+        """Which positions count, bool, shape of the target, also where all do."""
+        return torch.ones_like(self.target, dtype=torch.bool) if self.keep is None else self.keep
+
+    def n_positions(self) -> Tensor:
+        """How many positions of each item count, at least 1, ``(N,)``."""
+        return self.counted().reshape(len(self.target), self.target[:1].numel() or 1).sum(1).clamp_min(1)
+
     def n_kept(self) -> Tensor | int:
         """How many positions count, at least 1, so that a batch without any has the loss 0."""
         return max(1, self.target.numel()) if self.keep is None else self.keep.sum().clamp_min(1)
@@ -108,5 +116,7 @@ def as_batch(logits: Tensor, target: Tensor, *, task: Task, ignore_index: int | 
     if keep is not None:
         target = torch.where(keep, target, 0)
     if readable:
-        check_range(target.flatten(), logits.shape[1], " Pass ignore_index= for positions to leave out.")
+        check_range(
+            target.flatten(), logits.shape[1], " Pass ignore_index= for positions to leave out; labels start at 0."
+        )
     return Batch(logits, target, keep, shape)

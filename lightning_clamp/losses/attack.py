@@ -57,11 +57,8 @@ class Attack(NamedTuple):
         """Move ``inputs`` so that ``loss``, a scalar, rises; they start at their place, and come back detached.
 
         Raises:
-            TypeError: If the inputs are not float.
             ValueError: If they lie outside the clip range, or have other channels than the normalisation.
         """
-        if not inputs.is_floating_point():
-            raise TypeError(f"Inputs must be float to be moved, got {inputs.dtype}: scale the images to [0, 1] first.")
         # In units of the image, and in float32: a step is below the rounding of bfloat16.
         wide = inputs.detach().to(torch.promote_types(inputs.dtype, torch.float32))
         mean, std = (_per_channel(value, wide) for value in (self.mean, self.std))

@@ -203,6 +203,5 @@ def signed_logit(logits: Tensor, target: Tensor, *, ignore_index: int | None = N
     """
     batch = as_batch(logits.detach(), target, task="binary", ignore_index=ignore_index, reduction="none")
     logit = (batch.logits[:, 1] - batch.logits[:, 0]).clamp(-_LOGIT_CAP, _LOGIT_CAP)
-    signed = batch.kept((2 * batch.target - 1) * logit).reshape(len(logit), -1)
-    keep = torch.ones_like(signed) if batch.keep is None else batch.keep.reshape(signed.shape)
-    return signed.sum(1) / keep.sum(1).clamp_min(1)
+    signed = batch.kept((2 * batch.target - 1) * logit)
+    return signed.reshape(len(logit), -1).sum(1) / batch.n_positions()

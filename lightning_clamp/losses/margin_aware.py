@@ -80,6 +80,7 @@ def margin_aware_loss(
 
     Raises:
         RuntimeError: In inference mode, where there are no gradients.
+        TypeError: If the inputs are no float tensor.
         ValueError: If inputs lie outside ``clip``, an option is out of range, or logits and target do not fit.
 
     Reference:
@@ -89,6 +90,9 @@ def margin_aware_loss(
     check_at_least("lambda_s", lambda_s, 0)
     attack = Attack(epsilon, step_size, steps, norm, mean, std, clip, attack_mode)
     attack.check()
+    if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
+        kind = inputs.dtype if isinstance(inputs, Tensor) else type(inputs).__name__
+        raise TypeError(f"Inputs must be float to be moved, got {kind}: pass a tensor of images scaled to [0, 1].")
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             "margin_aware_loss needs gradients of the input, and inference mode has none: "
@@ -128,10 +132,8 @@ def margin_aware_loss(
 def _squared_gradient(batch: Batch, margin: Tensor, inputs: Tensor, differentiable: bool) -> Tensor:
     """Squared norm of the input gradient of each item's margin, at each of its positions."""
     (gradient,) = torch.autograd.grad(batch.kept(margin).sum(), inputs, create_graph=differentiable)
-    counted = torch.ones_like(batch.target, dtype=torch.bool) if batch.keep is None else batch.keep
-    positions = counted.flatten(1).sum(1).clamp_min(1) if counted.ndim > 1 else counted.long().clamp_min(1)
     # The mean over the positions is taken here: their share of a large image would underflow in half precision.
-    squared = gradient.to(margin.dtype).square().flatten(1).sum(1) / positions.square()
+    squared = gradient.to(margin.dtype).square().flatten(1).sum(1) / batch.n_positions().square()
     return squared.reshape(-1, *[1] * (margin.ndim - 1)).expand(margin.shape)
 
 

@@ -87,7 +87,7 @@ def _product(
         (slope,) = torch.autograd.grad(pulled, unit, direction, retain_graph=True)
         probs = F.softmax(logits.detach(), 1)
         curved = probs * (slope - (probs * slope).sum(1, keepdim=True))
-        keep = torch.ones_like(batch.target, dtype=torch.bool) if batch.keep is None else batch.keep
+        keep = batch.counted()
         for part, value in zip(
             total, torch.autograd.grad(logits, weights, curved * keep.unsqueeze(1), materialize_grads=True), strict=True
         ):
