@@ -10,9 +10,12 @@ from torch.nn import functional as F
 
 from lightning_clamp import fit_clamp
 from lightning_clamp.clamping.frozen import frozen
-from lightning_clamp.clamping.passes import CalibrationSet, ScoreSums, score_pass, summed
+from lightning_clamp.clamping.output_map import map_space
+from lightning_clamp.clamping.passes import CalibrationSet, summed
 from lightning_clamp.clamping.perturbation import make_grid
-from lightning_clamp.clamping.scoring import _bounded_step, effective_parameters, score_test
+from lightning_clamp.clamping.quadratic import ScoreSums, effective_parameters, score_test
+from lightning_clamp.clamping.score_pass import score_pass
+from lightning_clamp.clamping.scoring import bounded_step
 from tests.scenarios import SHIFT, SmallNet, batches, images, sampled, shifted_images
 
 
@@ -31,28 +34,35 @@ class DenseNet(nn.Module):
         return self.layers(x)
 
 
-def sums_at(network, x, y, size, coefficients=None, log_temperature=0.3):
+def sums_at(network, x, y, size, coefficients=None, free=(0.7,), kind="temperature"):
+    """Score sums of a grid and an output map at these coefficients and free parameters of the map."""
     grid = make_grid(size, x.shape[1:])
+    ties = map_space(kind, 3 if y.ndim > 1 else 4, 1.0).ties
+    point = ties @ torch.as_tensor(free, dtype=torch.float64)
     data = CalibrationSet(network, batches(x, y, 16), task="multiclass", ignore_index=None, cache_bytes=2**20)
     image = None if coefficients is None else grid.image(coefficients).to(x.dtype)
     with frozen(network):
-        (sums,), _ = score_pass(data, image, log_temperature, [grid], dense_scale=1e-4 if y.ndim > 1 else None, what="")
+        (sums,), _ = score_pass(data, image, point, ties, [grid], dense_scale=1e-4 if y.ndim > 1 else None, what="")
     return sums, grid
 
 
+@pytest.mark.parametrize("kind", ["temperature", "bias", "vector"])
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("size", [1, 2])
-def test_gradient_and_curvature_are_those_of_automatic_differentiation(dense, size):
+def test_gradient_and_curvature_are_those_of_automatic_differentiation(dense, size, kind):
     """Curvature: for class outputs the sum of score outer products, for dense ones the exact Gauss-Newton matrix."""
     network = DenseNet().double() if dense else SmallNet(dtype=torch.float64)
     x = images(40, dtype=torch.float64)
     y = torch.randint(3, (40, 8, 8)) if dense else torch.randint(4, (40,))
     grid = make_grid(size, (3, 8, 8))
-    point = torch.cat([0.1 * torch.randn(grid.n_coefficients), torch.tensor([0.3])]).double()
-    sums, _ = sums_at(network, x, y, size, point[:-1], 0.3)
+    space, p = map_space(kind, 3 if dense else 4, 1.0), grid.n_coefficients
+    free = space.temperature_only(1.3) + 0.1 * torch.randn(space.n_parameters)
+    point = torch.cat([0.1 * torch.randn(p).double(), free])
+    sums, _ = sums_at(network, x, y, size, point[:p], free, kind)
 
     def scaled(parameters):
-        return network(x + grid.image(parameters[:-1])) * torch.exp(-parameters[-1])
+        scale, bias = (part.reshape(-1, *[1] * (y.ndim - 1)) for part in (space.ties @ parameters[p:]).chunk(2))
+        return scale * network(x + grid.image(parameters[:p])) + bias
 
     def losses(parameters):
         return F.cross_entropy(scaled(parameters), y, reduction="none").reshape(40, -1).sum(1)
@@ -67,7 +77,8 @@ def test_gradient_and_curvature_are_those_of_automatic_differentiation(dense, si
     probs = scaled(point).detach().softmax(1).movedim(1, 3).flatten(0, 2)
     centred = jacobian - (probs[:, :, None] * jacobian).sum(1, keepdim=True)
     exact = torch.einsum("mcp,mc,mcq->pq", centred, probs, centred)
-    torch.testing.assert_close(sums.curvature, exact, rtol=1e-4, atol=1e-4)
+    # Forward differences err by their step, 1e-6, relative to the largest entries.
+    torch.testing.assert_close(sums.curvature, exact, rtol=1e-4, atol=1e-6 * float(exact.abs().max()))
 
 
 def test_sums_are_additive_over_any_split():
@@ -85,8 +96,8 @@ def test_the_score_test_is_chi_squared_where_the_input_is_right():
     for seed in range(150):
         x = images(1000, seed)
         y = sampled(network(x).detach().double(), 1000 + seed)
-        sums, _ = sums_at(network, x, y, 1, log_temperature=0.0)
-        statistics.append(score_test(sums).statistic)
+        sums, _ = sums_at(network, x, y, 1, free=(1.0,))
+        statistics.append(score_test(sums, 3).statistic)
     statistics = torch.tensor(statistics)
     assert float(statistics.mean()) == pytest.approx(3, abs=4 * math.sqrt(6 / 150))
     assert 0.03 < float((statistics > chi2.ppf(0.9, 3)).double().mean()) < 0.2
@@ -158,9 +169,10 @@ def test_repeated_pixels_cost_and_count_what_one_would():
         lambda inputs: network(inputs)[:, :, None, None].expand(-1, -1, 4, 4),
         batches(x, repeated),
         grids=(1,),
-        outputs=("temperature", "bias"),
+        outputs=("temperature",),
     )
-    one, other = once.candidates[-1], next(c for c in many.candidates if c.grid == 1 and c.output == "temperature")
+    one, other = once.candidates[-1], many.candidates[-1]
+    assert one.grid == other.grid == 1
     assert other.achieved_gain == pytest.approx(one.achieved_gain, rel=1e-3)
     assert other.effective_parameters == pytest.approx(16 * one.effective_parameters, rel=0.15)
     assert other.criterion == pytest.approx(one.criterion, rel=0.02)
@@ -172,16 +184,18 @@ def test_independent_pixels_are_counted_by_parameter():
     network = DenseNet()
     x = images(600)
     y = sampled(network(x).detach().double())
-    sums, _ = sums_at(network, x, y, 1, log_temperature=0.0)
+    sums, _ = sums_at(network, x, y, 1, free=(1.0,))
     assert effective_parameters(sums) == pytest.approx(4, rel=0.25)
 
 
-def test_a_step_changes_the_temperature_by_a_factor_of_e_at_most():
-    """Outputs that say next to nothing of the labels have next to no curvature in log T."""
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_step_changes_the_temperature_by_a_factor_of_e_at_most(sign):
+    """Outputs that say next to nothing of the labels have next to no curvature in 1/T."""
     curvature = torch.diag(torch.tensor([2.0, 1e-9], dtype=torch.float64))
-    sums = ScoreSums(torch.tensor([0.5, 1e-6], dtype=torch.float64), curvature, curvature)
-    step, promise = _bounded_step(sums)
-    torch.testing.assert_close(step, torch.tensor([-0.25e-3, -1.0], dtype=torch.float64))
+    sums = ScoreSums(torch.tensor([0.5, sign * 1e-6], dtype=torch.float64), curvature, curvature)
+    step, promise = bounded_step(sums, common_scale=0.2)
+    assert (0.2 + float(step[-1])) / 0.2 == pytest.approx(math.exp(-sign))
+    assert float(step[0] / step[-1]) == pytest.approx(sign * 0.25e-3)
     # What the quadratic model promises for that share of the step.
     change = -(sums.gradient @ step + 0.5 * step @ curvature @ step)
     assert promise == pytest.approx(float(change), rel=1e-9)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from lightning_clamp import fit_clamp
 from lightning_clamp._rows import as_rows
 from lightning_clamp.clamping.ranks import ALONE
-from lightning_clamp.clamping.temperature import fit_output_map, fit_temperature, n_map_parameters
+from lightning_clamp.clamping.temperature import fit_temperature
 from tests.scenarios import calibrated_logits
 
 
@@ -71,36 +71,3 @@ def test_where_no_temperature_is_best_it_says_so(sign):
     """All right: the colder the better. All wrong: the hotter the better."""
     logits, _ = calibrated_logits(200)
     assert not fit_temperature(rows(sign * logits, logits.argmax(1))).interior
-
-
-@pytest.mark.parametrize("kind", ["bias", "vector"])
-def test_output_maps_reach_a_stationary_point(kind):
-    """The gradient in every free parameter is zero, and nothing near by is better."""
-    logits, target = calibrated_logits(3000)
-    logits = logits * torch.linspace(1, 2, 5).double() + torch.linspace(-1, 1, 5).double()
-    start = fit_temperature(rows(logits, target))
-    fit = fit_output_map(kind, rows(logits, target), 5, start.log_temperature)
-    assert fit.converged
-    scale, bias = fit.class_scale.clone().requires_grad_(), fit.class_bias.clone().requires_grad_()
-    loss = F.cross_entropy(scale * logits + bias, target)
-    by_scale, by_bias = torch.autograd.grad(loss, [scale, bias])
-    by_scale = by_scale.sum() if kind == "bias" else by_scale
-    assert float(by_scale.abs().max()) < 1e-6
-    assert float(by_bias.abs().max()) < 1e-6
-    assert fit.nll == pytest.approx(loss.item(), rel=1e-12)
-    assert float(fit.class_bias.sum()) == pytest.approx(0, abs=1e-12)
-    assert fit.nll < start.nll
-
-
-def test_vector_scaling_undoes_a_known_distortion():
-    logits, target = calibrated_logits(40000)
-    scale, bias = torch.tensor([1.0, 1.5, 2.0, 2.5, 3.0]).double(), torch.tensor([1.0, -1.0, 0.5, -0.5, 0.0]).double()
-    distorted = logits * scale + bias
-    fit = fit_output_map("vector", rows(distorted, target), 5, 0.5)
-    torch.testing.assert_close(fit.class_scale, 1 / scale, rtol=0.05, atol=0.02)
-    recovered = fit.class_bias + bias * fit.class_scale
-    torch.testing.assert_close(recovered - recovered.mean(), torch.zeros(5).double(), rtol=0, atol=0.1)
-
-
-def test_parameters_are_counted_without_the_common_bias():
-    assert [n_map_parameters(kind, 10) for kind in ("temperature", "bias", "vector")] == [1, 10, 19]

@@ -13,12 +13,13 @@ from torch.distributed import ProcessGroup
 from lightning_clamp._rows import TASKS, Task
 from lightning_clamp.clamping.clamp import Clamp
 from lightning_clamp.clamping.frozen import frozen, module_of
+from lightning_clamp.clamping.output_map import OUTPUT_MAPS
 from lightning_clamp.clamping.passes import Batches, CalibrationSet, Logits, Network, Progress, summed
 from lightning_clamp.clamping.ranks import Ranks
 from lightning_clamp.clamping.selection import Candidate, Fit, fit_by_scoring
 from lightning_clamp.clamping.sgd import fit_by_sgd
 from lightning_clamp.clamping.survey import Survey, survey
-from lightning_clamp.clamping.temperature import OUTPUT_MAPS, TemperatureFit, fit_temperature
+from lightning_clamp.clamping.temperature import TemperatureFit, fit_temperature
 from lightning_clamp.metrics.bootstrap import CalibrationScores, Interval, Scores, paired_bootstrap
 from lightning_clamp.metrics.reliability import ReliabilityCurve
 

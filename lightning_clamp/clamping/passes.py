@@ -4,28 +4,20 @@ Every number the solvers use is a sum over samples, formed in :func:`summed` alo
 order or the size of the batches, nor on how they are shared out to ranks.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from typing import NamedTuple, Protocol, TypeAlias, cast
+from typing import Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lightning_clamp._rows import Rows, Task, as_rows
 from lightning_clamp.clamping.frozen import module_of
-from lightning_clamp.clamping.perturbation import Grid, shifted
+from lightning_clamp.clamping.perturbation import shifted
 from lightning_clamp.clamping.ranks import ALONE, Ranks
 
 Network: TypeAlias = Callable[[Tensor], Tensor]
 Batches: TypeAlias = Iterable[Sequence[Tensor]]
 Progress: TypeAlias = Callable[[str, int], None]
-
-# Finite-difference step of the curvature of dense outputs, as a fraction of the root mean square of the inputs: small
-# enough to stay on the network's tangent, large enough to stand out of float32 rounding.
-_STEP = 0.01
-# Rows of finite differences held at once, in elements.
-_CHUNK_ELEMENTS = 2**25
 
 
 def summed(
@@ -70,22 +62,6 @@ class RowSource(Protocol):
     def __iter__(self) -> Iterator[Rows]:
         """Yield the rows batch by batch."""
         ...
-
-
-class ScoreSums(NamedTuple):
-    """Sums over samples of the derivatives of the loss in ``(coefficients, log T)``; p of them.
-
-    Attributes:
-        gradient: Sum of the scores, ``(p,)``.
-        curvature: Expected second derivative of the summed loss (Fisher information), ``(p, p)``.
-        covariance: Sum of the outer products of the per-sample scores, ``(p, p)``. Equal to the curvature for class
-            outputs, where both are the empirical Fisher; for dense outputs the pixels of an image are correlated and
-            they differ (Takeuchi, 1976).
-    """
-
-    gradient: Tensor
-    curvature: Tensor
-    covariance: Tensor
 
 
 class CalibrationSet:
@@ -201,119 +177,6 @@ class Logits:
         for logits, target in self.batches():
             rows = self.data.rows(logits, target)
             yield rows._replace(logits=rows.logits.double())
-
-
-def score_pass(
-    data: CalibrationSet,
-    perturbation: Tensor | None,
-    log_temperature: float,
-    grids: Sequence[Grid],
-    *,
-    dense_scale: float | None,
-    what: str,
-) -> tuple[list[ScoreSums], Logits]:
-    """One forward and one backward to the input: the score sums of every grid, and the logits passed on the way.
-
-    Args:
-        data: Network and batches.
-        perturbation: The point in input space, the shape of one input; None for the origin.
-        log_temperature: The point in log T.
-        grids: Grids whose coefficients to differentiate in. They share the pass: since the perturbation is added to
-            every input, the input gradient projected on a grid is the sample's score.
-        dense_scale: For dense outputs, the root mean square of the inputs, which sets the finite-difference step of
-            their curvature; None for class outputs, whose curvature is the covariance.
-        what: Shown as progress.
-
-    Raises:
-        RuntimeError: If the network's output does not depend differentiably on its input.
-    """
-    logits_seen = Logits(data, perturbation)
-
-    def parts() -> Iterator[tuple[Tensor, ...]]:
-        for inputs, target in data.read(what):
-            logits, item_scores = _input_scores(data, inputs, target, perturbation, log_temperature, grids)
-            logits_seen.keep(logits, target)
-            terms = []
-            for grid, scores in zip(grids, item_scores, strict=True):
-                outer = scores.T @ scores
-                curvature = outer
-                if dense_scale is not None:
-                    step, most = _STEP * (dense_scale or 1.0), _CHUNK_ELEMENTS // logits[:1].numel()
-                    curvature = _gauss_newton(data, inputs, target, perturbation, log_temperature, grid, step, most)
-                terms += [scores.sum(0), curvature, outer]
-            yield tuple(terms)
-
-    sizes = [grid.n_coefficients + 1 for grid in grids]
-    shapes = [shape for size in sizes for shape in ((size,), (size, size), (size, size))]
-    total = summed(parts(), shapes, data.ranks)
-    if dense_scale is not None:
-        # The curvature of dense outputs took a forward pass per coefficient, and one to compare with.
-        data.passes += sum(grid.n_coefficients + 1 for grid in grids)
-    return [ScoreSums(*total[3 * i : 3 * i + 3]) for i in range(len(grids))], logits_seen
-
-
-def _input_scores(
-    data: CalibrationSet,
-    inputs: Tensor,
-    target: Tensor,
-    perturbation: Tensor | None,
-    log_temperature: float,
-    grids: Sequence[Grid],
-) -> tuple[Tensor, list[Tensor]]:
-    """Logits of one batch, and per grid the score of every item in (coefficients, log T), float64."""
-    point = shifted(inputs, perturbation).detach().clone().requires_grad_()
-    logits = data.call(point)
-    if not logits.requires_grad:
-        raise RuntimeError(
-            "The network's output carries no gradient to its input (a forward under `no_grad`, `detach` or rounding?): "
-            'remove it, or pass grids=() or solver="temperature" to calibrate the outputs only.'
-        )
-    rows = data.rows(logits, target)
-    scaled = rows.logits.double() * math.exp(-log_temperature)
-    loss = F.cross_entropy(scaled, rows.target, reduction="sum")
-    (gradient,) = torch.autograd.grad(loss, point)
-    temperature_score = rows.per_item(log_temperature_score(scaled.detach(), rows.target))[:, None]
-    return logits.detach(), [torch.cat([grid.project(gradient), temperature_score], 1) for grid in grids]
-
-
-def log_temperature_score(scaled: Tensor, target: Tensor) -> Tensor:
-    """Derivative of each row's cross-entropy in log T: the target's scaled logit minus the expected one, ``(M,)``."""
-    return scaled.gather(1, target[:, None])[:, 0] - (scaled.softmax(1) * scaled).sum(1)
-
-
-def _gauss_newton(
-    data: CalibrationSet,
-    inputs: Tensor,
-    target: Tensor,
-    perturbation: Tensor | None,
-    log_temperature: float,
-    grid: Grid,
-    step: float,
-    most_columns: int,
-) -> Tensor:
-    r"""Fisher information :math:`\sum J^T (\mathrm{diag}(p) - p p^T) J` of one batch in (coefficients, log T).
-
-    The pixels of an image are correlated, so the outer product of its summed score says nothing about curvature. The
-    columns of J are taken by forward differences of the logits: p forward passes, no graph, a positive semi-definite
-    result that is the same for any batch size. ``step`` is that of the differences; at most ``most_columns`` of them,
-    of one item each, are held at once.
-    """
-    images = [grid.image(unit) for unit in step * torch.eye(grid.n_coefficients, dtype=torch.float64)]
-    total = torch.zeros(len(images) + 1, len(images) + 1, dtype=torch.float64, device=inputs.device)
-    with torch.no_grad():
-        chunk = max(1, most_columns // (len(images) + 1))
-        for part, labels in zip(torch.split(inputs, chunk), torch.split(target, chunk), strict=True):
-            here = shifted(part, perturbation)
-            scaled = data.rows(data.call(here), labels).logits.double() * math.exp(-log_temperature)
-            columns = []
-            for image in images:
-                there = data.rows(data.call(shifted(here, image)), labels).logits.double()
-                columns.append((there * math.exp(-log_temperature) - scaled) / step)
-            jacobian = torch.stack([*columns, -scaled])  # (p, M, C)
-            probs = scaled.softmax(1)
-            centred = jacobian - (jacobian * probs).sum(2, keepdim=True)
-            total += (centred * probs).flatten(1) @ centred.flatten(1).T
-    return total
 
 
 def as_pair(batch: object) -> tuple[Tensor, Tensor]:

@@ -1,48 +1,44 @@
-r"""Fisher scoring: perturbation and temperature together, without a learning rate.
+r"""Fisher scoring: perturbation and output map together, without a learning rate.
 
-A pass is one forward and one backward to the input. Its sums give the score test (can moving the input help at all?)
-and the next step.
+A pass is one forward and one backward to the input. Its sums give the score test (can moving the input help at all?),
+what a grid promises, and the next step.
 """
 
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_clamp.clamping.passes import CalibrationSet, Logits, ScoreSums, score_pass
+from lightning_clamp.clamping.output_map import MapFit, fit_output_map
+from lightning_clamp.clamping.passes import CalibrationSet, Logits
 from lightning_clamp.clamping.perturbation import Grid
+from lightning_clamp.clamping.quadratic import ScoreSums, ScoreTest, effective_parameters, newton_step, score_test
+from lightning_clamp.clamping.score_pass import score_pass
 from lightning_clamp.clamping.survey import Survey
-from lightning_clamp.clamping.temperature import TemperatureFit, fit_temperature, newton_step, solve
 
 # A step that promises less than this share of a nat per parameter is lost in the fit's own error, half a nat each.
-_WORTHWHILE = 0.01
-
-
-class ScoreTest(NamedTuple):
-    """Score test of some parameters, with the temperature profiled out.
-
-    Attributes:
-        statistic: Rao's statistic, chi-squared if the parameters are truly zero.
-        predicted_gain: Fall of the summed loss that the quadratic model promises, in nats.
-    """
-
-    statistic: float = 0.0
-    predicted_gain: float = 0.0
+_WORTHWHILE = 0.05
 
 
 class GridFit(NamedTuple):
-    """The best iterate of one grid.
+    """An iterate of one grid: a perturbation, and the output map fitted to the logits there.
 
     Attributes:
         size: Side r of the grid; 0 for the untouched input.
         n_coefficients: Number of coefficients.
         perturbation: The shape of one input, or None for none.
         logits: The network's logits there.
-        temperature: The best temperature for those logits.
-        sums: Score sums there, None for the untouched input.
-        test: Score test of the coefficients at zero.
+        mapped: The best output map for them, of the kind and shrinkage that was found before the input was touched.
+        point: Where the sums were taken: coefficients, and free parameters of the map, float64.
+        sums: Score sums there; None for the untouched input.
+        standard_error: Of the change of the mean loss against temperature scaling, in nats per row: that of the output
+            map the grid started from, and that of the steps since.
+        test: Score test of the coefficients at zero, None for the untouched input.
+        predicted_gain: Gain per row that the quadratic model promised at zero.
+        predicted_criterion: What it promised of the criterion, against the start.
         passes: Passes spent, the first (shared) one included.
         seconds: Time spent.
         history: NLL per row and temperature after every pass.
@@ -52,109 +48,145 @@ class GridFit(NamedTuple):
     n_coefficients: int
     perturbation: Tensor | None
     logits: Logits
-    temperature: TemperatureFit
-    sums: ScoreSums | None
-    test: ScoreTest
+    mapped: MapFit
+    point: Tensor
+    sums: ScoreSums | None = None
+    standard_error: float = 0.0
+    test: ScoreTest | None = None
+    predicted_gain: float = 0.0
+    predicted_criterion: float = 0.0
     passes: int = 0
     seconds: float = 0.0
     history: tuple[dict[str, float], ...] = ()
 
+    @property
+    def optimum(self) -> Tensor:
+        """Coefficients, and the free parameters of the best map."""
+        return torch.cat([self.point[: self.n_coefficients], self.mapped.free])
 
-def fit_grids(
-    data: CalibrationSet, seen: Survey, base: TemperatureFit, grids: Sequence[Grid], max_passes: int
-) -> Iterator[GridFit]:
-    """Fit every grid by damped Fisher scoring, one after the other; the first pass is shared by all.
+    @property
+    def ridge(self) -> Tensor:
+        """What shrinks each of them; the coefficients are free."""
+        return torch.cat([torch.zeros(self.n_coefficients, dtype=torch.float64), self.mapped.ridge])
 
-    Args:
-        data: Network and batches, frozen.
-        seen: First look at the same data.
-        base: Temperature scaling of the unchanged logits.
-        grids: Grids to fit.
-        max_passes: Most passes spent on one grid, the shared one included.
-    """
+    def objective(self, n_rows: int) -> float:
+        """Mean loss per row with the ridge."""
+        return self.mapped.nll + 0.5 * float(self.mapped.ridge @ self.mapped.free**2) / n_rows
+
+    def step(self) -> tuple[Tensor, float]:
+        """The next step, and the fall of the summed loss with the ridge that it promises."""
+        assert self.sums is not None
+        return bounded_step(self.sums.shrunk(self.point, self.ridge), float(self.point[-1]))
+
+    def price(self, *, dense: bool) -> float:
+        """What the coefficients cost, in units of one parameter: their number, or for dense outputs their trace."""
+        if self.sums is None or not dense:
+            return float(self.n_coefficients)
+        return effective_parameters(self.sums, self.ridge) - self.mapped.effective_parameters(dense=True)
+
+
+def untouched(seen: Survey, mapped: MapFit, standard_error: float = 0.0) -> GridFit:
+    """No perturbation, and an output map on the logits that are known already."""
+    return GridFit(0, 0, None, seen.logits, mapped, mapped.free, standard_error=standard_error)
+
+
+def first_pass(data: CalibrationSet, seen: Survey, start: GridFit, grids: Sequence[Grid]) -> list[GridFit]:
+    """What every grid promises beyond ``start``, from one pass that all of them share."""
     if not grids:
-        return
+        return []
     started = time.perf_counter()
-    first, logits = score_pass(
-        data, None, base.log_temperature, grids, dense_scale=seen.dense_scale, what="all grids, pass 1"
+    space = start.mapped.space
+    sums_of_all, logits = score_pass(
+        data, None, start.mapped.point, space.ties, grids, dense_scale=seen.dense_scale, what="all grids, pass 1"
     )
     shared = (time.perf_counter() - started) / len(grids)
-    for grid, sums in zip(grids, first, strict=True):
-        start = GridFit(
-            grid.size, grid.n_coefficients, None, logits, base, sums, score_test(sums), 1, shared, (_step(1, base),)
+    fits = []
+    for grid, sums in zip(grids, sums_of_all, strict=True):
+        p = grid.n_coefficients
+        fit = start._replace(
+            size=grid.size,
+            n_coefficients=p,
+            logits=logits,
+            point=torch.cat([torch.zeros(p, dtype=torch.float64), start.mapped.free]),
+            sums=sums,
+            passes=1,
+            seconds=shared,
+            history=(_record(1, start.mapped),),
         )
-        yield _fit_grid(data, seen, grid, start, max_passes)
+        step, promise = fit.step()
+        gain, cost = promise / seen.n_rows, fit.price(dense=seen.dense) / seen.n_rows
+        fits.append(
+            fit._replace(
+                test=score_test(sums.shrunk(fit.point, fit.ridge), p),
+                predicted_gain=gain,
+                predicted_criterion=cost - gain + _error(step, sums) / seen.n_rows,
+            )
+        )
+    return fits
 
 
-def _fit_grid(data: CalibrationSet, seen: Survey, grid: Grid, best: GridFit, max_passes: int) -> GridFit:
-    """Step ``-curvature⁻¹ gradient`` in (coefficients, log T) while it pays; halve the step when the NLL rises."""
+def fit_grid(data: CalibrationSet, seen: Survey, grid: Grid, start: GridFit, max_passes: int) -> GridFit:
+    """Step ``-curvature⁻¹ gradient`` in coefficients and map while it pays; halve the step when the loss rises."""
     started = time.perf_counter()
-    assert best.sums is not None
-    point = torch.zeros(grid.n_coefficients + 1, dtype=torch.float64)
-    point[-1] = best.temperature.log_temperature
-    step, promise = _bounded_step(best.sums)
-    passes, history = 1, list(best.history)
-    while passes < max_passes and promise > _WORTHWHILE * len(point):
-        there = point + step
+    assert start.sums is not None
+    best = start
+    step, promise = start.step()
+    passes, history = 1, list(start.history)
+    while passes < max_passes and promise > _WORTHWHILE * len(start.point):
         passes += 1
-        trial = _evaluate(data, seen, grid, there, f"grid {grid.size}, pass {passes}", best)
-        history.append(_step(passes, trial.temperature))
-        if trial.temperature.nll < best.temperature.nll:
-            best, point = trial, there
-            assert best.sums is not None
-            step, promise = _bounded_step(best.sums)
+        trial = _evaluate(data, seen, grid, best.point + step, f"grid {grid.size}, pass {passes}", best)
+        if trial is not None:
+            history.append(_record(passes, trial.mapped))
+        if trial is not None and trial.objective(seen.n_rows) < best.objective(seen.n_rows):
+            best = trial
+            step, promise = best.step()
         else:
             # Half the step keeps three quarters of what the quadratic model promised.
             step, promise = step / 2, 0.75 * promise
-    seconds = best.seconds + time.perf_counter() - started
-    return best._replace(passes=passes, seconds=seconds, history=tuple(history))
-
-
-def _bounded_step(sums: ScoreSums) -> tuple[Tensor, float]:
-    """Newton's step and what it promises, shortened where T would change by more than a factor of e.
-
-    Outputs that say next to nothing of the labels have next to no curvature in log T, and steps without bound.
-    """
-    step, promise = newton_step(sums)
-    share = 1 / max(1.0, abs(float(step[-1])))
-    return share * step, share * (2 - share) * promise
-
-
-def _evaluate(data: CalibrationSet, seen: Survey, grid: Grid, point: Tensor, what: str, previous: GridFit) -> GridFit:
-    """One pass at a point: its sums, and the best temperature for its logits."""
-    perturbation = grid.image(point[:-1]).to(seen.parameter_dtype)
-    log_temperature = float(point[-1])
-    (sums,), logits = score_pass(data, perturbation, log_temperature, [grid], dense_scale=seen.dense_scale, what=what)
-    temperature = fit_temperature(logits, start=log_temperature)
-    return previous._replace(perturbation=perturbation, logits=logits, temperature=temperature, sums=sums)
-
-
-def _step(number: int, fit: TemperatureFit) -> dict[str, float]:
-    return {"pass": number, "nll": fit.nll, "log_temperature": fit.log_temperature}
-
-
-def score_test(sums: ScoreSums) -> ScoreTest:
-    r"""Rao's score test of all parameters but the last, which is the temperature and is profiled out.
-
-    With efficient scores :math:`\tilde s = s - H_{sT} H_{TT}^{-1} s_T` the statistic is
-    :math:`\tilde g^\top \tilde J^{-1} \tilde g`, which reduces to the usual :math:`n \bar g^\top A^{-1} \bar g` where
-    the curvature is the empirical Fisher.
-    """
-    gradient, curvature, covariance = sums
-    p = len(gradient) - 1
-    share = curvature[:p, p:] / curvature[p, p].clamp_min(torch.finfo(torch.float64).tiny)
-    efficient = torch.cat([torch.eye(p, dtype=torch.float64), -share], 1)
-    score = efficient @ gradient
-    return ScoreTest(
-        _quadratic_form(efficient @ covariance @ efficient.T, score),
-        0.5 * _quadratic_form(efficient @ curvature @ efficient.T, score),
+    assert best.sums is not None
+    moved = best.optimum - start.optimum
+    # A sample's change is its score's, between that at the start and that at the end, times the way.
+    error = math.hypot(_error(moved, start.sums), _error(moved, best.sums)) / math.sqrt(2)
+    return best._replace(
+        standard_error=start.standard_error + error / seen.n_rows,
+        passes=passes,
+        seconds=start.seconds + time.perf_counter() - started,
+        history=tuple(history),
     )
 
 
-def effective_parameters(sums: ScoreSums) -> float:
-    """Takeuchi's trace ``tr(curvature⁻¹ covariance)``: what parameters cost when the samples' rows are correlated."""
-    return float(solve(sums.curvature, sums.covariance).trace())
+def _evaluate(
+    data: CalibrationSet, seen: Survey, grid: Grid, point: Tensor, what: str, previous: GridFit
+) -> GridFit | None:
+    """One pass at a point: its sums, and the best map of that kind and shrinkage for its logits, if there is one."""
+    coefficients, free = point[: grid.n_coefficients], point[grid.n_coefficients :]
+    space = previous.mapped.space
+    perturbation = grid.image(coefficients).to(seen.parameter_dtype)
+    (sums,), logits = score_pass(
+        data, perturbation, space.ties @ free, space.ties, [grid], dense_scale=seen.dense_scale, what=what
+    )
+    mapped = fit_output_map(logits, space, previous.mapped.shrinkage, free)
+    if mapped is None:
+        return None
+    return previous._replace(perturbation=perturbation, logits=logits, mapped=mapped, point=point, sums=sums)
 
 
-def _quadratic_form(matrix: Tensor, vector: Tensor) -> float:
-    return float(vector @ solve(matrix, vector))
+def bounded_step(sums: ScoreSums, common_scale: float) -> tuple[Tensor, float]:
+    """Newton's step and what it promises, shortened where the temperature would change by more than a factor of e.
+
+    Outputs that say next to nothing of the labels have next to no curvature in 1/T, the last parameter, and steps
+    without bound.
+    """
+    step, promise = newton_step(sums)
+    most = common_scale * ((math.e - 1) if float(step[-1]) > 0 else (1 - 1 / math.e))
+    share = min(1.0, most / max(abs(float(step[-1])), torch.finfo(torch.float64).tiny))
+    return share * step, share * (2 - share) * promise
+
+
+def _error(step: Tensor, sums: ScoreSums) -> float:
+    """Standard deviation of what a step changes in the summed loss, over draws of the samples."""
+    return math.sqrt(max(float(step @ sums.covariance @ step), 0.0))
+
+
+def _record(number: int, fit: MapFit) -> dict[str, float]:
+    return {"pass": number, "nll": fit.nll, "log_temperature": -math.log(float(fit.free[-1]))}

@@ -1,67 +1,83 @@
-"""Which grid, which output map: every combination is fitted, and one criterion decides."""
+"""Which grid, which output map: what may be worth its cost is fitted, and one criterion decides."""
 
 import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from typing import NamedTuple
 
 import torch
 
 from lightning_clamp.clamping.clamp import Clamp
+from lightning_clamp.clamping.output_map import (
+    OUTPUT_MAPS,
+    SHRINKAGES,
+    MapFit,
+    MapSpace,
+    OutputMap,
+    fit_output_map,
+    logit_square,
+    map_derivatives,
+    map_space,
+    standard_error,
+)
 from lightning_clamp.clamping.passes import CalibrationSet, Logits
 from lightning_clamp.clamping.perturbation import Grid, available_sizes, make_grid
-from lightning_clamp.clamping.scoring import GridFit, ScoreTest, effective_parameters, fit_grids, score_test
+from lightning_clamp.clamping.quadratic import score_test
+from lightning_clamp.clamping.scoring import GridFit, first_pass, fit_grid, untouched
 from lightning_clamp.clamping.survey import MIN_SAMPLES, Survey
-from lightning_clamp.clamping.temperature import (
-    OUTPUT_MAPS,
-    OutputMap,
-    OutputMapFit,
-    TemperatureFit,
-    fit_output_map,
-    n_map_parameters,
-    output_map_sums,
-)
+from lightning_clamp.clamping.temperature import TemperatureFit
 
 GRIDS = (1, 2, 4, 8)
+OUTPUTS: tuple[OutputMap, ...] = ("temperature", "vector")
 # Derivatives of one item's logits that are held at once for dense outputs: half a gigabyte in float64.
 _MOST_ELEMENTS = 2**26
+# Weaker and weaker shrinkage is tried until the criterion has risen this often in a row.
+_PATIENCE = 2
 
 
 @dataclass(frozen=True)
 class Candidate:
     """One combination of input grid and output map that was considered.
 
-    Gains are in nats per row (a sample, or a pixel), positive when better, against temperature scaling alone.
+    Gains and changes are in nats per row (a sample, or a pixel), against temperature scaling alone.
 
     Attributes:
         grid: Side r of the coefficient grid; 0 leaves the input alone.
         output: ``"temperature"``, ``"bias"`` or ``"vector"``.
         n_parameters: Free parameters, the temperature included.
-        effective_parameters: What they are charged for: their number for class outputs; Takeuchi's trace for dense
-            outputs, which counts images rather than pixels.
-        lm_statistic: Score (Lagrange multiplier) test of the parameters beyond the temperature. With a grid and an
-            output map, the grid's statistic plus the map's on the grid's logits.
-        p_value: Its tail probability under chi-squared with ``n_parameters - 1`` degrees of freedom.
-        predicted_gain: Gain on the calibration set that the quadratic model promised before any step.
+        shrinkage: Strength of the ridge that shrinks the output map towards the temperature; None without such a map.
+        effective_parameters: What the parameters are charged for. Class outputs: their number, less what the ridge
+            takes off; dense outputs: Takeuchi's trace, which counts images rather than pixels.
+        lm_statistic: Score (Lagrange multiplier) test of the grid's coefficients, the output map profiled out; without
+            a grid, of the map's parameters, the temperature profiled out.
+        p_value: Its tail probability under chi-squared with as many degrees of freedom as parameters are tested.
+        predicted_gain: Gain on the calibration set that the quadratic model promised before any step of the grid; that
+            of the output map without a grid included. None without a grid.
         achieved_gain: Gain on the calibration set that was reached.
-        expected_change: Akaike's estimate of the change of the held-out NLL; negative is better.
-        criterion: The same with twice the penalty; the lowest is chosen.
+        expected_change: Akaike's (dense outputs: Takeuchi's) estimate of the change of the held-out NLL; negative is
+            better.
+        standard_error: Of that estimate, over draws of the calibration set; those of the steps from temperature scaling
+            to an output map, from there to a grid, and to another output map there, added up.
+        criterion: Expected change plus its standard error; the lowest is chosen.
         passes: Passes over the calibration set spent on the grid, the first (shared by all grids) included.
         seconds: Time spent.
-        note: Why it was not fitted or not eligible; empty otherwise. The figures above are then None.
+        note: Why it was not fitted or not eligible; empty otherwise. The figures above are then None, except what the
+            first pass said of a grid.
         clamp: Its fitted clamp, None where there is a note.
     """
 
     grid: int
     output: OutputMap
     n_parameters: int
+    shrinkage: float | None = None
     effective_parameters: float | None = None
     lm_statistic: float | None = None
     p_value: float | None = None
     predicted_gain: float | None = None
     achieved_gain: float | None = None
     expected_change: float | None = None
+    standard_error: float | None = None
     criterion: float | None = None
     passes: int = 0
     seconds: float = 0.0
@@ -70,7 +86,7 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """Short name, such as ``"4×4 grid + bias"``."""
+        """Short name, such as ``"4×4 grid + vector"``."""
         return f"{self.grid}×{self.grid} grid + {self.output}" if self.grid else self.output
 
 
@@ -92,15 +108,20 @@ def fit_by_scoring(
     base: TemperatureFit,
     *,
     grids: Sequence[int] = GRIDS,
-    outputs: Sequence[OutputMap] = OUTPUT_MAPS,
+    outputs: Sequence[OutputMap] = OUTPUTS,
     max_passes: int = 6,
 ) -> Fit:
-    r"""Fit every combination of grid and output map, and choose by penalised calibration gain.
+    r"""Fit output maps, then grids on top of the best of them, and choose by the expected held-out loss.
 
-    The perturbation is a smooth image, spanned by an r×r grid of coefficients per channel, fitted with T by Fisher
-    scoring. The output maps are fitted on the logits of each grid's best iterate. The choice minimises
-    (change of the calibration NLL) + 2 p / n against temperature scaling, so nothing is worse than temperature scaling
-    by that criterion.
+    The output maps are scale and bias per class, shrunk towards the temperature; the strength of the shrinkage is one
+    of the choices. The perturbation is a smooth image, spanned by an r×r grid of coefficients per channel, fitted
+    together with the best output map by Fisher scoring. One pass says what every grid promises; a grid is fitted only
+    where that is better than the best candidate so far, the most promising first, and all output maps are then fitted
+    again on its logits.
+
+    The choice minimises (change of the calibration NLL) + (effective parameters) / n + (its standard error) against
+    temperature scaling: a candidate has to be better by more than what over-fitting and chance explain (Akaike, 1974;
+    the one-standard-error rule of Breiman et al., 1984, section 3.4.3).
 
     Args:
         data: Network and batches, frozen.
@@ -108,26 +129,63 @@ def fit_by_scoring(
         base: Temperature scaling of the unchanged logits.
         grids: Sides r to consider; ``()`` leaves the input alone.
         outputs: Output maps to consider; ``("temperature",)`` is plain Neural Clamping. The temperature alone always
-            takes part.
+            takes part. With one logit, ``"vector"`` is ``"bias"``: one scale has no deviations.
         max_passes: Most passes spent on one grid, at least 1.
     """
+    setting = _setting(seen, base, _kinds(outputs, binary=data.task == "binary"), binary=data.task == "binary")
     usable, records = _usable_grids(grids, seen)
-    kinds: list[OutputMap] = ["temperature", *(kind for kind in OUTPUT_MAPS[1:] if kind in outputs)]
-    alone = _alone(seen, base)
-    untouched = GridFit(0, 0, None, seen.logits, base, None, ScoreTest())
-    chosen, chosen_logits = None, seen.logits
     history: list[dict[str, float]] = []
-    for fit in chain([untouched], fit_grids(data, seen, base, usable, max_passes)):
-        history += [{"grid": fit.size, **step} for step in fit.history]
-        for kind in kinds:
-            record = _candidate(fit, kind, seen, base, alone, binary=data.task == "binary")
+    fitted = _candidates(untouched(seen, setting.base), setting)
+    records += [record for record, _ in fitted]
+    chosen, mapped = min(fitted, key=lambda pair: _criterion(pair[0]))
+    chosen_logits, without_grid = seen.logits, _criterion(chosen)
+    start = untouched(seen, mapped or setting.base, chosen.standard_error or 0.0)
+    firsts = first_pass(data, seen, start, usable)
+    for grid, first in sorted(zip(usable, firsts, strict=True), key=lambda pair: pair[1].predicted_criterion):
+        if without_grid + first.predicted_criterion >= _criterion(chosen):
+            note = "the first pass promises less than it costs"
+            records.append(replace(_outline(first, first.mapped.space, setting), note=note))
+            continue
+        fit = fit_grid(data, seen, grid, first, max_passes)
+        history += [{"grid": grid.size, **step} for step in fit.history]
+        for record, _ in _candidates(fit, setting):
             records.append(record)
-            if chosen is None or _criterion(record) < _criterion(chosen):
+            if _criterion(record) < _criterion(chosen):
                 chosen, chosen_logits = record, fit.logits
-    assert chosen is not None
     assert chosen.clamp is not None
     records.sort(key=lambda record: (record.grid, OUTPUT_MAPS.index(record.output)))
-    return Fit(chosen.clamp, chosen_logits, _reason(chosen, records, seen), tuple(records), chosen, tuple(history))
+    return Fit(chosen.clamp, chosen_logits, _reason(chosen, records), tuple(records), chosen, tuple(history))
+
+
+def _kinds(outputs: Iterable[OutputMap], *, binary: bool) -> list[OutputMap]:
+    """The output maps to fit beside the temperature, the smaller first."""
+    asked = {"bias" if binary and kind == "vector" else kind for kind in outputs}
+    return [kind for kind in OUTPUT_MAPS[1:] if kind in asked]
+
+
+class _Setting(NamedTuple):
+    """What all candidates are compared with and made from.
+
+    Attributes:
+        seen: First look at the data.
+        binary: Whether the network has one logit.
+        base: Temperature scaling of the unchanged logits.
+        spaces: Parameters of the output maps to fit beside the temperature.
+    """
+
+    seen: Survey
+    binary: bool
+    base: MapFit
+    spaces: tuple[MapSpace, ...]
+
+
+def _setting(seen: Survey, base: TemperatureFit, kinds: Sequence[OutputMap], *, binary: bool) -> _Setting:
+    n_classes = len(seen.samples_per_class)
+    square = logit_square(seen.logits) if kinds else 1.0
+    space = map_space("temperature", n_classes, square)
+    fit = fit_output_map(seen.logits, space, 0.0, space.temperature_only(math.exp(base.log_temperature)))
+    assert fit is not None, "logits without a best temperature come no further than the survey"
+    return _Setting(seen, binary, fit, tuple(map_space(kind, n_classes, square) for kind in kinds))
 
 
 def _usable_grids(sizes: Iterable[int], seen: Survey) -> tuple[list[Grid], list[Candidate]]:
@@ -167,117 +225,116 @@ def _grid_refused(grid: Grid, seen: Survey) -> str:
     return ""
 
 
-def _alone(seen: Survey, base: TemperatureFit) -> float:
-    """Effective parameters of the temperature alone."""
-    if not seen.dense:
-        return 1.0
-    n_classes = len(seen.samples_per_class)
-    return effective_parameters(output_map_sums("temperature", seen.logits, n_classes, base.log_temperature))
+def _candidates(fit: GridFit, setting: _Setting) -> list[tuple[Candidate, MapFit | None]]:
+    """Every output map on the logits of one grid, each with the shrinkage that the criterion prefers."""
+    temperature = setting.base
+    if fit.size:
+        at = setting.base.space.temperature_only(1 / float(fit.mapped.free[-1]))
+        found = fit_output_map(fit.logits, setting.base.space, 0.0, at)
+        if found is None:
+            note = "its logits have no finite best temperature"
+            return [(replace(_outline(fit, setting.base.space, setting), note=note), None)]
+        temperature = found
+    return [
+        (_record(fit, temperature, setting), temperature),
+        *(_least_shrunken(fit, space, temperature, setting) for space in setting.spaces),
+    ]
 
 
-def _candidate(
-    fit: GridFit, kind: OutputMap, seen: Survey, base: TemperatureFit, alone: float, *, binary: bool
-) -> Candidate:
-    """Fit one output map on the logits of one grid; a note and no clamp if it is not eligible."""
+def _least_shrunken(
+    fit: GridFit, space: MapSpace, temperature: MapFit, setting: _Setting
+) -> tuple[Candidate, MapFit | None]:
+    """The output map of one kind whose shrinkage has the lowest criterion, from the strongest on."""
     started = time.perf_counter()
-    n_classes = len(seen.samples_per_class)
+    best: tuple[Candidate, MapFit] | None = None
+    free, risen = space.temperature_only(1 / float(temperature.free[-1])), 0
+    for shrinkage in SHRINKAGES:
+        mapped = fit_output_map(fit.logits, space, shrinkage, free)
+        if mapped is None:
+            break
+        free = mapped.free
+        record = _record(fit, mapped, setting)
+        if best is None or _criterion(record) < _criterion(best[0]):
+            best, risen = (record, mapped), 0
+        else:
+            risen += 1
+        if risen == _PATIENCE:
+            break
+    if best is None:
+        return replace(_outline(fit, space, setting), note="its best map is not finite and positive"), None
+    record, mapped = best
+    if not fit.size:
+        _, _, sums = map_derivatives(fit.logits, temperature.point, space.ties)
+        test = score_test(sums, space.n_parameters - 1)
+        record = replace(record, lm_statistic=test.statistic, p_value=test.p_value)
+    return replace(record, seconds=fit.seconds + time.perf_counter() - started), mapped
+
+
+def _outline(fit: GridFit, space: MapSpace, setting: _Setting) -> Candidate:
+    """A candidate's name and cost, and what the first pass said of its grid."""
     record = Candidate(
-        fit.size, kind, fit.n_coefficients + n_map_parameters(kind, n_classes), passes=fit.passes, seconds=fit.seconds
+        fit.size, space.kind, fit.n_coefficients + space.n_parameters, passes=fit.passes, seconds=fit.seconds
     )
-    if kind == "temperature":
-        clamp = Clamp(fit.perturbation, _scalar(fit.temperature.log_temperature, seen))
-        return _judged(replace(record, clamp=clamp), fit, None, seen, base, alone)
-    if note := _map_refused(kind, seen, binary):
-        return replace(record, note=note)
-    mapped = fit_output_map(kind, fit.logits, n_classes, fit.temperature.log_temperature)
-    record = replace(record, seconds=fit.seconds + time.perf_counter() - started)
-    if not mapped.converged or float(mapped.class_scale.min()) <= 0:
-        return replace(record, note="its best map is not finite and positive")
-    clamp = _mapped_clamp(fit, kind, mapped, seen, binary)
-    return _judged(replace(record, clamp=clamp), fit, mapped, seen, base, alone)
-
-
-def _map_refused(kind: OutputMap, seen: Survey, binary: bool) -> str:
-    if binary and kind == "vector":
-        return "one logit has one scale: the same as bias"
-    rarest = int(seen.samples_per_class.min())
-    if rarest < MIN_SAMPLES:
-        return f"a class occurs in {rarest} samples, fewer than {MIN_SAMPLES}"
-    if n_map_parameters(kind, len(seen.samples_per_class)) * MIN_SAMPLES > seen.n_samples:
-        return f"{seen.n_samples} samples are fewer than {MIN_SAMPLES} per parameter"
-    return ""
-
-
-def _judged(
-    record: Candidate, fit: GridFit, mapped: OutputMapFit | None, seen: Survey, base: TemperatureFit, alone: float
-) -> Candidate:
-    """Fill in the figures of a fitted candidate."""
-    test = score_test(mapped.at_start) if mapped is not None else ScoreTest()
-    statistic = fit.test.statistic + test.statistic
-    extra = _charged(fit, mapped, alone) if seen.dense else float(record.n_parameters - 1)
-    gain = base.nll - (mapped.nll if mapped is not None else fit.temperature.nll)
-    record = replace(
-        record,
-        effective_parameters=alone + extra,
-        achieved_gain=gain,
-        predicted_gain=(fit.test.predicted_gain + test.predicted_gain) / seen.n_rows,
-        expected_change=extra / seen.n_rows - gain,
-        criterion=2 * extra / seen.n_rows - gain,
-    )
-    if record.n_parameters == 1:
+    if fit.test is None:
         return record
-    return replace(record, lm_statistic=statistic, p_value=_chi2_tail(statistic, record.n_parameters - 1))
+    gain_before = setting.base.nll - fit.history[0]["nll"]
+    return replace(
+        record,
+        lm_statistic=fit.test.statistic,
+        p_value=fit.test.p_value,
+        predicted_gain=gain_before + fit.predicted_gain,
+    )
 
 
-def _charged(fit: GridFit, mapped: OutputMapFit | None, alone: float) -> float:
-    """Effective parameters of a dense candidate beyond those of the temperature alone."""
-    extra = effective_parameters(fit.sums) - alone if fit.sums is not None else 0.0
-    return extra if mapped is None else extra + effective_parameters(mapped.at_end) - alone
+def _record(fit: GridFit, mapped: MapFit, setting: _Setting) -> Candidate:
+    """A candidate with all its figures."""
+    seen, base, kind = setting.seen, setting.base, mapped.space.kind
+    effective = fit.price(dense=seen.dense) + mapped.effective_parameters(dense=seen.dense)
+    extra = effective - base.effective_parameters(dense=seen.dense)
+    gain = base.nll - mapped.nll
+    error = fit.standard_error + standard_error(fit.logits, mapped.point, fit.mapped.point)
+    return replace(
+        _outline(fit, mapped.space, setting),
+        shrinkage=None if kind == "temperature" else mapped.shrinkage,
+        effective_parameters=effective,
+        achieved_gain=gain,
+        expected_change=extra / seen.n_rows - gain,
+        standard_error=error,
+        criterion=extra / seen.n_rows - gain + error,
+        clamp=_clamp(fit, mapped, setting),
+    )
 
 
-def _mapped_clamp(fit: GridFit, kind: OutputMap, mapped: OutputMapFit, seen: Survey, binary: bool) -> Clamp:
-    """Split the fitted scales into a temperature and what is left of them."""
-    scale, bias = mapped.class_scale, mapped.class_bias
-    bias = (bias[1:] - bias[:1] if binary else bias).to(seen.parameter_dtype)
-    if kind == "bias":
-        return Clamp(fit.perturbation, _scalar(-math.log(scale[-1]), seen), bias)
-    log_temperature = fit.temperature.log_temperature
-    class_scale = (scale * math.exp(log_temperature)).to(seen.parameter_dtype)
-    return Clamp(fit.perturbation, _scalar(log_temperature, seen), bias, class_scale)
-
-
-def _scalar(value: float, seen: Survey) -> torch.Tensor:
-    return torch.tensor(value, dtype=seen.parameter_dtype)
-
-
-def _chi2_tail(statistic: float, degrees: int) -> float:
-    half = torch.tensor([degrees / 2, max(statistic, 0.0) / 2], dtype=torch.float64)
-    return float(torch.special.gammaincc(half[0], half[1]))
+def _clamp(fit: GridFit, mapped: MapFit, setting: _Setting) -> Clamp:
+    """The clamp of a grid and an output map: the common scale is the temperature, the rest is relative to it."""
+    dtype, common = setting.seen.parameter_dtype, mapped.free[-1]
+    scale, bias = mapped.point.chunk(2)
+    return Clamp(
+        fit.perturbation,
+        -common.log().to(dtype),
+        None if mapped.space.kind == "temperature" else (bias[1:] - bias[:1] if setting.binary else bias).to(dtype),
+        (scale / common).to(dtype) if mapped.space.kind == "vector" else None,
+    )
 
 
 def _criterion(record: Candidate) -> float:
     return math.inf if record.criterion is None or math.isnan(record.criterion) else record.criterion
 
 
-def _reason(chosen: Candidate, records: Sequence[Candidate], seen: Survey) -> str:
+def _reason(chosen: Candidate, records: Sequence[Candidate]) -> str:
     """Why the choice was made, in words."""
     fitted = [record for record in records if record.criterion is not None and record.n_parameters > 1]
     if chosen.n_parameters > 1:
-        assert chosen.achieved_gain is not None
-        assert chosen.criterion is not None
         words = (
-            f"{chosen.name} lowers the calibration NLL by {chosen.achieved_gain:.4f} with {chosen.n_parameters} "
-            f"parameters, {-chosen.criterion:.4f} more than twice Akaike's penalty: the most of {len(fitted) + 1} "
-            "candidates"
+            f"{chosen.name} lowers the calibration NLL by {chosen.achieved_gain:.4f} against temperature scaling with "
+            f"{chosen.effective_parameters:.1f} effective parameters; held out it is expected to change by "
+            f"{chosen.expected_change:+.4f} ± {chosen.standard_error:.4f}: the best of {len(fitted) + 1} candidates"
         )
     elif fitted:
         best = min(fitted, key=_criterion)
-        assert best.achieved_gain is not None
-        assert best.criterion is not None
         words = (
-            f"temperature alone: the best of {len(fitted)} richer candidates, {best.name}, lowers the calibration NLL "
-            f"by {best.achieved_gain:.4f}, less than the {best.criterion + best.achieved_gain:.4f} (twice Akaike's "
-            f"penalty) that {best.n_parameters} parameters must bring with {seen.n_samples} samples"
+            f"temperature alone: the best of {len(fitted)} richer candidates, {best.name}, is expected to change the "
+            f"held-out NLL by {best.expected_change:+.4f} ± {best.standard_error:.4f}, no improvement to rely on"
         )
     else:
         words = "temperature alone: there was no richer candidate"
@@ -285,10 +342,10 @@ def _reason(chosen: Candidate, records: Sequence[Candidate], seen: Survey) -> st
 
 
 def _left_out(records: Sequence[Candidate]) -> str:
-    """What was not fitted, by the reason for it; a map that is refused for one grid is refused for all."""
+    """What was not fitted, by the reason for it."""
     names: dict[str, list[str]] = {}
     for record in records:
-        if record.note and (record.output == "temperature" or record.grid == 0):
+        if record.note:
             name = f"{record.grid}×{record.grid} grid" if record.grid else record.output
             names.setdefault(record.note, []).append(name)
     parts = [f"{' and '.join(those)} because {note}" for note, those in names.items()]

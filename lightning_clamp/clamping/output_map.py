@@ -1,0 +1,235 @@
+"""The output side beyond the temperature: a scale and a bias per class, shrunk towards the temperature alone."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_clamp._rows import Rows
+from lightning_clamp.clamping.passes import RowSource, summed
+from lightning_clamp.clamping.quadratic import ScoreSums, effective_parameters, newton_step
+from lightning_clamp.clamping.temperature import fit_temperature
+
+OutputMap: TypeAlias = Literal["temperature", "bias", "vector"]
+OUTPUT_MAPS: tuple[OutputMap, ...] = ("temperature", "bias", "vector")
+
+# Strengths of the shrinkage, strongest first: the prior of a class's bias has standard deviations from .03 to 3.
+SHRINKAGES = (1000.0, 300.0, 100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
+
+_MAX_STEPS = 100
+_TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True)
+class MapSpace:
+    r"""The free parameters of an output map ``scale * logits + bias``, and what shrinks them.
+
+    Scale and bias of a class are those of the temperature plus deviations with mean zero over the classes. A ridge of
+    strength λ on these, :math:`\tfrac{\lambda}{2}(s^2 \sum_k (a_k - \bar a)^2 + \sum_k b_k^2)` with s² the mean square
+    of the logits about their row's mean, charges a deviation by what it does to the logits. The loss stays convex.
+
+    Attributes:
+        kind: ``"temperature"``, ``"bias"`` or ``"vector"``.
+        ties: Columns of the free parameters in ``(scale, bias)``, ``(2C, q)``; the common scale 1/T is the last.
+        weight: What the ridge charges each of them, ``(q,)``; the common scale is free.
+    """
+
+    kind: OutputMap
+    ties: Tensor
+    weight: Tensor
+
+    @property
+    def n_parameters(self) -> int:
+        """Free parameters: 1, C or 2C - 1 (a common bias changes nothing)."""
+        return len(self.weight)
+
+    def temperature_only(self, temperature: float) -> Tensor:
+        """The free parameters of a temperature alone."""
+        free = torch.zeros_like(self.weight)
+        free[-1] = 1 / temperature
+        return free
+
+
+def map_space(kind: OutputMap, n_classes: int, logit_square: float) -> MapSpace:
+    """The space of one kind of output map; ``logit_square`` is s² (see :func:`logit_square`)."""
+    common = torch.ones(n_classes, 1, dtype=torch.float64)
+    basis = torch.linalg.qr(torch.cat([common, torch.eye(n_classes, dtype=torch.float64)[:, 1:]], 1)).Q
+    deviations, none = basis[:, 1:], torch.zeros(n_classes, n_classes - 1, dtype=torch.float64)
+    temperature = torch.cat([common, torch.zeros_like(common)])
+    biases, scales = torch.cat([none, deviations]), torch.cat([deviations, none])
+    columns = {"temperature": [], "bias": [biases], "vector": [scales, biases]}[kind]
+    charged = {"temperature": [], "bias": [1.0], "vector": [logit_square, 1.0]}[kind]
+    weight = torch.tensor([charge for charge in charged for _ in range(n_classes - 1)] + [0.0], dtype=torch.float64)
+    return MapSpace(kind, torch.cat([*columns, temperature], 1), weight)
+
+
+class MapFit(NamedTuple):
+    """The best output map of one kind and shrinkage for given logits.
+
+    Attributes:
+        space: Its free parameters.
+        shrinkage: λ.
+        free: Their values, ``(q,)``, float64.
+        nll: Mean negative log-likelihood per row, in nats, without the ridge.
+        sums: Score sums there, without the ridge.
+    """
+
+    space: MapSpace
+    shrinkage: float
+    free: Tensor
+    nll: float
+    sums: ScoreSums
+
+    @property
+    def point(self) -> Tensor:
+        """Scale and bias of every class, ``(2C,)``."""
+        return self.space.ties @ self.free
+
+    @property
+    def ridge(self) -> Tensor:
+        """What the shrinkage adds to the curvature's diagonal, ``(q,)``."""
+        return self.shrinkage * self.space.weight
+
+    def effective_parameters(self, *, dense: bool) -> float:
+        """What the parameters cost under the shrinkage, the temperature included."""
+        return effective_parameters(self.sums, self.ridge, dense=dense)
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether everything is finite and every class has a positive scale."""
+        return bool(torch.isfinite(self.free).all()) and float(self.point.chunk(2)[0].min()) > 0
+
+
+def fit_output_map(rows: RowSource, space: MapSpace, shrinkage: float, start: Tensor) -> MapFit | None:
+    """Minimise the cross-entropy of ``scale * logits + bias`` and the ridge, by Newton steps.
+
+    The objective is convex; steps are halved until it falls. Every evaluation is a pass over the rows.
+
+    Args:
+        rows: Rows of logits, re-iterable.
+        space: The free parameters.
+        shrinkage: λ, at least 0.
+        start: The free parameters to start from.
+
+    Returns:
+        The minimum, or None where there is none with a finite temperature and positive scales.
+
+    Reference:
+        Guo et al., ICML 2017, section 4.2 (vector scaling); the ridge is that of Hoerl and Kennard, 1970.
+    """
+    if space.kind == "temperature":
+        return _fit_temperature_map(rows, space, start)
+    ridge = shrinkage * space.weight
+
+    def derivatives(free: Tensor) -> tuple[float, float, ScoreSums]:
+        nll, n_rows, sums = map_derivatives(rows, space.ties @ free, space.ties)
+        return nll + 0.5 * float(ridge @ free**2) / n_rows, nll, sums
+
+    free = start
+    objective, nll, sums = derivatives(free)
+    for _ in range(_MAX_STEPS):
+        step, gain = newton_step(sums.shrunk(free, ridge))
+        if gain < _TOLERANCE:
+            fit = MapFit(space, shrinkage, free, nll, sums)
+            return fit if fit.is_usable else None
+        trial = derivatives(free + step)
+        while not trial[0] <= objective and float(step.abs().max()) > 1e-12:
+            step = step / 2
+            trial = derivatives(free + step)
+        free = free + step
+        objective, nll, sums = trial
+    return None
+
+
+def _fit_temperature_map(rows: RowSource, space: MapSpace, start: Tensor) -> MapFit | None:
+    """The temperature by its own solver, which needs no matrices of the classes' size."""
+    log_temperature = -math.log(float(start[-1])) if float(start[-1]) > 0 else 0.0
+    fit = fit_temperature(rows, log_temperature)
+    if not fit.interior:
+        return None
+    scale = math.exp(-fit.log_temperature)
+
+    def part(batch: Rows) -> tuple[Tensor, ...]:
+        probs = (scale * batch.logits).softmax(1)
+        mean = (probs * batch.logits).sum(1, keepdim=True)
+        scores = batch.per_item(mean - batch.logits.gather(1, batch.target[:, None]))
+        return scores.sum(0), (probs * (batch.logits - mean) ** 2).sum().reshape(1, 1), scores.T @ scores
+
+    sums = ScoreSums(*summed((part(batch) for batch in rows), [(1,), (1, 1), (1, 1)], rows.ranks))
+    free = torch.tensor([scale], dtype=torch.float64)
+    return MapFit(space, 0.0, free, fit.nll, sums)
+
+
+def map_derivatives(rows: RowSource, point: Tensor, ties: Tensor) -> tuple[float, int, ScoreSums]:
+    """Mean loss per row, the number of rows, and the score sums in the free parameters.
+
+    The curvature is exact (that of the loss, which for these maps is also the Fisher information).
+    """
+
+    def part(batch: Rows) -> tuple[Tensor, ...]:
+        logits = batch.logits
+        log_probs = mapped(logits, point).log_softmax(1)
+        probs = log_probs.exp()
+        scores = map_scores(probs, batch)
+        nll = F.nll_loss(log_probs, batch.target, reduction="sum")
+        curvature = map_curvature(probs, logits)
+        return nll, torch.tensor(float(len(batch.target))), scores.sum(0), curvature, scores.T @ scores
+
+    n = len(point)
+    shapes = [(), (), (n,), (n, n), (n, n)]
+    nll, count, gradient, curvature, outer = summed((part(batch) for batch in rows), shapes, rows.ranks)
+    sums = ScoreSums(ties.T @ gradient, ties.T @ curvature @ ties, ties.T @ outer @ ties)
+    return float(nll) / float(count), int(count), sums
+
+
+def mapped(logits: Tensor, point: Tensor) -> Tensor:
+    """``scale * logits + bias`` for rows of logits ``(M, C)``."""
+    scale, bias = point.to(logits).chunk(2)
+    return scale * logits + bias
+
+
+def map_scores(probs: Tensor, batch: Rows) -> Tensor:
+    """Score of every item in ``(scale, bias)``, ``(n_items, 2C)``, at these probabilities of its rows."""
+    error = probs.scatter_add(1, batch.target[:, None], -torch.ones_like(probs[:, :1]))
+    return batch.per_item(torch.cat([error * batch.logits, error], 1))
+
+
+def map_curvature(probs: Tensor, logits: Tensor) -> Tensor:
+    """Curvature of the summed loss of rows in ``(scale, bias)``, ``(2C, 2C)``, at these probabilities."""
+    spread = torch.cat([probs * logits, probs], 1)
+    cross = (probs * logits).sum(0).diag()
+    blocks = [[(probs * logits**2).sum(0).diag(), cross], [cross, probs.sum(0).diag()]]
+    return torch.cat([torch.cat(row, 1) for row in blocks]) - spread.T @ spread
+
+
+def standard_error(rows: RowSource, point: Tensor, reference: Tensor) -> float:
+    """Standard error of the mean loss's change from one map to another on the same rows, in nats per row.
+
+    Items are the independent draws: the rows of one (the pixels of an image) go together.
+    """
+
+    def part(batch: Rows) -> tuple[Tensor, ...]:
+        losses = [F.cross_entropy(mapped(batch.logits, p), batch.target, reduction="none") for p in (point, reference)]
+        change = batch.per_item(losses[0] - losses[1])
+        counts = torch.tensor([batch.n_items, len(batch.target)], dtype=torch.float64)
+        return change.sum(), (change**2).sum(), counts
+
+    total, squares, counts = summed((part(batch) for batch in rows), [(), (), (2,)], rows.ranks)
+    n_items, n_rows = (float(count) for count in counts)
+    return math.sqrt(max(float(squares) - float(total) ** 2 / n_items, 0.0)) / n_rows
+
+
+def logit_square(rows: RowSource) -> float:
+    """Mean square of the logits about the mean of their row."""
+
+    def parts() -> Iterator[tuple[Tensor, ...]]:
+        for batch in rows:
+            centred = batch.logits - batch.logits.mean(1, keepdim=True)
+            yield (centred**2).sum(), torch.tensor(float(centred.numel()))
+
+    total, count = summed(parts(), [(), ()], rows.ranks)
+    return float(total) / float(count)

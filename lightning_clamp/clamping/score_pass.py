@@ -1,0 +1,137 @@
+"""One forward and one backward to the input: scores and curvature in perturbation and output map together."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_clamp.clamping.output_map import map_curvature, map_scores, mapped
+from lightning_clamp.clamping.passes import CalibrationSet, Logits, summed
+from lightning_clamp.clamping.perturbation import Grid, shifted
+from lightning_clamp.clamping.quadratic import ScoreSums
+
+# Finite-difference step of the curvature of dense outputs, as a fraction of the root mean square of the inputs: small
+# enough to stay on the network's tangent, large enough to stand out of float32 rounding.
+_STEP = 0.01
+# Rows of finite differences held at once, in elements.
+_CHUNK_ELEMENTS = 2**25
+
+
+def score_pass(
+    data: CalibrationSet,
+    perturbation: Tensor | None,
+    point: Tensor,
+    ties: Tensor,
+    grids: Sequence[Grid],
+    *,
+    dense_scale: float | None,
+    what: str,
+) -> tuple[list[ScoreSums], Logits]:
+    """One forward and one backward to the input: the score sums of every grid, and the logits passed on the way.
+
+    Args:
+        data: Network and batches.
+        perturbation: The point in input space, the shape of one input; None for the origin.
+        point: The output map there, scale and bias of every class, ``(2C,)``.
+        ties: Columns of the map's free parameters, ``(2C, q)``.
+        grids: Grids whose coefficients to differentiate in. They share the pass: since the perturbation is added to
+            every input, the input gradient projected on a grid is the sample's score.
+        dense_scale: For dense outputs, the root mean square of the inputs, which sets the finite-difference step of
+            their curvature; None for class outputs, whose curvature is the covariance.
+        what: Shown as progress.
+
+    Returns:
+        For every grid the sums in (coefficients, free parameters of the map); and the logits.
+
+    Raises:
+        RuntimeError: If the network's output does not depend differentiably on its input.
+    """
+    logits_seen = Logits(data, perturbation)
+
+    def parts() -> Iterator[tuple[Tensor, ...]]:
+        for inputs, target in data.read(what):
+            logits, gradient, of_map = _input_scores(data, inputs, target, perturbation, point)
+            logits_seen.keep(logits, target)
+            terms = []
+            for grid in grids:
+                scores = torch.cat([grid.project(gradient), of_map @ ties.to(of_map)], 1)
+                outer = scores.T @ scores
+                curvature = outer
+                if dense_scale is not None:
+                    step, most = _STEP * (dense_scale or 1.0), _CHUNK_ELEMENTS // logits[:1].numel()
+                    curvature = _gauss_newton(data, inputs, target, perturbation, point, ties, grid, step, most)
+                terms += [scores.sum(0), curvature, outer]
+            yield tuple(terms)
+
+    sizes = [grid.n_coefficients + ties.shape[1] for grid in grids]
+    shapes = [shape for size in sizes for shape in ((size,), (size, size), (size, size))]
+    total = summed(parts(), shapes, data.ranks)
+    if dense_scale is not None:
+        # The curvature of dense outputs took a forward pass per coefficient, and one to compare with.
+        data.passes += sum(grid.n_coefficients + 1 for grid in grids)
+    return [ScoreSums(*total[3 * i : 3 * i + 3]) for i in range(len(grids))], logits_seen
+
+
+def _input_scores(
+    data: CalibrationSet, inputs: Tensor, target: Tensor, perturbation: Tensor | None, point: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of one batch, the loss's gradient to every input, and every item's score in the map, ``(N, 2C)``."""
+    moved = shifted(inputs, perturbation).detach().clone().requires_grad_()
+    logits = data.call(moved)
+    if not logits.requires_grad:
+        raise RuntimeError(
+            "The network's output carries no gradient to its input (a forward under `no_grad`, `detach` or rounding?): "
+            'remove it, or pass grids=() or solver="temperature" to calibrate the outputs only.'
+        )
+    rows = data.rows(logits, target)
+    rows = rows._replace(logits=rows.logits.double())
+    scaled = mapped(rows.logits, point)
+    loss = F.cross_entropy(scaled, rows.target, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, moved)
+    fixed = rows._replace(logits=rows.logits.detach())
+    return logits.detach(), gradient, map_scores(scaled.detach().softmax(1), fixed)
+
+
+def _gauss_newton(
+    data: CalibrationSet,
+    inputs: Tensor,
+    target: Tensor,
+    perturbation: Tensor | None,
+    point: Tensor,
+    ties: Tensor,
+    grid: Grid,
+    step: float,
+    most_columns: int,
+) -> Tensor:
+    r"""Fisher information :math:`\sum J^T (\mathrm{diag}(p) - p p^T) J` of one batch in (coefficients, map).
+
+    The pixels of an image are correlated, so the outer product of its summed score says nothing about curvature. The
+    columns of J that belong to coefficients are taken by forward differences of the logits: a forward pass each, no
+    graph, a positive semi-definite result that is the same for any batch size. ``step`` is that of the differences; at
+    most ``most_columns`` of them, of one item each, are held at once.
+    """
+    images = [grid.image(unit) for unit in step * torch.eye(grid.n_coefficients, dtype=torch.float64)]
+    p, scale = len(images), point.chunk(2)[0].to(inputs.device)
+    total = torch.zeros(p + ties.shape[1], p + ties.shape[1], dtype=torch.float64, device=inputs.device)
+    with torch.no_grad():
+        chunk = max(1, most_columns // (p + 1))
+        for part, labels in zip(torch.split(inputs, chunk), torch.split(target, chunk), strict=True):
+            here = shifted(part, perturbation)
+            rows = data.rows(data.call(here), labels)
+            logits = rows.logits.double()
+            columns = []
+            for image in images:
+                there = data.rows(data.call(shifted(here, image)), labels).logits.double()
+                columns.append(scale * (there - logits) / step)
+            jacobian = torch.stack(columns)  # (p, M, C)
+            probs = mapped(logits, point).softmax(1)
+            centred = jacobian - (jacobian * probs).sum(2, keepdim=True)
+            weighted = centred * probs
+            # The map's own columns of J are the logits (scale) and 1 (bias) of one class each.
+            across = torch.cat([(weighted * logits).sum(1), weighted.sum(1)], 1) @ ties.to(probs)
+            total[:p, :p] += weighted.flatten(1) @ centred.flatten(1).T
+            total[:p, p:] += across
+            total[p:, :p] += across.T
+            total[p:, p:] += ties.to(probs).T @ map_curvature(probs, logits) @ ties.to(probs)
+    return total
