@@ -43,8 +43,7 @@ def test_every_candidate_is_on_record_with_its_figures():
     for candidate in result.candidates:
         grid, maps = 3 * candidate.grid**2, {"temperature": 1, "vector": 7}
         assert candidate.n_parameters == grid + maps[candidate.output]
-        assert (candidate.p_value is None) == (candidate.name == "temperature")
-        assert (candidate.predicted_gain is None) == (candidate.grid == 0)
+        assert (candidate.p_value is None) == (candidate.predicted_gain is None) == (candidate.grid == 0)
     for candidate in fitted:
         extra = candidate.effective_parameters - 1
         assert candidate.expected_change == pytest.approx(extra / 2000 - candidate.achieved_gain)
@@ -192,6 +191,23 @@ def test_where_no_temperature_is_best_nothing_is_changed(wrong):
     result = fit_clamp(IDENTITY, [(logits, y)], grids=())
     assert result.clamp.is_identity
     assert "no finite temperature" in result.reason
+
+
+def test_a_bias_helps_where_no_temperature_does():
+    """A rare class that the network finds likely, as after little training: the hotter, the better, but for a bias."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(4000, generator=generator)
+    y = (torch.rand(4000, generator=generator) < (z / 2 - 3).sigmoid()).long()
+    with pytest.warns(UserWarning, match="no finite temperature"):
+        assert fit_clamp(IDENTITY, [(z + 2, y)], task="binary", solver="temperature").clamp.is_identity
+    result = fit_clamp(IDENTITY, [(z + 2, y)], task="binary")
+    assert result.chosen.output == "bias"
+    assert {c.output: c.note for c in result.candidates if c.grid == 0} == {
+        "temperature": "no finite temperature is best", "bias": "",
+    }  # fmt: skip
+    assert float(result.clamp.temperature) == pytest.approx(2, rel=0.15)
+    ideal = float(F.binary_cross_entropy_with_logits(z / 2 - 3, y.float()))
+    assert result.after["nll"] == pytest.approx(ideal, abs=0.002)
 
 
 def test_a_clamp_that_would_raise_the_nll_is_not_returned():

@@ -29,7 +29,7 @@ def distorted(n):
 def fitted(kind, logits, target, shrinkage):
     data = rows(logits, target)
     space = map_space(kind, logits.shape[1], logit_square(data))
-    fit = fit_output_map(data, space, shrinkage, space.temperature_only(1.0))
+    fit = fit_output_map(data, space, shrinkage, space.temperature_only(1.0), dense=False)
     assert fit is not None
     return fit
 
@@ -73,7 +73,7 @@ def test_shrinkage_leads_from_the_temperature_to_the_free_map(kind):
     logits, target = distorted(2000)
     temperature = fit_temperature(rows(logits, target))
     fits = [fitted(kind, logits, target, shrinkage) for shrinkage in (1e9, *SHRINKAGES, 0.0)]
-    costs, losses = [fit.effective_parameters(dense=False) for fit in fits], [fit.nll for fit in fits]
+    costs, losses = [fit.effective_parameters for fit in fits], [fit.nll for fit in fits]
     assert costs == sorted(costs)
     assert losses == sorted(losses, reverse=True)
     assert costs[0] == pytest.approx(1, abs=1e-4)
@@ -99,10 +99,10 @@ def test_derivatives_are_those_of_automatic_differentiation():
     free = torch.randn(9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def losses(free):
-        scale, bias = (space.ties @ free).chunk(2)
+        scale, bias = space.point(free).chunk(2)
         return F.cross_entropy(scale * logits + bias, target, reduction="none")
 
-    _, n_rows, sums = map_derivatives(rows(logits, target), space.ties @ free, space.ties)
+    _, n_rows, sums = map_derivatives(rows(logits, target), space, free, dense=True)
     scores = torch.autograd.functional.jacobian(losses, free)
     assert n_rows == 200
     torch.testing.assert_close(sums.gradient, scores.sum(0))
@@ -133,7 +133,7 @@ def test_the_expected_change_is_unbiased_where_the_model_is_right():
         scale, bias = fit.point.chunk(2)
         held = F.cross_entropy(scale * logits[500:] + bias, target[500:])
         known = F.cross_entropy(logits[500:], target[500:]) - F.cross_entropy(logits[:500], target[:500])
-        spread.append((float(held - known) - fit.nll, fit.effective_parameters(dense=False) / 500))
+        spread.append((float(held - known) - fit.nll, fit.effective_parameters / 500))
     gap, price = torch.tensor(spread).T
     error = float(gap.std()) / math.sqrt(len(spread))
     assert abs(float(gap.mean() - price.mean())) < 4 * error + 0.1 * float(price.mean())
@@ -148,10 +148,26 @@ def test_directions_without_curvature_are_left_at_zero():
 
 def test_correlated_rows_are_charged_by_their_covariance():
     logits, target = distorted(300)
-    _, _, sums = map_derivatives(
-        rows(logits, target), torch.cat([torch.ones(5), torch.zeros(5)]).double(), torch.eye(10).double()
-    )
-    ridge = torch.ones(10, dtype=torch.float64)
-    inverse = torch.linalg.inv(sums.curvature + torch.eye(10).double())
-    assert effective_parameters(sums, ridge) == pytest.approx(float((inverse @ sums.covariance).trace()), rel=1e-9)
-    assert effective_parameters(sums, ridge, dense=False) == pytest.approx(float((inverse @ sums.curvature).trace()))
+    space = map_space("vector", 5, 2.0)
+    free, ridge = space.temperature_only(1.5), torch.linspace(0, 3, 9).double()
+    apart, together = (map_derivatives(rows(logits, target), space, free, dense=dense)[2] for dense in (False, True))
+    inverse = torch.linalg.inv(together.curvature + ridge.diag())
+    assert effective_parameters(together, ridge) == pytest.approx(float((inverse @ together.covariance).trace()))
+    assert effective_parameters(apart, ridge) == pytest.approx(float((inverse @ together.curvature).trace()))
+
+
+@pytest.mark.parametrize("kind", ["temperature", "bias", "vector"])
+@pytest.mark.parametrize("n_classes", [2, 3, 10])
+def test_free_parameters_are_an_orthonormal_basis_of_the_deviations_and_the_common_scale(kind, n_classes):
+    space = map_space(kind, n_classes, 1.0)
+    columns = torch.stack([space.point(unit) for unit in torch.eye(space.n_parameters).double()], 1)
+    gram = torch.eye(space.n_parameters).double()
+    gram[-1, -1] = n_classes
+    torch.testing.assert_close(columns.T @ columns, gram)
+    torch.testing.assert_close(columns[:, -1], torch.cat([torch.ones(n_classes), torch.zeros(n_classes)]).double())
+    torch.testing.assert_close(columns[:n_classes, :-1].sum(0), torch.zeros(space.n_parameters - 1).double())
+    torch.testing.assert_close(columns[n_classes:].sum(0), torch.zeros(space.n_parameters).double())
+    matrix = torch.randn(2 * n_classes, 2 * n_classes).double()
+    matrix = matrix + matrix.T
+    torch.testing.assert_close(space.reduced(matrix), matrix @ columns)
+    torch.testing.assert_close(space.reduced_twice(matrix), columns.T @ matrix @ columns)

@@ -92,6 +92,31 @@ def test_segmentation_is_compared(tmp_path):
         assert (tmp_path / f"{picture}.png").stat().st_size > 10_000
 
 
+LOG_PROBABILITIES = """
+import numpy as np
+
+def logprobs():
+    rng = np.random.default_rng(0)
+    truth = rng.normal(size=(1500, 20)).astype("float32") * 2
+    labels = (truth + rng.gumbel(size=truth.shape)).argmax(1)
+    logits = 2 * truth
+    return logits - np.log(np.exp(logits).sum(1, keepdims=True)), labels
+"""
+
+
+def test_the_benchmarks_print_their_tables(tmp_path):
+    """On made-up outputs, and with those peers that are installed."""
+    (tmp_path / "load.py").write_text(LOG_PROBABILITIES)
+    printed = ran("benchmarks", "--smoke", "--data", tmp_path, "--out", tmp_path)
+    (default,) = [line for line in printed.splitlines() if line.startswith("| default | +") or "| default | -" in line]
+    assert "0 of 1" in default or "1 of 1" in default
+    assert "What the default chose" in printed
+    assert (tmp_path / "quality.png").stat().st_size > 10_000
+    again = ran("benchmarks", "--again", tmp_path / "quality.csv", "--out", tmp_path)
+    start = printed.index("### cifar100")
+    assert again[again.index("### cifar100") :].strip() == printed[start : printed.rindex("\n\n")].strip()
+
+
 SCRIPTS = [path for path in sorted((ROOT.parent / "examples").rglob("*.py")) if "def main(" in path.read_text()]
 
 

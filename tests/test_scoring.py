@@ -37,12 +37,11 @@ class DenseNet(nn.Module):
 def sums_at(network, x, y, size, coefficients=None, free=(0.7,), kind="temperature"):
     """Score sums of a grid and an output map at these coefficients and free parameters of the map."""
     grid = make_grid(size, x.shape[1:])
-    ties = map_space(kind, 3 if y.ndim > 1 else 4, 1.0).ties
-    point = ties @ torch.as_tensor(free, dtype=torch.float64)
+    space, free = map_space(kind, 3 if y.ndim > 1 else 4, 1.0), torch.as_tensor(free, dtype=torch.float64)
     data = CalibrationSet(network, batches(x, y, 16), task="multiclass", ignore_index=None, cache_bytes=2**20)
     image = None if coefficients is None else grid.image(coefficients).to(x.dtype)
     with frozen(network):
-        (sums,), _ = score_pass(data, image, point, ties, [grid], dense_scale=1e-4 if y.ndim > 1 else None, what="")
+        (sums,), _ = score_pass(data, image, space, free, [grid], dense_scale=1e-4 if y.ndim > 1 else None, what="")
     return sums, grid
 
 
@@ -61,7 +60,7 @@ def test_gradient_and_curvature_are_those_of_automatic_differentiation(dense, si
     sums, _ = sums_at(network, x, y, size, point[:p], free, kind)
 
     def scaled(parameters):
-        scale, bias = (part.reshape(-1, *[1] * (y.ndim - 1)) for part in (space.ties @ parameters[p:]).chunk(2))
+        scale, bias = (part.reshape(-1, *[1] * (y.ndim - 1)) for part in space.point(parameters[p:]).chunk(2))
         return scale * network(x + grid.image(parameters[:p])) + bias
 
     def losses(parameters):
@@ -185,7 +184,7 @@ def test_independent_pixels_are_counted_by_parameter():
     x = images(600)
     y = sampled(network(x).detach().double())
     sums, _ = sums_at(network, x, y, 1, free=(1.0,))
-    assert effective_parameters(sums) == pytest.approx(4, rel=0.25)
+    assert effective_parameters(sums, torch.zeros(4).double()) == pytest.approx(4, rel=0.25)
 
 
 @pytest.mark.parametrize("sign", [1, -1])

@@ -8,7 +8,7 @@ import copy
 from pathlib import Path
 
 import torch
-from heldout import CASES, _module
+from cases import load
 from torch import Tensor, nn
 
 from lightning_clamp import fit_clamp
@@ -44,14 +44,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with load.py and weights/")
     parser.add_argument("--jpeg", type=int, default=40, help="JPEG quality of the shifted copy (default 40)")
     options = parser.parse_args()
-    problem = CASES["cifar10-resnet20-jpeg"](_module(options.data / "load.py"), options)
+    problem = load(f"cifar10-resnet20 jpeg {options.jpeg}", options.data)
     print(f"torch {torch.__version__}, CPU")
     print("| precision | T | NLL before → after | ECE after | score test of the 1×1 grid |")
     print("|---|---|---|---|---|")
     for name, (dtype, mixed) in KINDS.items():
         network = InPrecision(copy.deepcopy(problem.network), dtype, mixed=mixed)
         # A Trainer in true half precision casts the batches too, before anything is added to them.
-        images = (problem.images if mixed else problem.images.to(dtype))[:N]
+        images = (problem.inputs if mixed else problem.inputs.to(dtype))[:N]
         batches = list(zip(images.split(BATCH), problem.target[:N].split(BATCH), strict=True))
         result = fit_clamp(network, batches, grids=(1, 2), outputs=("temperature",), max_passes=4)
         statistic = next(c.lm_statistic for c in result.candidates if c.grid == 1)

@@ -19,7 +19,7 @@ from lightning_clamp.clamping.ranks import Ranks
 from lightning_clamp.clamping.selection import Candidate, Fit, fit_by_scoring
 from lightning_clamp.clamping.sgd import fit_by_sgd
 from lightning_clamp.clamping.survey import Survey, survey
-from lightning_clamp.clamping.temperature import TemperatureFit, fit_temperature
+from lightning_clamp.clamping.temperature import NO_TEMPERATURE, TemperatureFit, fit_temperature
 from lightning_clamp.metrics.bootstrap import CalibrationScores, Interval, Scores, paired_bootstrap
 from lightning_clamp.metrics.reliability import ReliabilityCurve
 
@@ -216,12 +216,10 @@ _CHECKS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 
 def _solved(solver: Solver, data: CalibrationSet, seen: Survey, options: Mapping[str, Any]) -> Fit:
     base = fit_temperature(seen.logits)
-    if solver != "sgd" and not base.interior:
-        reason = (
-            "no finite temperature minimises the NLL of this calibration set (every sample right, or outputs that say "
-            "nothing of the labels); check the labels, or take more data"
-        )
-        return Fit(Clamp(), seen.logits, reason)
+    # Outputs that say little of the labels, and that little wrong, can still be mended by an output map.
+    mendable = base.interior or (solver == "scoring" and base.log_temperature > 0)
+    if solver != "sgd" and not mendable:
+        return Fit(Clamp(), seen.logits, NO_TEMPERATURE)
     return _SOLVERS[solver](data, seen, base, **options)
 
 

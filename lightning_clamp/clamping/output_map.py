@@ -34,12 +34,11 @@ class MapSpace:
 
     Attributes:
         kind: ``"temperature"``, ``"bias"`` or ``"vector"``.
-        ties: Columns of the free parameters in ``(scale, bias)``, ``(2C, q)``; the common scale 1/T is the last.
-        weight: What the ridge charges each of them, ``(q,)``; the common scale is free.
+        weight: What the ridge charges each free parameter, ``(q,)``; the common scale 1/T is the last, and free.
     """
 
     kind: OutputMap
-    ties: Tensor
+    n_classes: int
     weight: Tensor
 
     @property
@@ -53,18 +52,53 @@ class MapSpace:
         free[-1] = 1 / temperature
         return free
 
+    def point(self, free: Tensor) -> Tensor:
+        """Scale and bias of every class, ``(2C,)``, that these free parameters are."""
+        reflected = free.new_zeros(2 * self.n_classes).index_put((self._index,), free * self._length)
+        return _reflected(reflected)
+
+    def reduced(self, derivatives: Tensor) -> Tensor:
+        """Derivatives in the free parameters, ``(..., q)``, from those in scale and bias, ``(..., 2C)``."""
+        return _reflected(derivatives)[..., self._index.to(derivatives.device)] * self._length.to(derivatives)
+
+    def reduced_twice(self, curvature: Tensor) -> Tensor:
+        """Second derivatives in the free parameters, ``(q, q)``, from those in scale and bias, ``(2C, 2C)``."""
+        return self.reduced(self.reduced(curvature).T)
+
+    @property
+    def _index(self) -> Tensor:
+        """Which coordinates after the reflection are free: deviations of scale and bias, and the common scale."""
+        scale, bias = torch.arange(2 * self.n_classes).chunk(2)
+        parts = {"temperature": [], "bias": [bias[1:]], "vector": [scale[1:], bias[1:]]}[self.kind]
+        return torch.cat([*parts, scale[:1]])
+
+    @property
+    def _length(self) -> Tensor:
+        length = torch.ones_like(self.weight)
+        length[-1] = self.n_classes**0.5
+        return length
+
 
 def map_space(kind: OutputMap, n_classes: int, logit_square: float) -> MapSpace:
     """The space of one kind of output map; ``logit_square`` is s² (see :func:`logit_square`)."""
-    common = torch.ones(n_classes, 1, dtype=torch.float64)
-    basis = torch.linalg.qr(torch.cat([common, torch.eye(n_classes, dtype=torch.float64)[:, 1:]], 1)).Q
-    deviations, none = basis[:, 1:], torch.zeros(n_classes, n_classes - 1, dtype=torch.float64)
-    temperature = torch.cat([common, torch.zeros_like(common)])
-    biases, scales = torch.cat([none, deviations]), torch.cat([deviations, none])
-    columns = {"temperature": [], "bias": [biases], "vector": [scales, biases]}[kind]
     charged = {"temperature": [], "bias": [1.0], "vector": [logit_square, 1.0]}[kind]
-    weight = torch.tensor([charge for charge in charged for _ in range(n_classes - 1)] + [0.0], dtype=torch.float64)
-    return MapSpace(kind, torch.cat([*columns, temperature], 1), weight)
+    weight = [charge for charge in charged for _ in range(n_classes - 1)]
+    return MapSpace(kind, n_classes, torch.tensor([*weight, 0.0], dtype=torch.float64))
+
+
+def _reflected(values: Tensor) -> Tensor:
+    """Householder's reflection of scale and bias, ``(..., 2C)``, that takes their mean to the first coordinate of each.
+
+    The others are then coordinates of the deviations in an orthonormal basis, at the cost of O(C) in place of a
+    product with it.
+    """
+    halves = values.reshape(*values.shape[:-1], 2, -1)
+    n_classes = halves.shape[-1]
+    normal = halves.new_full((n_classes,), -(n_classes**-0.5))
+    normal[0] += 1
+    normal = normal / normal.norm()
+    reflected: Tensor = halves - 2 * (halves @ normal)[..., None] * normal
+    return reflected.flatten(-2)
 
 
 class MapFit(NamedTuple):
@@ -87,16 +121,17 @@ class MapFit(NamedTuple):
     @property
     def point(self) -> Tensor:
         """Scale and bias of every class, ``(2C,)``."""
-        return self.space.ties @ self.free
+        return self.space.point(self.free)
 
     @property
     def ridge(self) -> Tensor:
         """What the shrinkage adds to the curvature's diagonal, ``(q,)``."""
         return self.shrinkage * self.space.weight
 
-    def effective_parameters(self, *, dense: bool) -> float:
+    @property
+    def effective_parameters(self) -> float:
         """What the parameters cost under the shrinkage, the temperature included."""
-        return effective_parameters(self.sums, self.ridge, dense=dense)
+        return effective_parameters(self.sums, self.ridge)
 
     @property
     def is_usable(self) -> bool:
@@ -104,7 +139,7 @@ class MapFit(NamedTuple):
         return bool(torch.isfinite(self.free).all()) and float(self.point.chunk(2)[0].min()) > 0
 
 
-def fit_output_map(rows: RowSource, space: MapSpace, shrinkage: float, start: Tensor) -> MapFit | None:
+def fit_output_map(rows: RowSource, space: MapSpace, shrinkage: float, start: Tensor, *, dense: bool) -> MapFit | None:
     """Minimise the cross-entropy of ``scale * logits + bias`` and the ridge, by Newton steps.
 
     The objective is convex; steps are halved until it falls. Every evaluation is a pass over the rows.
@@ -114,6 +149,7 @@ def fit_output_map(rows: RowSource, space: MapSpace, shrinkage: float, start: Te
         space: The free parameters.
         shrinkage: λ, at least 0.
         start: The free parameters to start from.
+        dense: Whether the rows of an item are correlated, see :func:`map_derivatives`.
 
     Returns:
         The minimum, or None where there is none with a finite temperature and positive scales.
@@ -122,11 +158,11 @@ def fit_output_map(rows: RowSource, space: MapSpace, shrinkage: float, start: Te
         Guo et al., ICML 2017, section 4.2 (vector scaling); the ridge is that of Hoerl and Kennard, 1970.
     """
     if space.kind == "temperature":
-        return _fit_temperature_map(rows, space, start)
+        return _fit_temperature_map(rows, space, start, dense=dense)
     ridge = shrinkage * space.weight
 
     def derivatives(free: Tensor) -> tuple[float, float, ScoreSums]:
-        nll, n_rows, sums = map_derivatives(rows, space.ties @ free, space.ties)
+        nll, n_rows, sums = map_derivatives(rows, space, free, dense=dense)
         return nll + 0.5 * float(ridge @ free**2) / n_rows, nll, sums
 
     free = start
@@ -145,7 +181,7 @@ def fit_output_map(rows: RowSource, space: MapSpace, shrinkage: float, start: Te
     return None
 
 
-def _fit_temperature_map(rows: RowSource, space: MapSpace, start: Tensor) -> MapFit | None:
+def _fit_temperature_map(rows: RowSource, space: MapSpace, start: Tensor, *, dense: bool) -> MapFit | None:
     """The temperature by its own solver, which needs no matrices of the classes' size."""
     log_temperature = -math.log(float(start[-1])) if float(start[-1]) > 0 else 0.0
     fit = fit_temperature(rows, log_temperature)
@@ -159,31 +195,34 @@ def _fit_temperature_map(rows: RowSource, space: MapSpace, start: Tensor) -> Map
         scores = batch.per_item(mean - batch.logits.gather(1, batch.target[:, None]))
         return scores.sum(0), (probs * (batch.logits - mean) ** 2).sum().reshape(1, 1), scores.T @ scores
 
-    sums = ScoreSums(*summed((part(batch) for batch in rows), [(1,), (1, 1), (1, 1)], rows.ranks))
+    gradient, curvature, outer = summed((part(batch) for batch in rows), [(1,), (1, 1), (1, 1)], rows.ranks)
+    sums = ScoreSums(gradient, curvature, outer if dense else curvature)
     free = torch.tensor([scale], dtype=torch.float64)
     return MapFit(space, 0.0, free, fit.nll, sums)
 
 
-def map_derivatives(rows: RowSource, point: Tensor, ties: Tensor) -> tuple[float, int, ScoreSums]:
+def map_derivatives(rows: RowSource, space: MapSpace, free: Tensor, *, dense: bool) -> tuple[float, int, ScoreSums]:
     """Mean loss per row, the number of rows, and the score sums in the free parameters.
 
-    The curvature is exact (that of the loss, which for these maps is also the Fisher information).
+    The curvature is exact (that of the loss, which for these maps is also the Fisher information). It is the covariance
+    too, with less noise than the outer products of the scores, unless the rows of an item are correlated (``dense``).
     """
+    point = space.point(free)
 
     def part(batch: Rows) -> tuple[Tensor, ...]:
-        logits = batch.logits
-        log_probs = mapped(logits, point).log_softmax(1)
+        log_probs = mapped(batch.logits, point).log_softmax(1)
         probs = log_probs.exp()
         scores = map_scores(probs, batch)
         nll = F.nll_loss(log_probs, batch.target, reduction="sum")
-        curvature = map_curvature(probs, logits)
-        return nll, torch.tensor(float(len(batch.target))), scores.sum(0), curvature, scores.T @ scores
+        count = torch.tensor(float(len(batch.target)))
+        terms = (nll, count, scores.sum(0), map_curvature(probs, batch.logits))
+        return (*terms, scores.T @ scores) if dense else terms
 
     n = len(point)
-    shapes = [(), (), (n,), (n, n), (n, n)]
-    nll, count, gradient, curvature, outer = summed((part(batch) for batch in rows), shapes, rows.ranks)
-    sums = ScoreSums(ties.T @ gradient, ties.T @ curvature @ ties, ties.T @ outer @ ties)
-    return float(nll) / float(count), int(count), sums
+    shapes = [(), (), (n,), (n, n), (n, n)][: 5 if dense else 4]
+    nll, count, *sums = summed((part(batch) for batch in rows), shapes, rows.ranks)
+    gradient, (curvature, *outer) = space.reduced(sums[0]), [space.reduced_twice(matrix) for matrix in sums[1:]]
+    return float(nll) / float(count), int(count), ScoreSums(gradient, curvature, outer[0] if dense else curvature)
 
 
 def mapped(logits: Tensor, point: Tensor) -> Tensor:

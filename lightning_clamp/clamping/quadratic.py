@@ -15,9 +15,9 @@ class ScoreSums(NamedTuple):
     Attributes:
         gradient: Sum of the scores, ``(p,)``.
         curvature: Second derivative of the summed loss, expected or exact, ``(p, p)``.
-        covariance: Sum of the outer products of the per-sample scores, ``(p, p)``. For the coefficients of a
-            perturbation and class outputs it is the curvature too (empirical Fisher information); for dense outputs
-            the pixels of an image are correlated and they differ (Takeuchi, 1976).
+        covariance: Sum of the outer products of the per-sample scores, ``(p, p)``, or what estimates it. For class
+            outputs it is the curvature too; for dense outputs the pixels of an image are correlated and they differ
+            (Takeuchi, 1976).
     """
 
     gradient: Tensor
@@ -67,17 +67,12 @@ def newton_step(sums: ScoreSums) -> tuple[Tensor, float]:
     return step, -0.5 * float(sums.gradient @ step)
 
 
-def effective_parameters(sums: ScoreSums, ridge: Tensor | None = None, *, dense: bool = True) -> float:
+def effective_parameters(sums: ScoreSums, ridge: Tensor) -> float:
     """Takeuchi's trace ``tr((curvature + ridge)⁻¹ covariance)``: what parameters cost, in units of one.
 
-    Args:
-        sums: Score sums at the optimum.
-        ridge: What shrinks each parameter; None for nothing.
-        dense: Whether rows of a sample are correlated. If not, the curvature serves as covariance, which it estimates
-            with less noise: the trace is then the number of parameters, less what the ridge takes off.
+    Where covariance and curvature are the same, it is the number of parameters, less what the ridge takes off.
     """
-    curvature = sums.curvature if ridge is None else sums.curvature + ridge.diag()
-    return float(solve(curvature, sums.covariance if dense else sums.curvature).trace())
+    return float(solve(sums.curvature + ridge.diag(), sums.covariance).trace())
 
 
 def solve(matrix: Tensor, right: Tensor) -> Tensor:

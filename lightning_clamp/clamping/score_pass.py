@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_clamp.clamping.output_map import map_curvature, map_scores, mapped
+from lightning_clamp.clamping.output_map import MapSpace, map_curvature, map_scores, mapped
 from lightning_clamp.clamping.passes import CalibrationSet, Logits, summed
 from lightning_clamp.clamping.perturbation import Grid, shifted
 from lightning_clamp.clamping.quadratic import ScoreSums
@@ -21,8 +21,8 @@ _CHUNK_ELEMENTS = 2**25
 def score_pass(
     data: CalibrationSet,
     perturbation: Tensor | None,
-    point: Tensor,
-    ties: Tensor,
+    space: MapSpace,
+    free: Tensor,
     grids: Sequence[Grid],
     *,
     dense_scale: float | None,
@@ -33,8 +33,8 @@ def score_pass(
     Args:
         data: Network and batches.
         perturbation: The point in input space, the shape of one input; None for the origin.
-        point: The output map there, scale and bias of every class, ``(2C,)``.
-        ties: Columns of the map's free parameters, ``(2C, q)``.
+        space: Kind of the output map,
+        free: and its free parameters there.
         grids: Grids whose coefficients to differentiate in. They share the pass: since the perturbation is added to
             every input, the input gradient projected on a grid is the sample's score.
         dense_scale: For dense outputs, the root mean square of the inputs, which sets the finite-difference step of
@@ -48,6 +48,7 @@ def score_pass(
         RuntimeError: If the network's output does not depend differentiably on its input.
     """
     logits_seen = Logits(data, perturbation)
+    point = space.point(free)
 
     def parts() -> Iterator[tuple[Tensor, ...]]:
         for inputs, target in data.read(what):
@@ -55,16 +56,16 @@ def score_pass(
             logits_seen.keep(logits, target)
             terms = []
             for grid in grids:
-                scores = torch.cat([grid.project(gradient), of_map @ ties.to(of_map)], 1)
+                scores = torch.cat([grid.project(gradient), space.reduced(of_map)], 1)
                 outer = scores.T @ scores
                 curvature = outer
                 if dense_scale is not None:
                     step, most = _STEP * (dense_scale or 1.0), _CHUNK_ELEMENTS // logits[:1].numel()
-                    curvature = _gauss_newton(data, inputs, target, perturbation, point, ties, grid, step, most)
+                    curvature = _gauss_newton(data, inputs, target, perturbation, space, free, grid, step, most)
                 terms += [scores.sum(0), curvature, outer]
             yield tuple(terms)
 
-    sizes = [grid.n_coefficients + ties.shape[1] for grid in grids]
+    sizes = [grid.n_coefficients + space.n_parameters for grid in grids]
     shapes = [shape for size in sizes for shape in ((size,), (size, size), (size, size))]
     total = summed(parts(), shapes, data.ranks)
     if dense_scale is not None:
@@ -98,8 +99,8 @@ def _gauss_newton(
     inputs: Tensor,
     target: Tensor,
     perturbation: Tensor | None,
-    point: Tensor,
-    ties: Tensor,
+    space: MapSpace,
+    free: Tensor,
     grid: Grid,
     step: float,
     most_columns: int,
@@ -112,8 +113,10 @@ def _gauss_newton(
     most ``most_columns`` of them, of one item each, are held at once.
     """
     images = [grid.image(unit) for unit in step * torch.eye(grid.n_coefficients, dtype=torch.float64)]
-    p, scale = len(images), point.chunk(2)[0].to(inputs.device)
-    total = torch.zeros(p + ties.shape[1], p + ties.shape[1], dtype=torch.float64, device=inputs.device)
+    point = space.point(free).to(inputs.device)
+    p, scale = len(images), point.chunk(2)[0]
+    n = p + space.n_parameters
+    total = torch.zeros(n, n, dtype=torch.float64, device=inputs.device)
     with torch.no_grad():
         chunk = max(1, most_columns // (p + 1))
         for part, labels in zip(torch.split(inputs, chunk), torch.split(target, chunk), strict=True):
@@ -129,9 +132,9 @@ def _gauss_newton(
             centred = jacobian - (jacobian * probs).sum(2, keepdim=True)
             weighted = centred * probs
             # The map's own columns of J are the logits (scale) and 1 (bias) of one class each.
-            across = torch.cat([(weighted * logits).sum(1), weighted.sum(1)], 1) @ ties.to(probs)
+            across = space.reduced(torch.cat([(weighted * logits).sum(1), weighted.sum(1)], 1))
             total[:p, :p] += weighted.flatten(1) @ centred.flatten(1).T
             total[:p, p:] += across
             total[p:, :p] += across.T
-            total[p:, p:] += ties.to(probs).T @ map_curvature(probs, logits) @ ties.to(probs)
+            total[p:, p:] += space.reduced_twice(map_curvature(probs, logits))
     return total

@@ -82,7 +82,7 @@ class GridFit(NamedTuple):
         """What the coefficients cost, in units of one parameter: their number, or for dense outputs their trace."""
         if self.sums is None or not dense:
             return float(self.n_coefficients)
-        return effective_parameters(self.sums, self.ridge) - self.mapped.effective_parameters(dense=True)
+        return effective_parameters(self.sums, self.ridge) - self.mapped.effective_parameters
 
 
 def untouched(seen: Survey, mapped: MapFit, standard_error: float = 0.0) -> GridFit:
@@ -97,7 +97,7 @@ def first_pass(data: CalibrationSet, seen: Survey, start: GridFit, grids: Sequen
     started = time.perf_counter()
     space = start.mapped.space
     sums_of_all, logits = score_pass(
-        data, None, start.mapped.point, space.ties, grids, dense_scale=seen.dense_scale, what="all grids, pass 1"
+        data, None, space, start.mapped.free, grids, dense_scale=seen.dense_scale, what="all grids, pass 1"
     )
     shared = (time.perf_counter() - started) / len(grids)
     fits = []
@@ -162,10 +162,8 @@ def _evaluate(
     coefficients, free = point[: grid.n_coefficients], point[grid.n_coefficients :]
     space = previous.mapped.space
     perturbation = grid.image(coefficients).to(seen.parameter_dtype)
-    (sums,), logits = score_pass(
-        data, perturbation, space.ties @ free, space.ties, [grid], dense_scale=seen.dense_scale, what=what
-    )
-    mapped = fit_output_map(logits, space, previous.mapped.shrinkage, free)
+    (sums,), logits = score_pass(data, perturbation, space, free, [grid], dense_scale=seen.dense_scale, what=what)
+    mapped = fit_output_map(logits, space, previous.mapped.shrinkage, free, dense=seen.dense)
     if mapped is None:
         return None
     return previous._replace(perturbation=perturbation, logits=logits, mapped=mapped, point=point, sums=sums)

@@ -23,10 +23,9 @@ from lightning_clamp.clamping.output_map import (
 )
 from lightning_clamp.clamping.passes import CalibrationSet, Logits
 from lightning_clamp.clamping.perturbation import Grid, available_sizes, make_grid
-from lightning_clamp.clamping.quadratic import score_test
 from lightning_clamp.clamping.scoring import GridFit, first_pass, fit_grid, untouched
 from lightning_clamp.clamping.survey import MIN_SAMPLES, Survey
-from lightning_clamp.clamping.temperature import TemperatureFit
+from lightning_clamp.clamping.temperature import NO_TEMPERATURE, TemperatureFit
 
 GRIDS = (1, 2, 4, 8)
 OUTPUTS: tuple[OutputMap, ...] = ("temperature", "vector")
@@ -49,9 +48,9 @@ class Candidate:
         shrinkage: Strength of the ridge that shrinks the output map towards the temperature; None without such a map.
         effective_parameters: What the parameters are charged for. Class outputs: their number, less what the ridge
             takes off; dense outputs: Takeuchi's trace, which counts images rather than pixels.
-        lm_statistic: Score (Lagrange multiplier) test of the grid's coefficients, the output map profiled out; without
-            a grid, of the map's parameters, the temperature profiled out.
-        p_value: Its tail probability under chi-squared with as many degrees of freedom as parameters are tested.
+        lm_statistic: Score (Lagrange multiplier) test of the grid's coefficients, the output map profiled out. None
+            without a grid.
+        p_value: Its tail probability under chi-squared with as many degrees of freedom as coefficients.
         predicted_gain: Gain on the calibration set that the quadratic model promised before any step of the grid; that
             of the output map without a grid included. None without a grid.
         achieved_gain: Gain on the calibration set that was reached.
@@ -126,7 +125,8 @@ def fit_by_scoring(
     Args:
         data: Network and batches, frozen.
         seen: First look at the same data.
-        base: Temperature scaling of the unchanged logits.
+        base: Temperature scaling of the unchanged logits; where the hottest temperature is the best, only an output map
+            can help.
         grids: Sides r to consider; ``()`` leaves the input alone.
         outputs: Output maps to consider; ``("temperature",)`` is plain Neural Clamping. The temperature alone always
             takes part. With one logit, ``"vector"`` is ``"bias"``: one scale has no deviations.
@@ -138,8 +138,10 @@ def fit_by_scoring(
     fitted = _candidates(untouched(seen, setting.base), setting)
     records += [record for record, _ in fitted]
     chosen, mapped = min(fitted, key=lambda pair: _criterion(pair[0]))
+    if mapped is None or chosen.clamp is None:
+        return Fit(Clamp(), seen.logits, NO_TEMPERATURE, tuple(records))
     chosen_logits, without_grid = seen.logits, _criterion(chosen)
-    start = untouched(seen, mapped or setting.base, chosen.standard_error or 0.0)
+    start = untouched(seen, mapped, chosen.standard_error or 0.0)
     firsts = first_pass(data, seen, start, usable)
     for grid, first in sorted(zip(usable, firsts, strict=True), key=lambda pair: pair[1].predicted_criterion):
         if without_grid + first.predicted_criterion >= _criterion(chosen):
@@ -170,12 +172,14 @@ class _Setting(NamedTuple):
         seen: First look at the data.
         binary: Whether the network has one logit.
         base: Temperature scaling of the unchanged logits.
+        finite: Whether that is a finite temperature, or the hottest that is considered.
         spaces: Parameters of the output maps to fit beside the temperature.
     """
 
     seen: Survey
     binary: bool
     base: MapFit
+    finite: bool
     spaces: tuple[MapSpace, ...]
 
 
@@ -183,9 +187,12 @@ def _setting(seen: Survey, base: TemperatureFit, kinds: Sequence[OutputMap], *, 
     n_classes = len(seen.samples_per_class)
     square = logit_square(seen.logits) if kinds else 1.0
     space = map_space("temperature", n_classes, square)
-    fit = fit_output_map(seen.logits, space, 0.0, space.temperature_only(math.exp(base.log_temperature)))
-    assert fit is not None, "logits without a best temperature come no further than the survey"
-    return _Setting(seen, binary, fit, tuple(map_space(kind, n_classes, square) for kind in kinds))
+    free = space.temperature_only(math.exp(base.log_temperature))
+    fit = fit_output_map(seen.logits, space, 0.0, free, dense=seen.dense)
+    if fit is None:
+        fit = MapFit(space, 0.0, free, base.nll, map_derivatives(seen.logits, space, free, dense=seen.dense)[2])
+    spaces = tuple(map_space(kind, n_classes, square) for kind in kinds)
+    return _Setting(seen, binary, fit, base.interior, spaces)
 
 
 def _usable_grids(sizes: Iterable[int], seen: Survey) -> tuple[list[Grid], list[Candidate]]:
@@ -227,29 +234,29 @@ def _grid_refused(grid: Grid, seen: Survey) -> str:
 
 def _candidates(fit: GridFit, setting: _Setting) -> list[tuple[Candidate, MapFit | None]]:
     """Every output map on the logits of one grid, each with the shrinkage that the criterion prefers."""
-    temperature = setting.base
+    return [_of_temperature(fit, setting), *(_of_map(fit, space, setting) for space in setting.spaces)]
+
+
+def _of_temperature(fit: GridFit, setting: _Setting) -> tuple[Candidate, MapFit | None]:
+    space = setting.base.space
+    mapped = setting.base if setting.finite else None
     if fit.size:
-        at = setting.base.space.temperature_only(1 / float(fit.mapped.free[-1]))
-        found = fit_output_map(fit.logits, setting.base.space, 0.0, at)
-        if found is None:
-            note = "its logits have no finite best temperature"
-            return [(replace(_outline(fit, setting.base.space, setting), note=note), None)]
-        temperature = found
-    return [
-        (_record(fit, temperature, setting), temperature),
-        *(_least_shrunken(fit, space, temperature, setting) for space in setting.spaces),
-    ]
+        start = space.temperature_only(1 / float(fit.mapped.free[-1]))
+        mapped = fit_output_map(fit.logits, space, 0.0, start, dense=setting.seen.dense)
+    if mapped is None:
+        return replace(_outline(fit, space, setting), note="no finite temperature is best"), None
+    return _record(fit, mapped, setting), mapped
 
 
-def _least_shrunken(
-    fit: GridFit, space: MapSpace, temperature: MapFit, setting: _Setting
-) -> tuple[Candidate, MapFit | None]:
+def _of_map(fit: GridFit, space: MapSpace, setting: _Setting) -> tuple[Candidate, MapFit | None]:
     """The output map of one kind whose shrinkage has the lowest criterion, from the strongest on."""
     started = time.perf_counter()
     best: tuple[Candidate, MapFit] | None = None
-    free, risen = space.temperature_only(1 / float(temperature.free[-1])), 0
+    free, risen = space.temperature_only(1 / float(fit.mapped.free[-1])), 0
     for shrinkage in SHRINKAGES:
-        mapped = fit_output_map(fit.logits, space, shrinkage, free)
+        mapped = fit_output_map(fit.logits, space, shrinkage, free, dense=setting.seen.dense)
+        if mapped is None and best is None:
+            continue
         if mapped is None:
             break
         free = mapped.free
@@ -263,10 +270,6 @@ def _least_shrunken(
     if best is None:
         return replace(_outline(fit, space, setting), note="its best map is not finite and positive"), None
     record, mapped = best
-    if not fit.size:
-        _, _, sums = map_derivatives(fit.logits, temperature.point, space.ties)
-        test = score_test(sums, space.n_parameters - 1)
-        record = replace(record, lm_statistic=test.statistic, p_value=test.p_value)
     return replace(record, seconds=fit.seconds + time.perf_counter() - started), mapped
 
 
@@ -289,8 +292,8 @@ def _outline(fit: GridFit, space: MapSpace, setting: _Setting) -> Candidate:
 def _record(fit: GridFit, mapped: MapFit, setting: _Setting) -> Candidate:
     """A candidate with all its figures."""
     seen, base, kind = setting.seen, setting.base, mapped.space.kind
-    effective = fit.price(dense=seen.dense) + mapped.effective_parameters(dense=seen.dense)
-    extra = effective - base.effective_parameters(dense=seen.dense)
+    effective = fit.price(dense=seen.dense) + mapped.effective_parameters
+    extra = effective - base.effective_parameters
     gain = base.nll - mapped.nll
     error = fit.standard_error + standard_error(fit.logits, mapped.point, fit.mapped.point)
     return replace(

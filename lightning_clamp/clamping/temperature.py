@@ -12,6 +12,10 @@ from lightning_clamp.clamping.passes import RowSource, summed
 
 # Temperatures between 4.5e-5 and 2.2e4; an optimum at the edge means that no finite temperature is best.
 LOG_TEMPERATURE_BOUND = 10.0
+NO_TEMPERATURE = (
+    "no finite temperature minimises the NLL of this calibration set (every sample right, or outputs that say nothing "
+    "of the labels); check the labels, or take more data"
+)
 _MAX_STEPS = 100
 _TOLERANCE = 1e-9
 _FLAT = 1e-9

@@ -1,0 +1,72 @@
+"""Every claim of the README in tables: held-out quality against all other methods, and speed.
+
+python examples/benchmarks --data DIR [--full] [--only quality] [--out DIR]
+
+Prints Markdown; writes ``quality.csv`` and ``quality.png`` into the output folder. Small sizes take some minutes on two
+cores, ``--full`` an hour. Peers take part where they are installed (``pip install -e ".[benchmarks,peers]"``).
+"""
+
+import argparse
+import platform
+import time
+from pathlib import Path
+
+import quality
+import speed
+import torch
+
+
+def main() -> None:
+    """Run what was asked for and print it as it comes."""
+    parser = argparse.ArgumentParser(
+        prog="python examples/benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, help="folder with load.py and weights/, see cases.py")
+    parser.add_argument("--again", type=Path, nargs="+", metavar="CSV", help="only the tables of these files, as one")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--full", action="store_true", help="all networks, shifts, sizes and directions")
+    size.add_argument("--smoke", action="store_true", help="as little as shows that it runs")
+    parser.add_argument("--only", choices=("quality", "speed"), help="one of the two")
+    parser.add_argument("--case", action="append", help='one case of the quality tables, such as "nuclei-unet"; again')
+    parser.add_argument("--out", type=Path, default=Path("benchmarks"), help="for CSV and figure (default: benchmarks)")
+    options = parser.parse_args()
+    if not options.again and not options.data:
+        parser.error("--data DIR (or --again CSV) is needed")
+    options.out.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    print(
+        f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
+        f"{platform.processor() or platform.machine()}"
+        + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "")
+    )
+    if options.again:
+        show([row for path in options.again for row in quality.saved(path)], options.out)
+        return
+    if options.only != "speed":
+        print("\n## Quality", flush=True)
+        plan = quality.FULL if options.full else quality.SMOKE if options.smoke else quality.SMALL
+        if options.case:
+            plan = plan._replace(cases=options.case)
+        rows = []
+        try:
+            for row in quality.run(plan, options.data):
+                rows.append(row)
+                quality.save(rows, options.out / "quality.csv")
+        except KeyboardInterrupt:
+            print("Interrupted: these are the tables of what was done.")
+        show(rows, options.out)
+    if options.only != "quality" and not options.smoke:
+        print("\n## Speed", flush=True)
+        for part in speed.report(options.data, options.full):
+            print(part, flush=True)
+    print(f"\n{time.perf_counter() - started:.0f} s in all.")
+
+
+def show(rows: list[quality.Row], out: Path) -> None:
+    """Print the tables and draw the figure."""
+    print("\n".join(quality.tables(rows)), flush=True)
+    quality.draw(rows, out / "quality.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""What can be done to a trained network with a calibration set: this package's ways, the published one, and peers'."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import peers
+import torch
+from cases import Problem
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from lightning_clamp import CalibrationResult, fit_clamp
+from lightning_clamp._rows import Rows, as_rows
+from lightning_clamp.clamping import ALONE
+from lightning_clamp.clamping.output_map import fit_output_map, map_space
+
+# As little as makes a minimum exist where a class has no sample, or is separated.
+_NEXT_TO_NOTHING = 1e-3
+
+
+class Cell(NamedTuple):
+    """One calibration set, and the data it is judged by.
+
+    Attributes:
+        case: Name of the network and data.
+        size: Samples to calibrate with.
+        direction: Which half is calibrated on, 1 or 2.
+        calibration: The calibration set.
+        held: The other half.
+        outputs: The network's logits of the calibration set,
+        held_outputs: and of the other half.
+    """
+
+    case: str
+    size: int
+    direction: int
+    calibration: Problem
+    held: Problem
+    outputs: Tensor
+    held_outputs: Tensor
+
+
+class Outcome(NamedTuple):
+    """What a method made of a cell: calibrated logits of the held-out half, and how it got there."""
+
+    logits: Tensor
+    seconds: float = 0.0
+    result: CalibrationResult | None = None
+
+
+Method = Callable[[Cell], Outcome | None]
+
+
+def uncalibrated(cell: Cell) -> Outcome:
+    """The network as it is."""
+    return Outcome(cell.held_outputs)
+
+
+def clamped(cell: Cell, *, outputs_only: bool = False, **options: Any) -> Outcome:
+    """A clamp of this package, fitted through the network or on its outputs alone."""
+    outputs_only = outputs_only or not cell.calibration.perturbable
+    network: nn.Module = nn.Identity() if outputs_only else cell.calibration.network
+    inputs = cell.outputs if outputs_only else cell.calibration.inputs
+    started = time.perf_counter()
+    result = fit_clamp(
+        network, cell.calibration._replace(inputs=inputs).batches(), task=cell.calibration.task, **options
+    )
+    seconds = time.perf_counter() - started
+    logits = cell.held_outputs
+    if result.clamp.perturbation is not None:
+        logits = forward(cell.held._replace(inputs=result.clamp.perturb(cell.held.inputs)))
+    return Outcome(result.clamp.scale(logits), seconds, result)
+
+
+def published(cell: Cell, *, augmented: bool = False) -> Outcome | None:
+    """Neural Clamping with the official demo's settings: 100 epochs of five steps each."""
+    if not cell.calibration.perturbable or cell.calibration.task == "binary":
+        return None
+    cell = cell._replace(calibration=cell.calibration._replace(batch_size=-(-cell.size // 5)))
+    return clamped(cell, solver="sgd", augmentation=_augmented if augmented else None)
+
+
+def _augmented(images: Tensor) -> Tensor:
+    """The official loader's augmentation of the calibration images: shifts, flips, and a hole of 4×4 pixels."""
+    side = images.shape[-1]
+    hole = (4 / side) ** 2
+    steps = v2.Compose(
+        [
+            v2.RandomCrop(side, padding=4),
+            v2.RandomHorizontalFlip(),
+            v2.RandomErasing(p=1.0, scale=(hole, hole), ratio=(1.0, 1.0)),
+        ]
+    )
+    return torch.stack([steps(image) for image in images])
+
+
+class _OneBatch(list[Rows]):
+    """Rows that one process has."""
+
+    ranks = ALONE
+
+
+def vector_scaling(cell: Cell) -> Outcome | None:
+    """Scale and bias per class, not shrunk (Guo et al., 2017)."""
+    if cell.calibration.task == "binary":
+        return None
+    started = time.perf_counter()
+    rows = _OneBatch([as_rows(cell.outputs.double(), cell.calibration.target)])
+    space = map_space("vector", cell.outputs.shape[1], 1.0)
+    fit = fit_output_map(rows, space, _NEXT_TO_NOTHING, space.temperature_only(2.0), dense=False)
+    if fit is None:
+        return None
+    scale, bias = fit.point.chunk(2)
+    return Outcome(scale * cell.held_outputs + bias, time.perf_counter() - started)
+
+
+def peer(cell: Cell, *, fit: peers.Fit) -> Outcome | None:
+    """Another library's calibrator of the logits."""
+    if cell.calibration.task == "binary":
+        return None
+    started = time.perf_counter()
+    scaled = fit(cell.outputs.float(), cell.calibration.target)
+    return Outcome(scaled(cell.held_outputs.float()), time.perf_counter() - started)
+
+
+def forward(problem: Problem) -> Tensor:
+    """Logits of all inputs."""
+    with torch.no_grad():
+        return torch.cat([problem.network(part) for part in problem.inputs.split(problem.batch_size)])
+
+
+# Cheap enough for every calibration size; the first is what the others are compared with.
+LIGHT: dict[str, Method] = {
+    "temperature": partial(clamped, outputs_only=True, solver="temperature"),
+    "uncalibrated": uncalibrated,
+    "vector scaling": vector_scaling,
+    "default": clamped,
+    "default, outputs only": partial(clamped, outputs_only=True, grids=()),
+}
+# Many passes over the images: for some of the cells.
+PERTURBATION: dict[str, Method] = {"perturbation and T": partial(clamped, outputs=("temperature",))}
+PUBLISHED: dict[str, Method] = {"published": published}
+AUGMENTED: dict[str, Method] = {"published, augmented": partial(published, augmented=True)}
+
+
+def of_peers() -> dict[str, Method]:
+    """The calibrators of other libraries that are installed here."""
+    return {name: partial(peer, fit=fit) for name, fit in peers.installed().items()}
