@@ -1,9 +1,9 @@
-"""Every claim of the README in tables: held-out quality against all other methods, and speed.
+"""Every claim of the README in tables: held-out quality against all other methods, the criterion, and speed.
 
 python examples/benchmarks --data DIR [--full] [--only quality] [--out DIR]
 
 Prints Markdown; writes ``quality.csv`` and ``quality.png`` into the output folder. Small sizes take some minutes on two
-cores, ``--full`` an hour. Peers take part where they are installed (``pip install -e ".[benchmarks,peers]"``).
+cores, ``--full`` two hours. Peers take part where they are installed (``pip install -e ".[benchmarks,peers]"``).
 """
 
 import argparse
@@ -11,6 +11,7 @@ import platform
 import time
 from pathlib import Path
 
+import criterion
 import quality
 import speed
 import torch
@@ -26,7 +27,7 @@ def main() -> None:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--full", action="store_true", help="all networks, shifts, sizes and directions")
     size.add_argument("--smoke", action="store_true", help="as little as shows that it runs")
-    parser.add_argument("--only", choices=("quality", "speed"), help="one of the two")
+    parser.add_argument("--only", choices=("quality", "criterion", "speed"), help="one of the three")
     parser.add_argument("--case", action="append", help='one case of the quality tables, such as "nuclei-unet"; again')
     parser.add_argument("--out", type=Path, default=Path("benchmarks"), help="for CSV and figure (default: benchmarks)")
     options = parser.parse_args()
@@ -42,7 +43,7 @@ def main() -> None:
     if options.again:
         show([row for path in options.again for row in quality.saved(path)], options.out)
         return
-    if options.only != "speed":
+    if options.only in (None, "quality"):
         print("\n## Quality", flush=True)
         plan = quality.FULL if options.full else quality.SMOKE if options.smoke else quality.SMALL
         if options.case:
@@ -55,10 +56,11 @@ def main() -> None:
         except KeyboardInterrupt:
             print("Interrupted: these are the tables of what was done.")
         show(rows, options.out)
-    if options.only != "quality" and not options.smoke:
-        print("\n## Speed", flush=True)
-        for part in speed.report(options.data, options.full):
-            print(part, flush=True)
+    sections = {"criterion": criterion.report, "speed": speed.report}
+    for name, section in sections.items():
+        if options.only in (None, name) and not options.smoke:
+            for part in section(options.data, options.full):
+                print(part, flush=True)
     print(f"\n{time.perf_counter() - started:.0f} s in all.")
 
 

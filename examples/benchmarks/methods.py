@@ -17,7 +17,7 @@ from lightning_clamp.clamping import ALONE
 from lightning_clamp.clamping.output_map import fit_output_map, map_space
 
 # As little as makes a minimum exist where a class has no sample, or is separated.
-_NEXT_TO_NOTHING = 1e-3
+UNSHRUNK = 1e-3
 
 
 class Cell(NamedTuple):
@@ -96,7 +96,7 @@ def _augmented(images: Tensor) -> Tensor:
     return torch.stack([steps(image) for image in images])
 
 
-class _OneBatch(list[Rows]):
+class OneBatch(list[Rows]):
     """Rows that one process has."""
 
     ranks = ALONE
@@ -107,9 +107,9 @@ def vector_scaling(cell: Cell) -> Outcome | None:
     if cell.calibration.task == "binary":
         return None
     started = time.perf_counter()
-    rows = _OneBatch([as_rows(cell.outputs.double(), cell.calibration.target)])
+    rows = OneBatch([as_rows(cell.outputs.double(), cell.calibration.target)])
     space = map_space("vector", cell.outputs.shape[1], 1.0)
-    fit = fit_output_map(rows, space, _NEXT_TO_NOTHING, space.temperature_only(2.0), dense=False)
+    fit = fit_output_map(rows, space, UNSHRUNK, space.temperature_only(2.0), dense=False)
     if fit is None:
         return None
     scale, bias = fit.point.chunk(2)

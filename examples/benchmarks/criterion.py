@@ -1,0 +1,164 @@
+"""Which rule to choose an output map by: each applied to the same fits, judged by data that were held out.
+
+Output maps need the logits only, so that many calibration sets can be drawn from one pass of a network.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from cases import load
+from methods import UNSHRUNK, OneBatch, forward
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_clamp._rows import as_rows
+from lightning_clamp.clamping.output_map import (
+    SHRINKAGES,
+    fit_output_map,
+    logit_square,
+    map_derivatives,
+    map_space,
+    mapped,
+    standard_error,
+)
+from lightning_clamp.clamping.quadratic import effective_parameters
+
+SIZES = (250, 500, 1000, 2500, 5000)
+SMALL = ("cifar100-densenet",)
+FULL = (
+    "cifar10-resnet20",
+    "cifar10-resnet20 jpeg 60",
+    "cifar10-resnet20 noise 0.03",
+    "cifar10-resnet20 blur 0.5",
+    "cifar10-resnet20 contrast 0.5",
+    "cifar10-resnet20 brightness 0.6",
+    "cifar100-resnet32",
+    "cifar100-resnet32 jpeg 60",
+    "cifar100-resnet32 contrast 0.5",
+    "cifar100-densenet",
+)
+
+
+class Trial(NamedTuple):
+    """Vector scaling with one shrinkage, against the temperature alone, in nats per sample.
+
+    Attributes:
+        gain: On the calibration set.
+        effective: Effective parameters beyond the temperature's, by the curvature, over n.
+        takeuchi: The same by the covariance of the scores.
+        error: Standard error of the gain.
+        held: Losses of the held-out samples.
+    """
+
+    gain: float
+    effective: float
+    takeuchi: float
+    error: float
+    held: Tensor
+
+
+class Draw(NamedTuple):
+    """One calibration set: held-out losses of the temperature, vector scaling unshrunk, and it by shrinkage."""
+
+    size: int
+    temperature: Tensor
+    vector: Trial | None
+    trials: Sequence[Trial]
+
+
+Rule = Callable[[Trial], float]
+RULES: dict[str, Rule] = {
+    "Akaike": lambda t: t.effective - t.gain,
+    "Akaike + ½ standard error": lambda t: t.effective - t.gain + 0.5 * t.error,
+    "Akaike + 1 standard error (the default)": lambda t: t.effective - t.gain + t.error,
+    "Akaike + 2 standard errors": lambda t: t.effective - t.gain + 2 * t.error,
+    "1.5 × Akaike's penalty": lambda t: 1.5 * t.effective - t.gain,
+    "twice Akaike's penalty": lambda t: 2 * t.effective - t.gain,
+    "Takeuchi": lambda t: t.takeuchi - t.gain,
+    "Takeuchi + 1 standard error": lambda t: t.takeuchi - t.gain + t.error,
+}
+
+
+def report(folder: Path, full: bool) -> Iterator[str]:
+    """The table, in Markdown."""
+    draws = [draw for case in (FULL if full else SMALL) for draw in _draws(case, folder, 4 if full else 2)]
+    yield f"""## The criterion
+
+Every rule chooses between the temperature and vector scaling with one of {len(SHRINKAGES)} shrinkages, on
+{len(draws)} calibration sets of {len(FULL if full else SMALL)} networks and data. Mean change of the held-out NLL against temperature scaling
+in units of .001, by size; cells that are worse than temperature or vector scaling by more than two paired
+standard errors, and by how much at most.
+"""
+    yield f"| rule | {' | '.join(map(str, SIZES))} | worse than T | at most | worse than vector | at most |"
+    yield "|" + "---|" * (len(SIZES) + 5)
+    yield _line("vector scaling, not shrunk", [(draw, draw.vector.held) for draw in draws if draw.vector])
+    unshrunk = [(draw, [draw.vector] if draw.vector else []) for draw in draws]
+    for name in ("Akaike", "twice Akaike's penalty"):
+        yield _line(f"{name}, not shrunk", [(draw, _chosen(draw, RULES[name], trials)) for draw, trials in unshrunk])
+    for name, rule in RULES.items():
+        yield _line(name, [(draw, _chosen(draw, rule, draw.trials)) for draw in draws])
+
+
+def _draws(case: str, folder: Path, n: int) -> Iterator[Draw]:
+    problem = load(case, folder)
+    logits, target = forward(problem).double(), problem.target
+    for seed in range(n):
+        order = torch.randperm(len(target), generator=torch.Generator().manual_seed(seed))
+        held = order[len(order) // 2 :]
+        for size in SIZES:
+            part = order[: len(order) // 2][:size]
+            yield _draw(logits[part], target[part], logits[held], target[held])
+
+
+def _draw(logits: Tensor, target: Tensor, held: Tensor, held_target: Tensor) -> Draw:
+    rows = OneBatch([as_rows(logits, target)])
+    square, classes, n = logit_square(rows), logits.shape[1], len(target)
+    space = map_space("temperature", classes, square)
+    base = fit_output_map(rows, space, 0.0, space.temperature_only(2.0), dense=False)
+    assert base is not None
+    space = map_space("vector", classes, square)
+    free, trials = space.temperature_only(1 / float(base.free[-1])), []
+    for shrinkage in (*SHRINKAGES, UNSHRUNK):
+        fit = fit_output_map(rows, space, shrinkage, free, dense=False)
+        if fit is None:
+            break
+        free = fit.free
+        scores = map_derivatives(rows, space, free, dense=True)[2]
+        trials.append(
+            Trial(
+                base.nll - fit.nll,
+                (fit.effective_parameters - 1) / n,
+                (effective_parameters(scores, fit.ridge) - 1) / n,
+                standard_error(rows, fit.point, base.point),
+                _losses(fit.point, held, held_target),
+            )
+        )
+    vector = trials.pop() if len(trials) > len(SHRINKAGES) else None
+    return Draw(n, _losses(base.point, held, held_target), vector, trials)
+
+
+def _losses(point: Tensor, logits: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(mapped(logits, point), target, reduction="none")
+
+
+def _chosen(draw: Draw, rule: Rule, trials: Sequence[Trial]) -> Tensor:
+    best = min(trials, key=rule, default=None)
+    return draw.temperature if best is None or rule(best) >= 0 else best.held
+
+
+def _line(name: str, choices: Sequence[tuple[Draw, Tensor]]) -> str:
+    by_size: dict[int, list[float]] = {size: [] for size in SIZES}
+    worse: dict[str, list[float]] = {"temperature": [], "vector": []}
+    for draw, losses in choices:
+        by_size[draw.size].append(1000 * float((losses - draw.temperature).mean()))
+        references = {"temperature": draw.temperature} | ({"vector": draw.vector.held} if draw.vector else {})
+        for other, reference in references.items():
+            change = losses - reference
+            if float(change.mean()) > 2 * float(change.std()) / math.sqrt(len(change)) + 1e-5:
+                worse[other].append(1000 * float(change.mean()))
+    cells = [f"{sum(values) / len(values):+.1f}" if values else "" for values in by_size.values()]
+    cells += [cell for values in worse.values() for cell in (str(len(values)), f"{max(values, default=0):+.1f}")]
+    return f"| {name} | {' | '.join(cells)} |"
