@@ -88,9 +88,9 @@ def report(folder: Path, full: bool) -> Iterator[str]:
     yield f"""## The criterion
 
 Every rule chooses between the temperature and vector scaling with one of {len(SHRINKAGES)} shrinkages, on
-{len(draws)} calibration sets of {len(FULL if full else SMALL)} networks and data. Mean change of the held-out NLL against temperature scaling
-in units of .001, by size; cells that are worse than temperature or vector scaling by more than two paired
-standard errors, and by how much at most.
+{len(draws)} calibration sets of {len(FULL if full else SMALL)} networks and data. Mean change of the held-out NLL
+against temperature scaling in units of .001, by size; cells that are worse than temperature or vector scaling by more
+than two paired standard errors, and by how much at most.
 """
     yield f"| rule | {' | '.join(map(str, SIZES))} | worse than T | at most | worse than vector | at most |"
     yield "|" + "---|" * (len(SIZES) + 5)
