@@ -271,12 +271,45 @@ def saved(path: Path) -> list[Row]:
 
 
 def tables(rows: Sequence[Row]) -> Iterator[str]:
-    """The rows as Markdown: by case, by size, what the criterion predicted, and what was chosen."""
-    for case in dict.fromkeys(row.case for row in rows):
-        yield from _by_case(case, [row for row in rows if row.case == case and row.values])
+    """The rows as Markdown: in short, by size, what the criterion foretold, what was chosen, all metrics by case."""
+    yield from _summary([row for row in rows if row.values])
     yield from _by_method(rows)
     yield from _predictions(rows)
     yield from _choices(rows)
+    for case in dict.fromkeys(row.case for row in rows):
+        yield from _by_case(case, [row for row in rows if row.case == case and row.values])
+
+
+_IN_SHORT = (
+    "uncalibrated",
+    "temperature",
+    "vector scaling",
+    "probmetrics SVS",
+    "published",
+    "perturbation and T",
+    "default",
+)
+
+
+def _summary(rows: Sequence[Row]) -> Iterator[str]:
+    sizes = " or ".join(str(size) for size in sorted({row.size for row in rows}))
+    yield f"\n### In short: {sizes} samples to calibrate, held-out NLL (change, units of .001 ± standard error), ECE\n"
+    methods = [method for method in _IN_SHORT if any(row.method == method for row in rows)]
+    yield f"| network and data | {' | '.join(methods)} |"
+    yield "|" + "---|" * (len(methods) + 1)
+    for case in dict.fromkeys(row.case for row in rows):
+        cells = []
+        for method in methods:
+            own = [row for row in rows if (row.case, row.method) == (case, method)]
+            cells.append(_in_short(own[0]) if own else "")
+        yield f"| {case} | {' | '.join(cells)} |"
+
+
+def _in_short(row: Row) -> str:
+    change = (
+        "" if row.method in ("uncalibrated", "temperature") else f" ({1000 * row.change:+.1f} ± {1000 * row.error:.1f})"
+    )
+    return f"{row.chosen + ': ' if row.chosen else ''}{row.nll:.4f}{change}, {row.values['ECE']:.1%}"
 
 
 def _by_case(case: str, rows: Sequence[Row]) -> Iterator[str]:
