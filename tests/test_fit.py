@@ -402,7 +402,45 @@ def test_a_map_whose_scales_are_not_positive_is_left_out():
     logits[:, 2] *= -1
     result = fit_clamp(IDENTITY, [(logits, y)], grids=())
     assert result.chosen.output == "temperature"
-    assert "left out: vector because its best map is not finite and positive" in result.reason
+    assert "left out: vector because its best map is not positive" in result.reason
+
+
+@pytest.mark.parametrize(("classes", "n"), [(3, 10), (10, 20), (10, 60), (10, 250)])
+def test_a_handful_of_samples_gets_little_more_than_a_temperature(classes, n):
+    """Akaike's estimate means nothing where there are about as many parameters as samples."""
+    worst = -1.0
+    for seed in range(12):
+        logits, y = calibrated_logits(n + 4000, classes)
+        order = torch.randperm(n + 4000, generator=torch.Generator().manual_seed(seed))
+        logits, y = 2 * logits[order], y[order]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = fit_clamp(IDENTITY, [(logits[:n], y[:n])], grids=())
+            alone = fit_clamp(IDENTITY, [(logits[:n], y[:n])], solver="temperature")
+        assert all(c.note or (c.effective_parameters - 1) * 10 <= n for c in result.candidates)
+        held = [float(F.cross_entropy(r.clamp.scale(logits[n:]), y[n:])) for r in (result, alone)]
+        worst = max(worst, held[0] - held[1])
+    assert worst < 0.05
+
+
+def test_more_classes_than_a_curvature_has_room_for_get_a_temperature():
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(20, 50_000, generator=generator)
+    y = torch.distributions.Categorical(logits=logits / 3).sample()
+    result = fit_clamp(IDENTITY, [(logits, y)], grids=())
+    assert result.chosen.output == "temperature"
+    assert "left out: vector because the curvature of so many classes would not fit in memory" in result.reason
+
+
+def test_items_that_are_ignored_change_no_figure():
+    network, x, y = dense_problem(60)
+    y[:, :2] = 255
+    more_x, more_y = torch.cat([x, x]), torch.cat([y, torch.full_like(y, 255)])
+    first = fit_clamp(network, batches(x, y, 20), ignore_index=255, grids=())
+    second = fit_clamp(network, batches(more_x, more_y, 20), ignore_index=255, grids=())
+    for one, other in zip(first.candidates, second.candidates, strict=True):
+        assert one.standard_error == pytest.approx(other.standard_error, abs=1e-12)
+        assert one.criterion == pytest.approx(other.criterion, abs=1e-12)
 
 
 @pytest.mark.parametrize("n", [60, 300, 1500])

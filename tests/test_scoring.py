@@ -16,7 +16,7 @@ from lightning_clamp.clamping.perturbation import make_grid
 from lightning_clamp.clamping.quadratic import ScoreSums, effective_parameters, score_test
 from lightning_clamp.clamping.score_pass import score_pass
 from lightning_clamp.clamping.scoring import bounded_step
-from tests.scenarios import SHIFT, SmallNet, batches, images, sampled, shifted_images
+from tests.scenarios import SHIFT, SmallNet, batches, calibrated_logits, images, sampled, shifted_images
 
 
 class DenseNet(nn.Module):
@@ -176,6 +176,33 @@ def test_repeated_pixels_cost_and_count_what_one_would():
     assert other.effective_parameters == pytest.approx(16 * one.effective_parameters, rel=0.15)
     assert other.criterion == pytest.approx(one.criterion, rel=0.02)
     assert other.lm_statistic == pytest.approx(one.lm_statistic, rel=0.15)
+
+
+def test_repeated_pixels_are_shrunk_as_one_would_be():
+    """The ridge of an output map is as strong against 16 pixels that say the same as against one."""
+    logits, y = calibrated_logits(500, 5)
+    logits = 2 * logits + torch.linspace(-1, 1, 5).double()
+    once = fit_clamp(nn.Identity(), batches(logits, y), grids=())
+    tiled = logits[:, :, None, None].expand(-1, -1, 4, 4)
+    many = fit_clamp(nn.Identity(), batches(tiled, y[:, None, None].expand(-1, 4, 4)), grids=())
+    assert once.chosen.output == many.chosen.output == "vector"
+    assert many.chosen.shrinkage == once.chosen.shrinkage
+    torch.testing.assert_close(many.clamp.class_bias, once.clamp.class_bias, rtol=0.1, atol=0.02)
+
+
+def test_a_grid_that_was_let_in_is_stepped_however_many_classes_there_are():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(3, 100, generator=generator)
+    x = torch.randn(2000, 3, 4, 4, generator=generator)
+
+    def network(inputs):
+        return 2 * inputs.mean((2, 3)) @ weight * 4
+
+    y = sampled(network(x).double() / 2)
+    result = fit_clamp(network, batches(x + 0.15, y), grids=(1,))
+    fitted = [c for c in result.candidates if c.grid and not c.note]
+    assert fitted
+    assert all(c.clamp.perturbation is not None and c.passes > 1 for c in fitted)
 
 
 def test_independent_pixels_are_counted_by_parameter():

@@ -103,7 +103,7 @@ class OneBatch(list[Rows]):
 
 
 def vector_scaling(cell: Cell) -> Outcome | None:
-    """Scale and bias per class, not shrunk (Guo et al., 2017)."""
+    """Scale and bias per class, not shrunk (Guo et al., 2017); nothing where its best scales are not positive."""
     if cell.calibration.task == "binary":
         return None
     started = time.perf_counter()
@@ -131,11 +131,11 @@ def forward(problem: Problem) -> Tensor:
         return torch.cat([problem.network(part) for part in problem.inputs.split(problem.batch_size)])
 
 
-# Cheap enough for every calibration size; the first is what the others are compared with.
+# Cheap enough for every calibration size; the first two are what the others are compared with.
 LIGHT: dict[str, Method] = {
     "temperature": partial(clamped, outputs_only=True, solver="temperature"),
-    "uncalibrated": uncalibrated,
     "vector scaling": vector_scaling,
+    "uncalibrated": uncalibrated,
     "default": clamped,
     "default, outputs only": partial(clamped, outputs_only=True, grids=()),
 }

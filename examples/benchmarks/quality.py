@@ -188,7 +188,7 @@ def _row(
     errors: dict[str, float],
 ) -> Row:
     change = loss - losses["temperature"]
-    against = loss - losses.get("vector scaling", loss)
+    against = loss - losses.get("vector scaling", torch.full_like(loss, math.nan))
     result = outcome.result
     chosen = None if result is None else result.chosen
     return Row(
@@ -277,7 +277,8 @@ def tables(rows: Sequence[Row]) -> Iterator[str]:
     yield from _predictions(rows)
     yield from _choices(rows)
     for case in dict.fromkeys(row.case for row in rows):
-        yield from _by_case(case, [row for row in rows if row.case == case and row.values])
+        if own := [row for row in rows if row.case == case and row.values]:
+            yield from _by_case(case, own)
 
 
 _IN_SHORT = (
@@ -330,7 +331,7 @@ def _by_case(case: str, rows: Sequence[Row]) -> Iterator[str]:
 def _by_method(rows: Sequence[Row]) -> Iterator[str]:
     sizes = sorted({row.size for row in rows})
     yield "\n### All cells: mean change of the held-out NLL against temperature scaling, in units of .001, by size"
-    yield "Better and worse: cells beyond two paired standard errors.\n"
+    yield "Better, worse: cells beyond two paired standard errors. A method's means are over the cells it was run in.\n"
     yield f"| method | {' | '.join(map(str, sizes))} | better than temperature | worse | worse than vector scaling |"
     yield "|" + "---|" * (len(sizes) + 4)
     for method in dict.fromkeys(row.method for row in rows if row.method != "temperature"):
@@ -340,8 +341,10 @@ def _by_method(rows: Sequence[Row]) -> Iterator[str]:
             here = [1000 * row.change for row in own if row.size == size]
             cells.append(f"{sum(here) / len(here):+.1f}" if here else "")
         better, worse = sum(row.is_better for row in own), sum(row.is_worse for row in own)
-        lost = sum(row.is_worse_than_vector for row in own)
-        yield f"| {method} | {' | '.join(cells)} | {better} of {len(own)} | {worse} | {lost} |"
+        compared = [row for row in own if not math.isnan(row.against_vector)]
+        lost = sum(row.is_worse_than_vector for row in compared)
+        cells += [f"{better} of {len(own)}", str(worse), f"{lost} of {len(compared)}"]
+        yield f"| {method} | {' | '.join(cells)} |"
     yield "\nCells in which the default is worse than temperature or vector scaling by more than two standard errors:\n"
     yield "| network and data | size, direction | chosen | against temperature | against vector scaling |"
     yield "|---|---|---|---|---|"
@@ -355,15 +358,16 @@ def _by_method(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _predictions(rows: Sequence[Row]) -> Iterator[str]:
-    """How well the expected change foretold the held-out one, of everything that was chosen over the temperature."""
-    pairs = [(row.expected, row.expected_error, row) for row in rows if row.chosen not in ("", "temperature")]
+    """How well the expected change foretold the held-out one, where the default chose more than the temperature."""
+    own = [row for row in rows if row.method == "default" and row.chosen not in ("", "temperature")]
+    pairs = [(row.expected, row.expected_error, row) for row in own]
     if not pairs:
         return
     right = sum(row.change < 0 for _, _, row in pairs)
     clear = [row for _, _, row in pairs if row.is_better or row.is_worse]
     scores = [(row.change - expected) / math.hypot(error, row.error) for expected, error, row in pairs if row.error]
     slope = sum(e * row.change for e, _, row in pairs) / sum(e * e for e, _, row in pairs)
-    yield "\n### What was expected and what came, of all choices beyond the temperature\n"
+    yield "\n### What was expected and what came, where the default chose more than the temperature\n"
     yield f"Right sign: {right} of {len(pairs)}; of the {len(clear)} whose change is beyond two standard errors,"
     yield f"{sum(row.is_better for row in clear)}. Slope of the held-out change on the expected one: {slope:.2f}."
     yield f"(Held out - expected) / standard error: mean {sum(scores) / len(scores):+.2f}, root mean square"

@@ -36,7 +36,7 @@ class CalibrationResult:
         before: ``nll`` (nats per row), ``ece`` and ``accuracy`` (fractions) on the calibration set, uncalibrated.
         after: The same with the clamp.
         change: After minus before of the same, each with its 95 % interval (paired bootstrap over samples). The clamp
-            was fitted to these samples, which flatters it by about as much as the criterion's penalty.
+            was fitted to these samples, which flatters it by about (effective parameters) / n in the NLL.
         reliability: Reliability curves before and after.
         candidates: Everything that was considered (solver ``"scoring"`` only).
         chosen: The candidate that was chosen, among them.

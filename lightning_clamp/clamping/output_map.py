@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from lightning_clamp._rows import Rows
 from lightning_clamp.clamping.passes import RowSource, summed
 from lightning_clamp.clamping.quadratic import ScoreSums, effective_parameters, newton_step
-from lightning_clamp.clamping.temperature import fit_temperature
+from lightning_clamp.clamping.temperature import TemperatureFit, fit_temperature
 
 OutputMap: TypeAlias = Literal["temperature", "bias", "vector"]
 OUTPUT_MAPS: tuple[OutputMap, ...] = ("temperature", "bias", "vector")
@@ -30,7 +30,9 @@ class MapSpace:
 
     Scale and bias of a class are those of the temperature plus deviations with mean zero over the classes. A ridge of
     strength λ on these, :math:`\tfrac{\lambda}{2}(s^2 \sum_k (a_k - \bar a)^2 + \sum_k b_k^2)` with s² the mean square
-    of the logits about their row's mean, charges a deviation by what it does to the logits. The loss stays convex.
+    of the logits about their row's mean, charges a deviation by what it does to the logits. The loss stays convex. The
+    scales multiply the logits as the network returns them: log-probabilities, or another number added to all logits of
+    a row, are the same softmax and not quite the same map.
 
     Attributes:
         kind: ``"temperature"``, ``"bias"`` or ``"vector"``.
@@ -79,9 +81,17 @@ class MapSpace:
         return length
 
 
-def map_space(kind: OutputMap, n_classes: int, logit_square: float) -> MapSpace:
-    """The space of one kind of output map; ``logit_square`` is s² (see :func:`logit_square`)."""
-    charged = {"temperature": [], "bias": [1.0], "vector": [logit_square, 1.0]}[kind]
+def map_space(kind: OutputMap, n_classes: int, logit_square: float, repeats: float = 1.0) -> MapSpace:
+    """The space of one kind of output map.
+
+    Args:
+        kind: Which.
+        n_classes: C.
+        logit_square: s², see :func:`logit_square`.
+        repeats: How many rows say what one independent row would (the design effect of correlated pixels): the ridge
+            is as many times stronger, so that it shrinks as it would that one.
+    """
+    charged = {"temperature": [], "bias": [repeats], "vector": [repeats * logit_square, repeats]}[kind]
     weight = [charge for charge in charged for _ in range(n_classes - 1)]
     return MapSpace(kind, n_classes, torch.tensor([*weight, 0.0], dtype=torch.float64))
 
@@ -169,7 +179,7 @@ def fit_output_map(rows: RowSource, space: MapSpace, shrinkage: float, start: Te
     objective, nll, sums = derivatives(free)
     for _ in range(_MAX_STEPS):
         step, gain = newton_step(sums.shrunk(free, ridge))
-        if gain < _TOLERANCE:
+        if abs(gain) < _TOLERANCE:
             fit = MapFit(space, shrinkage, free, nll, sums)
             return fit if fit.is_usable else None
         trial = derivatives(free + step)
@@ -183,10 +193,12 @@ def fit_output_map(rows: RowSource, space: MapSpace, shrinkage: float, start: Te
 
 def _fit_temperature_map(rows: RowSource, space: MapSpace, start: Tensor, *, dense: bool) -> MapFit | None:
     """The temperature by its own solver, which needs no matrices of the classes' size."""
-    log_temperature = -math.log(float(start[-1])) if float(start[-1]) > 0 else 0.0
-    fit = fit_temperature(rows, log_temperature)
-    if not fit.interior:
-        return None
+    fit = fit_temperature(rows, -math.log(float(start[-1])) if float(start[-1]) > 0 else 0.0)
+    return temperature_fit(rows, space, fit, dense=dense) if fit.interior else None
+
+
+def temperature_fit(rows: RowSource, space: MapSpace, fit: TemperatureFit, *, dense: bool) -> MapFit:
+    """A temperature that was fitted to rows, as an output map."""
     scale = math.exp(-fit.log_temperature)
 
     def part(batch: Rows) -> tuple[Tensor, ...]:
@@ -253,13 +265,14 @@ def standard_error(rows: RowSource, point: Tensor, reference: Tensor) -> float:
 
     def part(batch: Rows) -> tuple[Tensor, ...]:
         losses = [F.cross_entropy(mapped(batch.logits, p), batch.target, reduction="none") for p in (point, reference)]
-        change = batch.per_item(losses[0] - losses[1])
-        counts = torch.tensor([batch.n_items, len(batch.target)], dtype=torch.float64)
-        return change.sum(), (change**2).sum(), counts
+        change = losses[0] - losses[1]
+        pair = batch.per_item(torch.stack([change, torch.ones_like(change)], 1))
+        return pair.sum(0), pair.T @ pair
 
-    total, squares, counts = summed((part(batch) for batch in rows), [(), (), (2,)], rows.ranks)
-    n_items, n_rows = (float(count) for count in counts)
-    return math.sqrt(max(float(squares) - float(total) ** 2 / n_items, 0.0)) / n_rows
+    total, products = summed((part(batch) for batch in rows), [(2,), (2, 2)], rows.ranks)
+    # Of a ratio of sums: items have different numbers of rows, and some none.
+    residual = torch.stack([torch.ones_like(total[0]), -total[0] / total[1]])
+    return math.sqrt(max(float(residual @ products @ residual), 0.0)) / float(total[1])
 
 
 def logit_square(rows: RowSource) -> float:

@@ -132,7 +132,9 @@ def fit_grid(data: CalibrationSet, seen: Survey, grid: Grid, start: GridFit, max
     best = start
     step, promise = start.step()
     passes, history = 1, list(start.history)
-    while passes < max_passes and promise > _WORTHWHILE * len(start.point):
+    # The first step was promised to be worth more than it costs.
+    least = _WORTHWHILE * (start.n_coefficients + start.mapped.effective_parameters)
+    while passes < max_passes and (passes == 1 or promise > least):
         passes += 1
         trial = _evaluate(data, seen, grid, best.point + step, f"grid {grid.size}, pass {passes}", best)
         if trial is not None:
@@ -182,7 +184,7 @@ def bounded_step(sums: ScoreSums, common_scale: float) -> tuple[Tensor, float]:
 
 
 def _error(step: Tensor, sums: ScoreSums) -> float:
-    """Standard deviation of what a step changes in the summed loss, over draws of the samples."""
+    """Root of the summed squares of what a step changes in the samples' losses, to first order."""
     return math.sqrt(max(float(step @ sums.covariance @ step), 0.0))
 
 

@@ -17,9 +17,9 @@ from lightning_clamp.clamping.output_map import (
     OutputMap,
     fit_output_map,
     logit_square,
-    map_derivatives,
     map_space,
     standard_error,
+    temperature_fit,
 )
 from lightning_clamp.clamping.passes import CalibrationSet, Logits
 from lightning_clamp.clamping.perturbation import Grid, available_sizes, make_grid
@@ -31,6 +31,8 @@ GRIDS = (1, 2, 4, 8)
 OUTPUTS: tuple[OutputMap, ...] = ("temperature", "vector")
 # Derivatives of one item's logits that are held at once for dense outputs: half a gigabyte in float64.
 _MOST_ELEMENTS = 2**26
+# Entries of an output map's curvature; some eight such matrices are held at once, 2 GB in all.
+_MOST_CURVATURE = 2**25
 # Weaker and weaker shrinkage is tried until the criterion has risen this often in a row.
 _PATIENCE = 2
 
@@ -48,11 +50,11 @@ class Candidate:
         shrinkage: Strength of the ridge that shrinks the output map towards the temperature; None without such a map.
         effective_parameters: What the parameters are charged for. Class outputs: their number, less what the ridge
             takes off; dense outputs: Takeuchi's trace, which counts images rather than pixels.
-        lm_statistic: Score (Lagrange multiplier) test of the grid's coefficients, the output map profiled out. None
-            without a grid.
+        lm_statistic: Score (Lagrange multiplier) test of the grid's coefficients, the best output map without a grid
+            profiled out. None without a grid.
         p_value: Its tail probability under chi-squared with as many degrees of freedom as coefficients.
-        predicted_gain: Gain on the calibration set that the quadratic model promised before any step of the grid; that
-            of the output map without a grid included. None without a grid.
+        predicted_gain: Gain on the calibration set that the quadratic model promised before any step of the grid, with
+            that output map and including its own gain. None without a grid.
         achieved_gain: Gain on the calibration set that was reached.
         expected_change: Akaike's (dense outputs: Takeuchi's) estimate of the change of the held-out NLL; negative is
             better.
@@ -138,7 +140,7 @@ def fit_by_scoring(
     fitted = _candidates(untouched(seen, setting.base), setting)
     records += [record for record, _ in fitted]
     chosen, mapped = min(fitted, key=lambda pair: _criterion(pair[0]))
-    if mapped is None or chosen.clamp is None:
+    if mapped is None or _criterion(chosen) > 0:
         return Fit(Clamp(), seen.logits, NO_TEMPERATURE, tuple(records))
     chosen_logits, without_grid = seen.logits, _criterion(chosen)
     start = untouched(seen, mapped, chosen.standard_error or 0.0)
@@ -149,6 +151,10 @@ def fit_by_scoring(
             records.append(replace(_outline(first, first.mapped.space, setting), note=note))
             continue
         fit = fit_grid(data, seen, grid, first, max_passes)
+        if fit.perturbation is None:
+            note = "no step was taken, or none lowered the loss"
+            records.append(replace(_outline(fit, fit.mapped.space, setting), note=note))
+            continue
         history += [{"grid": grid.size, **step} for step in fit.history]
         for record, _ in _candidates(fit, setting):
             records.append(record)
@@ -184,14 +190,10 @@ class _Setting(NamedTuple):
 
 
 def _setting(seen: Survey, base: TemperatureFit, kinds: Sequence[OutputMap], *, binary: bool) -> _Setting:
-    n_classes = len(seen.samples_per_class)
     square = logit_square(seen.logits) if kinds else 1.0
-    space = map_space("temperature", n_classes, square)
-    free = space.temperature_only(math.exp(base.log_temperature))
-    fit = fit_output_map(seen.logits, space, 0.0, free, dense=seen.dense)
-    if fit is None:
-        fit = MapFit(space, 0.0, free, base.nll, map_derivatives(seen.logits, space, free, dense=seen.dense)[2])
-    spaces = tuple(map_space(kind, n_classes, square) for kind in kinds)
+    space = map_space("temperature", seen.n_classes, square)
+    fit = temperature_fit(seen.logits, space, base, dense=seen.dense)
+    spaces = tuple(map_space(kind, seen.n_classes, square, fit.effective_parameters) for kind in kinds)
     return _Setting(seen, binary, fit, base.interior, spaces)
 
 
@@ -250,6 +252,10 @@ def _of_temperature(fit: GridFit, setting: _Setting) -> tuple[Candidate, MapFit 
 
 def _of_map(fit: GridFit, space: MapSpace, setting: _Setting) -> tuple[Candidate, MapFit | None]:
     """The output map of one kind whose shrinkage has the lowest criterion, from the strongest on."""
+    if (2 * setting.seen.n_classes) ** 2 > _MOST_CURVATURE:
+        return replace(
+            _outline(fit, space, setting), note="the curvature of so many classes would not fit in memory"
+        ), None
     started = time.perf_counter()
     best: tuple[Candidate, MapFit] | None = None
     free, risen = space.temperature_only(1 / float(fit.mapped.free[-1])), 0
@@ -257,7 +263,7 @@ def _of_map(fit: GridFit, space: MapSpace, setting: _Setting) -> tuple[Candidate
         mapped = fit_output_map(fit.logits, space, shrinkage, free, dense=setting.seen.dense)
         if mapped is None and best is None:
             continue
-        if mapped is None:
+        if mapped is None or _deviations(mapped, setting) * MIN_SAMPLES > setting.seen.n_samples:
             break
         free = mapped.free
         record = _record(fit, mapped, setting)
@@ -268,9 +274,15 @@ def _of_map(fit: GridFit, space: MapSpace, setting: _Setting) -> tuple[Candidate
         if risen == _PATIENCE:
             break
     if best is None:
-        return replace(_outline(fit, space, setting), note="its best map is not finite and positive"), None
+        note = f"its best map is not positive, or {setting.seen.n_samples} samples are too few for it"
+        return replace(_outline(fit, space, setting), note=note), None
     record, mapped = best
     return replace(record, seconds=fit.seconds + time.perf_counter() - started), mapped
+
+
+def _deviations(mapped: MapFit, setting: _Setting) -> float:
+    """How many independent deviations from the temperature a map has, whatever the samples' rows repeat."""
+    return mapped.effective_parameters / setting.base.effective_parameters - 1
 
 
 def _outline(fit: GridFit, space: MapSpace, setting: _Setting) -> Candidate:
@@ -295,7 +307,9 @@ def _record(fit: GridFit, mapped: MapFit, setting: _Setting) -> Candidate:
     effective = fit.price(dense=seen.dense) + mapped.effective_parameters
     extra = effective - base.effective_parameters
     gain = base.nll - mapped.nll
-    error = fit.standard_error + standard_error(fit.logits, mapped.point, fit.mapped.point)
+    error = fit.standard_error
+    if mapped is not fit.mapped:
+        error += standard_error(fit.logits, mapped.point, fit.mapped.point)
     return replace(
         _outline(fit, mapped.space, setting),
         shrinkage=None if kind == "temperature" else mapped.shrinkage,

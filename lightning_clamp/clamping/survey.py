@@ -22,7 +22,7 @@ class Survey(NamedTuple):
         dense: Whether a sample holds several positions (pixels).
         n_samples: Items; the unit in which coefficients are counted against data.
         n_rows: Scored positions; equal to ``n_samples`` for class outputs without ``ignore_index``.
-        samples_per_class: Items in which each class occurs, ``(C,)``, float64.
+        n_classes: C.
         row_elements: Most logits that one item has.
         input_scale: Root mean square of the inputs.
         dtype: Floating dtype of the inputs, or of the logits for integer inputs.
@@ -35,7 +35,7 @@ class Survey(NamedTuple):
     dense: bool
     n_samples: int
     n_rows: int
-    samples_per_class: Tensor
+    n_classes: int
     row_elements: int
     input_scale: float
     dtype: torch.dtype
@@ -85,14 +85,13 @@ def survey(data: CalibrationSet) -> Survey:
             kinds.add(_kind(inputs, logits, rows, data))
             squares = (inputs.double() ** 2).sum()
             counts = [len(inputs), len(rows.target), inputs.numel(), _outside_simplex(logits, data.task == "binary")]
-            yield _class_items(rows).sum(0), squares, torch.tensor(counts, dtype=torch.float64)
+            yield squares, torch.tensor(counts, dtype=torch.float64)
 
     sums, error = accumulated(parts())
     kinds = set().union(*data.ranks.gather(kinds, error))
     kind = _of_all(kinds)
-    # A rank without batches learns only now of how many classes it has nothing to add to.
-    sums = sums or [torch.zeros(n, dtype=torch.float64) for n in (kind.n_classes, (), 4)]
-    samples_per_class, squares, counts = data.ranks.total(sums)
+    sums = sums or [torch.zeros(n, dtype=torch.float64) for n in ((), 4)]
+    squares, counts = data.ranks.total(sums)
     n_samples, n_rows, n_values, n_outside = (int(count) for count in counts)
     _check_size(n_samples, n_rows)
     if n_outside == 0:
@@ -103,7 +102,7 @@ def survey(data: CalibrationSet) -> Survey:
         dense=kind.dense,
         n_samples=n_samples,
         n_rows=n_rows,
-        samples_per_class=samples_per_class,
+        n_classes=kind.n_classes,
         row_elements=kind.row_elements,
         input_scale=(float(squares) / n_values) ** 0.5,
         dtype=kind.dtype,
@@ -134,13 +133,6 @@ def _of_all(kinds: set[_Kind]) -> _Kind:
             f"The network returned logits of {classes[0]} classes for one batch and {classes[1]} for another."
         )
     return max(kinds, key=lambda kind: (kind.row_elements, repr(kind)))
-
-
-def _class_items(rows: Rows) -> Tensor:
-    """1 where a class occurs in an item, ``(n_items, C)``."""
-    n_classes = rows.logits.shape[1]
-    occurs = torch.zeros(rows.n_items * n_classes, dtype=torch.float64, device=rows.logits.device)
-    return occurs.index_fill(0, rows.item * n_classes + rows.target, 1.0).reshape(rows.n_items, n_classes)
 
 
 def _check_values(rows: Rows, offset: int, ranks: Ranks) -> None:
