@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from torch import nn
 
-from lightning_clamp import CalibrationModule, NeuralClamping, calibrate
+from lightning_clamp import CalibrationModule, NeuralClamping, calibrate, fit_clamp
 from lightning_clamp.losses import MarginAwareMixin
-from tests.scenarios import LitClassifier, loader
+from tests.scenarios import LitClassifier, batches, loader, shifted_images
 from tests.test_callback import train_loader, trainer
+from tests.test_fit import dense_problem
 from tests.test_label_perturbation import WithASLP, val_loader
 from tests.test_label_perturbation import train_loader as indexed_maps
 from tests.test_loss_mixins import made
@@ -39,6 +41,24 @@ def test_the_clamp_is_that_of_the_cpu_within_the_stated_tolerance(tmp_path, prec
     module = CalibrationModule.from_checkpoint(callback.checkpoint_path, LitClassifier, map_location="cpu")
     assert module.clamp.log_temperature.device.type == "cpu"
     assert torch.cat(run.predict(model, HELD_OUT)).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["classes", "pixels", "one logit"])
+def test_every_candidate_is_that_of_the_cpu(kind):
+    """Output maps, grids and their curvature, with the default options."""
+    network, x, y = dense_problem(200) if kind == "pixels" else shifted_images(2000)
+    if kind == "one logit":
+        network, y = nn.Sequential(network, nn.Linear(4, 1)), (y > 1).long()
+    layer = network if isinstance(network, nn.Module) else nn.Identity()
+    parts = [(a.cuda(), b.cuda()) for a, b in batches(x, y)]
+    task = "binary" if kind == "one logit" else "multiclass"
+    expected = fit_clamp(network, batches(x, y), task=task)
+    layer.cuda()
+    there = fit_clamp(network if kind != "pixels" else lambda a: network(a.cpu()).cuda(), parts, task=task)
+    for one, other in zip(expected.candidates, there.candidates, strict=True):
+        assert (one.name, one.note) == (other.name, other.note)
+        if not one.note:
+            assert other.criterion == pytest.approx(one.criterion, abs=1e-4)
 
 
 def test_a_compiled_network(tmp_path):
