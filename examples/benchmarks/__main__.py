@@ -29,6 +29,7 @@ def main() -> None:
     size.add_argument("--smoke", action="store_true", help="as little as shows that it runs")
     parser.add_argument("--only", choices=("quality", "criterion", "speed"), help="one of the three")
     parser.add_argument("--case", action="append", help='one case of the quality tables, such as "nuclei-unet"; again')
+    parser.add_argument("--sizes", type=int, nargs="+", help="other calibration sizes for them, such as 250 1000")
     parser.add_argument("--out", type=Path, default=Path("benchmarks"), help="for CSV and figure (default: benchmarks)")
     options = parser.parse_args()
     if not options.again and not options.data:
@@ -48,6 +49,8 @@ def main() -> None:
         plan = quality.FULL if options.full else quality.SMOKE if options.smoke else quality.SMALL
         if options.case:
             plan = plan._replace(cases=options.case)
+        if options.sizes:
+            plan = plan._replace(sizes=sorted(options.sizes))
         rows = []
         try:
             for row in quality.run(plan, options.data):
