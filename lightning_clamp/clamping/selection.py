@@ -33,6 +33,10 @@ OUTPUTS: tuple[OutputMap, ...] = ("temperature", "vector")
 _MOST_ELEMENTS = 2**26
 # Entries of an output map's curvature; some eight such matrices are held at once, 2 GB in all.
 _MOST_CURVATURE = 2**25
+# Below these the estimate of the held-out change is itself too uncertain: samples for a map of ten parameters or more,
+# and samples for each of a map's effective deviations from the temperature.
+_FEWEST = 100
+_PER_DEVIATION = 4
 # Weaker and weaker shrinkage is tried until the criterion has risen this often in a row.
 _PATIENCE = 2
 
@@ -252,10 +256,8 @@ def _of_temperature(fit: GridFit, setting: _Setting) -> tuple[Candidate, MapFit 
 
 def _of_map(fit: GridFit, space: MapSpace, setting: _Setting) -> tuple[Candidate, MapFit | None]:
     """The output map of one kind whose shrinkage has the lowest criterion, from the strongest on."""
-    if (2 * setting.seen.n_classes) ** 2 > _MOST_CURVATURE:
-        return replace(
-            _outline(fit, space, setting), note="the curvature of so many classes would not fit in memory"
-        ), None
+    if note := _map_refused(space, setting.seen):
+        return replace(_outline(fit, space, setting), note=note), None
     started = time.perf_counter()
     best: tuple[Candidate, MapFit] | None = None
     free, risen = space.temperature_only(1 / float(fit.mapped.free[-1])), 0
@@ -263,7 +265,7 @@ def _of_map(fit: GridFit, space: MapSpace, setting: _Setting) -> tuple[Candidate
         mapped = fit_output_map(fit.logits, space, shrinkage, free, dense=setting.seen.dense)
         if mapped is None and best is None:
             continue
-        if mapped is None or _deviations(mapped, setting) * MIN_SAMPLES > setting.seen.n_samples:
+        if mapped is None or _deviations(mapped, setting) * _PER_DEVIATION > setting.seen.n_samples:
             break
         free = mapped.free
         record = _record(fit, mapped, setting)
@@ -274,10 +276,17 @@ def _of_map(fit: GridFit, space: MapSpace, setting: _Setting) -> tuple[Candidate
         if risen == _PATIENCE:
             break
     if best is None:
-        note = f"its best map is not positive, or {setting.seen.n_samples} samples are too few for it"
+        note = "its best map is not positive, or has too many deviations from the temperature for these samples"
         return replace(_outline(fit, space, setting), note=note), None
     record, mapped = best
     return replace(record, seconds=fit.seconds + time.perf_counter() - started), mapped
+
+
+def _map_refused(space: MapSpace, seen: Survey) -> str:
+    if (2 * seen.n_classes) ** 2 > _MOST_CURVATURE:
+        return "the curvature of so many classes would not fit in memory"
+    needed = min(_FEWEST, MIN_SAMPLES * (space.n_parameters - 1))
+    return f"{seen.n_samples} samples are fewer than {needed}" if seen.n_samples < needed else ""
 
 
 def _deviations(mapped: MapFit, setting: _Setting) -> float:
