@@ -339,7 +339,8 @@ def _by_method(rows: Sequence[Row]) -> Iterator[str]:
         cells = []
         for size in sizes:
             here = [1000 * row.change for row in own if row.size == size]
-            cells.append(f"{sum(here) / len(here):+.1f}" if here else "")
+            mean = sum(here) / len(here) if here else math.nan
+            cells.append("" if not here else f"{mean:+.1f}" if abs(mean) < 1e6 else f"{mean:+.0e}")
         better, worse = sum(row.is_better for row in own), sum(row.is_worse for row in own)
         compared = [row for row in own if not math.isnan(row.against_vector)]
         lost = sum(row.is_worse_than_vector for row in compared)
@@ -397,8 +398,11 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     cases = list(dict.fromkeys(row.case for row in rows))
     columns = min(4, len(cases))
     lines = -(-len(cases) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(3.4 * columns, 2.6 * lines + 0.8), squeeze=False, sharex=True)
-    shown = [m for m in dict.fromkeys(row.method for row in rows) if m not in ("temperature", "uncalibrated")]
+    figure, axes = plt.subplots(lines, columns, figsize=(3.4 * columns, 2.6 * lines + 0.8), squeeze=False)
+    # Other solvers of the temperature would all lie on the dotted line, or above it.
+    hidden = ("uncalibrated", "temperature", "bisection", "LBFGS")
+    methods = dict.fromkeys(row.method for row in rows)
+    shown = [method for method in methods if not any(word in method for word in hidden)]
     for ax, case in zip(axes.flat, cases, strict=False):
         for index, method in enumerate(shown):
             own = [row for row in rows if row.case == case and row.method == method]
@@ -412,6 +416,11 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         ax.axhline(0, color="black", linewidth=0.8, linestyle=":")
         ax.set(xscale="log", title=case)
         ax.set_yscale("symlog", linthresh=1)
+        low, high = ax.get_ylim()
+        ax.set_ylim(max(low, -1e3), min(high, 1e3))
+        sizes = sorted({row.size for row in rows if row.case == case})
+        ax.set_xticks(sizes, [str(size) for size in sizes], minor=False)
+        ax.minorticks_off()
         ax.title.set_fontsize(9)
         ax.tick_params(labelsize=7)
     for ax in axes.flat[len(cases) :]:
@@ -420,6 +429,6 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     figure.supylabel("held-out NLL less temperature scaling's, × .001 (below 0 is better)", fontsize=9)
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper center", ncols=4, fontsize=8, frameon=False)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.5 / (2.6 * lines + 0.8)))
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.6 / (2.6 * lines + 0.8)))
     figure.savefig(path, dpi=110)
     plt.close(figure)
