@@ -1,6 +1,7 @@
 import csv
 import importlib.util
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -164,10 +165,11 @@ def written_offline(path):
     """What an offline run of W&B has written to its file, by key; the last value of each."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    logged = {}
-    for data in records(path.read_bytes()):
-        record = Record()
-        record.ParseFromString(data)
+    logged, parsed, ends = {}, [], time.monotonic() + 60
+    # Another process writes the file, and may be a moment behind `finish`; its last record is that of the exit.
+    while time.monotonic() < ends and not any(record.HasField("exit") for record in parsed):
+        parsed = [Record.FromString(data) for data in records(path.read_bytes())]
+    for record in parsed:
         for item in record.history.item:
             # Pictures are several items: the key, and what is told of it.
             key, *part = item.nested_key or [item.key]

@@ -57,7 +57,7 @@ def _shifts(network: str, kinds: Iterable[str]) -> list[str]:
 SMALL = Plan(
     cases=("cifar10-resnet20", "cifar10-resnet20 jpeg 40", "cifar100-densenet"),
     published=("cifar10-resnet20 jpeg 40",),
-    augmented=(),
+    augmented=("cifar10-resnet20 jpeg 40",),
     sizes=(250, 1000),
     heavy=250,
     held=2000,
