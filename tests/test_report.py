@@ -154,6 +154,8 @@ def records(content, block=32768, header=7):
             at += block - at % block
             continue
         size, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
+        if at + header + size > len(content):
+            return  # it is still being written
         whole += content[at + header : at + header + size]
         at += header + size
         if kind in (1, 4):  # a whole record, or the last part of one
