@@ -6,14 +6,14 @@ from torch import nn
 
 from lightning_clamp import CalibrationModule, NeuralClamping, calibrate, fit_clamp
 from lightning_clamp.losses import MarginAwareMixin
-from tests.scenarios import LitClassifier, batches, loader, shifted_images
+from tests.scenarios import LitClassifier, batches, images, loader, sampled, shifted_images
 from tests.test_callback import train_loader, trainer
-from tests.test_fit import dense_problem
 from tests.test_label_perturbation import WithASLP, val_loader
 from tests.test_label_perturbation import train_loader as indexed_maps
 from tests.test_loss_mixins import made
 from tests.test_loss_mixins import trainer as mixin_trainer
 from tests.test_losses import drawn, every_loss, value_and_gradient
+from tests.test_scoring import DenseNet
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -46,15 +46,16 @@ def test_the_clamp_is_that_of_the_cpu_within_the_stated_tolerance(tmp_path, prec
 @pytest.mark.parametrize("kind", ["classes", "pixels", "one logit"])
 def test_every_candidate_is_that_of_the_cpu(kind):
     """Output maps, grids and their curvature, with the default options."""
-    network, x, y = dense_problem(200) if kind == "pixels" else shifted_images(2000)
+    if kind == "pixels":
+        network, x = DenseNet(), images(200)
+        y = sampled(network(x + 0.3).detach().double() / 2)
+    else:
+        network, x, y = shifted_images(2000)
     if kind == "one logit":
         network, y = nn.Sequential(network, nn.Linear(4, 1)), (y > 1).long()
-    layer = network if isinstance(network, nn.Module) else nn.Identity()
-    parts = [(a.cuda(), b.cuda()) for a, b in batches(x, y)]
     task = "binary" if kind == "one logit" else "multiclass"
     expected = fit_clamp(network, batches(x, y), task=task)
-    layer.cuda()
-    there = fit_clamp(network if kind != "pixels" else lambda a: network(a.cpu()).cuda(), parts, task=task)
+    there = fit_clamp(network.cuda(), [(a.cuda(), b.cuda()) for a, b in batches(x, y)], task=task)
     for one, other in zip(expected.candidates, there.candidates, strict=True):
         assert (one.name, one.note) == (other.name, other.note)
         if not one.note:

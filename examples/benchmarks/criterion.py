@@ -3,14 +3,13 @@
 Output maps need the logits only, so that many calibration sets can be drawn from one pass of a network.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from cases import load
-from methods import UNSHRUNK, OneBatch, forward
+from methods import NOTHING, UNSHRUNK, OneBatch, forward, paired
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -156,9 +155,9 @@ def _line(name: str, choices: Sequence[tuple[Draw, Tensor]]) -> str:
         by_size[draw.size].append(1000 * float((losses - draw.temperature).mean()))
         references = {"temperature": draw.temperature} | ({"vector": draw.vector.held} if draw.vector else {})
         for other, reference in references.items():
-            change = losses - reference
-            if float(change.mean()) > 2 * float(change.std()) / math.sqrt(len(change)) + 1e-5:
-                worse[other].append(1000 * float(change.mean()))
+            mean, error = paired(losses, reference)
+            if mean > 2 * error + NOTHING:
+                worse[other].append(1000 * mean)
     cells = [f"{sum(values) / len(values):+.1f}" if values else "" for values in by_size.values()]
     cells += [cell for values in worse.values() for cell in (str(len(values)), f"{max(values, default=0):+.1f}")]
     return f"| {name} | {' | '.join(cells)} |"

@@ -1,5 +1,6 @@
 """What can be done to a trained network with a calibration set: this package's ways, the published one, and peers'."""
 
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +19,8 @@ from lightning_clamp.clamping.output_map import fit_output_map, map_space
 
 # As little as makes a minimum exist where a class has no sample, or is separated.
 UNSHRUNK = 1e-3
+# Changes of the NLL below this are those of a solver's tolerance.
+NOTHING = 1e-5
 
 
 class Cell(NamedTuple):
@@ -97,7 +100,7 @@ def _augmented(images: Tensor) -> Tensor:
 
 
 class OneBatch(list[Rows]):
-    """Rows that one process has."""
+    """Rows of this process alone, as the solvers take them."""
 
     ranks = ALONE
 
@@ -123,6 +126,12 @@ def peer(cell: Cell, *, fit: peers.Fit) -> Outcome | None:
     started = time.perf_counter()
     scaled = fit(cell.outputs.float(), cell.calibration.target)
     return Outcome(scaled(cell.held_outputs.float()), time.perf_counter() - started)
+
+
+def paired(losses: Tensor, reference: Tensor) -> tuple[float, float]:
+    """Mean difference of the losses of the same samples, and its standard error."""
+    change = losses - reference
+    return float(change.mean()), float(change.std()) / math.sqrt(len(change))
 
 
 def forward(problem: Problem) -> Tensor:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from memory import held
 from torch import Tensor
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -220,7 +221,7 @@ def measure(case: str, metric: str, library: str, scale: float, repeats: int) ->
             instance.update(preds, target)
         result = instance.compute()
         seconds.append(time.perf_counter() - started)
-        peak = _peak() - before
+        peak = held("VmHWM") - before
         state = _state_bytes(instance) / 1e3
         value = float("nan") if isinstance(result, dict) else float(result)
         if seconds[0] > 20:
@@ -248,19 +249,7 @@ def _reset_peak() -> float:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return float("nan")
-    return _memory("VmRSS")
-
-
-def _peak() -> float:
-    return _memory("VmHWM")
-
-
-def _memory(field: str) -> float:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return float("nan")
-    return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith(field))
+    return held("VmRSS")
 
 
 def main() -> None:

@@ -8,7 +8,19 @@ from typing import NamedTuple
 
 import torch
 from cases import SEVERITIES, Problem, load
-from methods import AUGMENTED, LIGHT, PERTURBATION, PUBLISHED, Cell, Method, Outcome, forward, of_peers
+from methods import (
+    AUGMENTED,
+    LIGHT,
+    NOTHING,
+    PERTURBATION,
+    PUBLISHED,
+    Cell,
+    Method,
+    Outcome,
+    forward,
+    of_peers,
+    paired,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,8 +36,6 @@ METRICS: dict[str, Metric] = {
     "accuracy": metrics.accuracy,
 }
 _RESAMPLES = 40
-# Changes of the NLL below this are those of a solver's tolerance.
-_NOTHING = 1e-5
 
 
 class Plan(NamedTuple):
@@ -122,17 +132,17 @@ class Row(NamedTuple):
     @property
     def is_better(self) -> bool:
         """Than temperature scaling, by more than two standard errors."""
-        return self.change < -2 * self.error - _NOTHING
+        return self.change < -2 * self.error - NOTHING
 
     @property
     def is_worse(self) -> bool:
         """Than temperature scaling, by more than two standard errors."""
-        return self.change > 2 * self.error + _NOTHING
+        return self.change > 2 * self.error + NOTHING
 
     @property
     def is_worse_than_vector(self) -> bool:
         """Than vector scaling, by more than two standard errors."""
-        return self.against_vector > 2 * self.vector_error + _NOTHING
+        return self.against_vector > 2 * self.vector_error + NOTHING
 
 
 def run(plan: Plan, folder: Path) -> Iterator[Row]:
@@ -187,8 +197,6 @@ def _row(
     values: dict[str, float],
     errors: dict[str, float],
 ) -> Row:
-    change = loss - losses["temperature"]
-    against = loss - losses.get("vector scaling", torch.full_like(loss, math.nan))
     result = outcome.result
     chosen = None if result is None else result.chosen
     return Row(
@@ -197,10 +205,8 @@ def _row(
         cell.direction,
         method,
         float(loss.mean()),
-        float(change.mean()),
-        float(change.std()) / math.sqrt(len(change)),
-        float(against.mean()),
-        float(against.std()) / math.sqrt(len(against)),
+        *paired(loss, losses["temperature"]),
+        *paired(loss, losses.get("vector scaling", torch.full_like(loss, math.nan))),
         outcome.seconds,
         0 if result is None else result.passes,
         "" if chosen is None else chosen.name,
@@ -386,6 +392,10 @@ def _choices(rows: Sequence[Row]) -> Iterator[str]:
             here = [1000 * row.change for row in own if row.chosen == name and (" " in row.case) == shifted]
             cells += [str(len(here)), f"{sum(here) / len(here):+.1f}" if here else ""]
         yield f"| {name} | {' | '.join(cells)} |"
+    shifted = [row for row in own if " " in row.case]
+    clear = sum(row.is_better for row in shifted)
+    yield f"\nWith a shift it is better than temperature scaling by more than two standard errors in {clear} of"
+    yield f"{len(shifted)} cells."
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:

@@ -22,13 +22,14 @@ from typing import Any, NamedTuple, TypeVar
 import peers
 import torch
 from cases import Problem, load
+from memory import held
+from methods import OneBatch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import resnet50
 
 from lightning_clamp import CalibrationResult, Clamp, fit_clamp
-from lightning_clamp._rows import Rows, as_rows
-from lightning_clamp.clamping import ALONE
+from lightning_clamp._rows import as_rows
 from lightning_clamp.clamping.temperature import fit_temperature
 
 Result = TypeVar("Result")
@@ -264,12 +265,6 @@ def _moved(network: nn.Module, perturbation: Tensor, temperature: Tensor, inputs
 # 3. The temperature alone, ours and others'
 
 
-class _RowList(list[Rows]):
-    """Rows of this process alone, as the solver takes them."""
-
-    ranks = ALONE
-
-
 def _whole_fit(logits: Tensor, target: Tensor) -> Callable[[Tensor], Tensor]:
     """The public call, with its checks, metrics and bootstrap."""
     batches = list(zip(logits.split(1000), target.split(1000), strict=True))
@@ -280,7 +275,7 @@ def _whole_fit(logits: Tensor, target: Tensor) -> Callable[[Tensor], Tensor]:
 def _solver_alone(logits: Tensor, target: Tensor) -> Callable[[Tensor], Tensor]:
     """Newton's steps in log T and nothing else, from float32 logits."""
     parts = zip(logits.split(1000), target.split(1000), strict=True)
-    fit = fit_temperature(_RowList(as_rows(part.double(), labels) for part, labels in parts))
+    fit = fit_temperature(OneBatch(as_rows(part.double(), labels) for part, labels in parts))
     temperature = torch.tensor(fit.log_temperature, dtype=torch.float64).exp()
     return lambda other: other.double() / temperature
 
@@ -462,18 +457,10 @@ def _peak_memory(n: int) -> float:
     Not getrusage: its ru_maxrss starts, in a child, at what the parent held.
     """
     network = _small_network(10)
-    before = _resident("VmRSS")
+    before = held("VmRSS")
     stream = _Stream(network, n, _SHAPE)
     _fitted(network, stream, grids=(2,), outputs=("temperature",), max_passes=3, cache_bytes=2**20)
-    return _resident("VmHWM") - before
-
-
-def _resident(field: str) -> float:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return float("nan")
-    return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith(field))
+    return held("VmHWM") - before
 
 
 # 5. Where there is an accelerator

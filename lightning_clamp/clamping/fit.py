@@ -154,6 +154,8 @@ def fit_clamp(
 
 
 def _fit_temperature_alone(data: CalibrationSet, seen: Survey, base: TemperatureFit) -> Fit:
+    if not base.interior:
+        return Fit(Clamp(), seen.logits, NO_TEMPERATURE)
     clamp = Clamp(log_temperature=torch.tensor(base.log_temperature, dtype=seen.parameter_dtype))
     return Fit(clamp, seen.logits, "temperature scaling, as asked")
 
@@ -215,12 +217,7 @@ _CHECKS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 
 
 def _solved(solver: Solver, data: CalibrationSet, seen: Survey, options: Mapping[str, Any]) -> Fit:
-    base = fit_temperature(seen.logits)
-    # Outputs that say little of the labels, and that little wrong, can still be mended by an output map.
-    mendable = base.interior or (solver == "scoring" and base.log_temperature > 0)
-    if solver != "sgd" and not mendable:
-        return Fit(Clamp(), seen.logits, NO_TEMPERATURE)
-    return _SOLVERS[solver](data, seen, base, **options)
+    return _SOLVERS[solver](data, seen, fit_temperature(seen.logits), **options)
 
 
 def _scores(clamp: Clamp, logits: Logits, data: CalibrationSet) -> Scores:

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias
+from functools import cached_property
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -111,7 +112,8 @@ def _reflected(values: Tensor) -> Tensor:
     return reflected.flatten(-2)
 
 
-class MapFit(NamedTuple):
+@dataclass(frozen=True)
+class MapFit:
     """The best output map of one kind and shrinkage for given logits.
 
     Attributes:
@@ -138,7 +140,7 @@ class MapFit(NamedTuple):
         """What the shrinkage adds to the curvature's diagonal, ``(q,)``."""
         return self.shrinkage * self.space.weight
 
-    @property
+    @cached_property
     def effective_parameters(self) -> float:
         """What the parameters cost under the shrinkage, the temperature included."""
         return effective_parameters(self.sums, self.ridge)

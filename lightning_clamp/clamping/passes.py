@@ -33,11 +33,11 @@ def summed(
     Returns:
         The sums, float64 on the CPU.
     """
-    total, error = accumulated(parts)
+    total, error = _accumulated(parts)
     return ranks.total(total or [torch.zeros(tuple(shape), dtype=torch.float64) for shape in shapes], error)
 
 
-def accumulated(parts: Iterable[tuple[Tensor, ...]]) -> tuple[list[Tensor], Exception | None]:
+def _accumulated(parts: Iterable[tuple[Tensor, ...]]) -> tuple[list[Tensor], Exception | None]:
     """Sums over this rank's parts alone, empty if there are none; and what went wrong, for the ranks to agree on."""
     total: list[Tensor] = []
     try:

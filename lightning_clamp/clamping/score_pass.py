@@ -54,14 +54,15 @@ def score_pass(
         for inputs, target in data.read(what):
             logits, gradient, of_map = _input_scores(data, inputs, target, perturbation, point)
             logits_seen.keep(logits, target)
+            of_map = space.reduced(of_map)
             terms = []
             for grid in grids:
-                scores = torch.cat([grid.project(gradient), space.reduced(of_map)], 1)
+                scores = torch.cat([grid.project(gradient), of_map], 1)
                 outer = scores.T @ scores
                 curvature = outer
                 if dense_scale is not None:
                     step, most = _STEP * (dense_scale or 1.0), _CHUNK_ELEMENTS // logits[:1].numel()
-                    curvature = _gauss_newton(data, inputs, target, perturbation, space, free, grid, step, most)
+                    curvature = _gauss_newton(data, inputs, target, perturbation, space, point, grid, step, most)
                 terms += [scores.sum(0), curvature, outer]
             yield tuple(terms)
 
@@ -100,7 +101,7 @@ def _gauss_newton(
     target: Tensor,
     perturbation: Tensor | None,
     space: MapSpace,
-    free: Tensor,
+    point: Tensor,
     grid: Grid,
     step: float,
     most_columns: int,
@@ -113,8 +114,7 @@ def _gauss_newton(
     most ``most_columns`` of them, of one item each, are held at once.
     """
     images = [grid.image(unit) for unit in step * torch.eye(grid.n_coefficients, dtype=torch.float64)]
-    point = space.point(free).to(inputs.device)
-    p, scale = len(images), point.chunk(2)[0]
+    p, scale = len(images), point.to(inputs.device).chunk(2)[0]
     n = p + space.n_parameters
     total = torch.zeros(n, n, dtype=torch.float64, device=inputs.device)
     with torch.no_grad():

@@ -138,7 +138,11 @@ def fit_by_scoring(
             takes part. With one logit, ``"vector"`` is ``"bias"``: one scale has no deviations.
         max_passes: Most passes spent on one grid, at least 1.
     """
-    setting = _setting(seen, base, _kinds(outputs, binary=data.task == "binary"), binary=data.task == "binary")
+    if not base.interior and base.log_temperature < 0:
+        # Every sample is right, and the colder the better, with any output map.
+        return Fit(Clamp(), seen.logits, NO_TEMPERATURE)
+    binary = data.task == "binary"
+    setting = _setting(seen, base, _kinds(outputs, binary=binary), binary=binary)
     usable, records = _usable_grids(grids, seen)
     history: list[dict[str, float]] = []
     fitted = _candidates(untouched(seen, setting.base), setting)
@@ -151,13 +155,11 @@ def fit_by_scoring(
     firsts = first_pass(data, seen, start, usable)
     for grid, first in sorted(zip(usable, firsts, strict=True), key=lambda pair: pair[1].predicted_criterion):
         if without_grid + first.predicted_criterion >= _criterion(chosen):
-            note = "the first pass promises less than it costs"
-            records.append(replace(_outline(first, first.mapped.space, setting), note=note))
+            records.append(_outline(first, mapped.space, setting, "the first pass promises less than it costs"))
             continue
         fit = fit_grid(data, seen, grid, first, max_passes)
         if fit.perturbation is None:
-            note = "no step was taken, or none lowered the loss"
-            records.append(replace(_outline(fit, fit.mapped.space, setting), note=note))
+            records.append(_outline(fit, mapped.space, setting, "no step was taken, or none lowered the loss"))
             continue
         history += [{"grid": grid.size, **step} for step in fit.history]
         for record, _ in _candidates(fit, setting):
@@ -247,17 +249,16 @@ def _of_temperature(fit: GridFit, setting: _Setting) -> tuple[Candidate, MapFit 
     space = setting.base.space
     mapped = setting.base if setting.finite else None
     if fit.size:
-        start = space.temperature_only(1 / float(fit.mapped.free[-1]))
-        mapped = fit_output_map(fit.logits, space, 0.0, start, dense=setting.seen.dense)
+        mapped = fit_output_map(fit.logits, space, 0.0, fit.mapped.free[-1:], dense=setting.seen.dense)
     if mapped is None:
-        return replace(_outline(fit, space, setting), note="no finite temperature is best"), None
+        return _outline(fit, space, setting, "no finite temperature is best"), None
     return _record(fit, mapped, setting), mapped
 
 
 def _of_map(fit: GridFit, space: MapSpace, setting: _Setting) -> tuple[Candidate, MapFit | None]:
     """The output map of one kind whose shrinkage has the lowest criterion, from the strongest on."""
     if note := _map_refused(space, setting.seen):
-        return replace(_outline(fit, space, setting), note=note), None
+        return _outline(fit, space, setting, note), None
     started = time.perf_counter()
     best: tuple[Candidate, MapFit] | None = None
     free, risen = space.temperature_only(1 / float(fit.mapped.free[-1])), 0
@@ -277,7 +278,7 @@ def _of_map(fit: GridFit, space: MapSpace, setting: _Setting) -> tuple[Candidate
             break
     if best is None:
         note = "its best map is not positive, or has too many deviations from the temperature for these samples"
-        return replace(_outline(fit, space, setting), note=note), None
+        return _outline(fit, space, setting, note), None
     record, mapped = best
     return replace(record, seconds=fit.seconds + time.perf_counter() - started), mapped
 
@@ -294,10 +295,15 @@ def _deviations(mapped: MapFit, setting: _Setting) -> float:
     return mapped.effective_parameters / setting.base.effective_parameters - 1
 
 
-def _outline(fit: GridFit, space: MapSpace, setting: _Setting) -> Candidate:
+def _outline(fit: GridFit, space: MapSpace, setting: _Setting, note: str = "") -> Candidate:
     """A candidate's name and cost, and what the first pass said of its grid."""
     record = Candidate(
-        fit.size, space.kind, fit.n_coefficients + space.n_parameters, passes=fit.passes, seconds=fit.seconds
+        fit.size,
+        space.kind,
+        fit.n_coefficients + space.n_parameters,
+        passes=fit.passes,
+        seconds=fit.seconds,
+        note=note,
     )
     if fit.test is None:
         return record

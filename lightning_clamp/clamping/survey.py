@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_clamp._rows import Rows, is_dense
-from lightning_clamp.clamping.passes import CalibrationSet, Logits, accumulated
+from lightning_clamp.clamping.passes import CalibrationSet, Logits, summed
 from lightning_clamp.clamping.ranks import Ranks
 
 MIN_SAMPLES = 10
@@ -87,11 +87,9 @@ def survey(data: CalibrationSet) -> Survey:
             counts = [len(inputs), len(rows.target), inputs.numel(), _outside_simplex(logits, data.task == "binary")]
             yield squares, torch.tensor(counts, dtype=torch.float64)
 
-    sums, error = accumulated(parts())
-    kinds = set().union(*data.ranks.gather(kinds, error))
+    squares, counts = summed(parts(), [(), (4,)], data.ranks)
+    kinds = set().union(*data.ranks.gather(kinds))
     kind = _of_all(kinds)
-    sums = sums or [torch.zeros(n, dtype=torch.float64) for n in ((), 4)]
-    squares, counts = data.ranks.total(sums)
     n_samples, n_rows, n_values, n_outside = (int(count) for count in counts)
     _check_size(n_samples, n_rows)
     if n_outside == 0:
