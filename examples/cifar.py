@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--devices", default="1", help="one, until calibration on several devices is there")
+    parser.add_argument("--devices", default="1", help="as in Trainer(devices=...)")
     parser.add_argument("--strategy", default="auto")
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--out", type=Path, default=Path("cifar"))

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_clamp._rows import Task
 from lightning_clamp.checkpoint import STATE_KEY, Calibrated, fingerprint, from_state, read_safely, to_state
-from lightning_clamp.clamping import CalibrationResult, Solver, check_options
+from lightning_clamp.clamping import BatchKeys, CalibrationResult, Solver, check_batch_keys, check_options, submodule
 from lightning_clamp.data import CalibrationBatches, find_calibration_set, warn_if_training_data
 from lightning_clamp.devices import check_float64, check_strategy, ranks_of
 from lightning_clamp.fitting import fit_in_trainer, publish
@@ -34,11 +34,16 @@ class NeuralClamping(Callback):
     model to :func:`~lightning_clamp.fit_clamp`.
 
     Args:
-        calibration_dataloader: Held-out pairs ``(inputs, target)``, not augmented. By default the
-            ``calibration_dataloader()`` of the datamodule or the module, else the validation loader, with a warning.
+        calibration_dataloader: Held-out pairs ``(inputs, target)``, not augmented; several such loaders, in a list or a
+            dict, are read one after another. By default the ``calibration_dataloader()`` of the datamodule or the
+            module, else the validation loader, with a warning.
         solver: See :func:`~lightning_clamp.fit_clamp`.
         task: ``"multiclass"`` (softmax) or ``"binary"`` (one logit, sigmoid).
         ignore_index: Target value of positions to leave out.
+        batch_keys: Which entries of a batch are input and target, where it is no pair: ``("image", "label")``,
+            ``(0, 2)``, or ``(["input_ids", "attention_mask"], "labels")``; see :func:`~lightning_clamp.fit_clamp`.
+        perturb_at: Name of the submodule at whose input δ is added, such as the one that is fed a language model's
+            embeddings; see :func:`~lightning_clamp.fit_clamp`.
         save: Whether to save ``…-calibrated.ckpt``.
         dirpath: Folder to save in; by default the one the Trainer's ``ModelCheckpoint`` saves in, and nothing is saved
             where there is none.
@@ -65,6 +70,8 @@ class NeuralClamping(Callback):
         solver: Solver = "scoring",
         task: Task = "multiclass",
         ignore_index: int | None = None,
+        batch_keys: BatchKeys | None = None,
+        perturb_at: str | None = None,
         save: bool = True,
         dirpath: str | os.PathLike[str] | None = None,
         weights: Weights = "last",
@@ -74,6 +81,7 @@ class NeuralClamping(Callback):
         **options: Any,
     ) -> None:
         check_options(solver, task, options)
+        check_batch_keys(batch_keys)
         if on_error not in ("warn", "raise"):
             raise ValueError(f"`on_error` must be 'warn' or 'raise', got {on_error!r}.")
         if weights not in ("last", "best"):
@@ -84,6 +92,8 @@ class NeuralClamping(Callback):
         self.solver: Solver = solver
         self.task: Task = task
         self.ignore_index = ignore_index
+        self.batch_keys = batch_keys
+        self.perturb_at = perturb_at
         self.save = save
         self.dirpath = dirpath
         self.weights: Weights = weights
@@ -91,14 +101,14 @@ class NeuralClamping(Callback):
         self.cache_bytes = cache_bytes
         self.on_error = on_error
         self.options = options
-        self._result: CalibrationResult | None = None
         self._path: str | None = None
         self._calibrated: Calibrated | None = None
         self._mailbox = Mailbox()
         self._batches: CalibrationBatches | None = None
         self._module: LightningModule | None = None
         self._hooks: ClampHooks | None = None
-        self._ended = False
+        # Whether the training of this fit came to its end, and whether its calibration did.
+        self._ended = self._done = False
 
     @property
     def state_key(self) -> str:
@@ -107,9 +117,9 @@ class NeuralClamping(Callback):
 
     @property
     def result(self) -> CalibrationResult | None:
-        """The :class:`~lightning_clamp.CalibrationResult` of the last fit; None before and after a failure."""
+        """What the last calibration did, or that of the checkpoint that was loaded; None before, and if it failed."""
         self._read_mail()
-        return self._result
+        return None if self._calibrated is None else self._calibrated.result
 
     @property
     def checkpoint_path(self) -> str | None:
@@ -131,7 +141,7 @@ class NeuralClamping(Callback):
             raise RuntimeError(
                 "The model was trained in other processes and this callback never saw it: use "
                 f"CalibrationModule.from_checkpoint({self._path!r}, YourModule), or CalibrationModule(model, "
-                "callback.result.clamp)."
+                "callback.result.clamp, ...)."
             )
         saved = self._calibrated
         network = copy.deepcopy(self._module)
@@ -144,15 +154,12 @@ class NeuralClamping(Callback):
                 "The model's weights are no longer the calibrated ones (another checkpoint was loaded, or it was "
                 "trained on), and those were not saved: give the Trainer a ModelCheckpoint, or the callback a dirpath."
             )
-        clamp = copy.deepcopy(saved.clamp).to(network.device)
-        module = CalibrationModule(network, clamp, task=saved.task, ignore_index=saved.ignore_index)
-        module.result = self._result
-        return module
+        return CalibrationModule.of(network, copy.deepcopy(saved))
 
     def _read_mail(self) -> None:
         """Take over what worker processes left, where the Trainer started some."""
         if (outcome := self._mailbox.receive()) is not None:
-            self._result, self._calibrated, self._path = outcome
+            self._calibrated, self._path = outcome
 
     # Fit
 
@@ -191,8 +198,8 @@ class NeuralClamping(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget that an earlier fit ended."""
-        self._ended = False
-        self._batches = self._result = None
+        self._ended = self._done = False
+        self._batches = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that there is a calibration set that can be read, before training time is spent."""
@@ -209,12 +216,14 @@ class NeuralClamping(Callback):
                 "`calibration_dataloader` for confidences that owe it nothing."
             )
         warn_if_training_data(source.loader, trainer)
-        return CalibrationBatches(source, trainer, pl_module, ranks_of(trainer))
+        if self.perturb_at is not None:
+            submodule(pl_module, self.perturb_at)
+        return CalibrationBatches(source, trainer, pl_module, ranks_of(trainer), self.batch_keys)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Calibrate, report and save; a failure is reported and never loses the finished training."""
         self._ended = True
-        self._result = self._calibrated = self._path = None
+        self._calibrated = self._path = None
         with (
             self._failures_reported(),
             weights_of(self.weights, trainer, pl_module, ranks_of(trainer)) as moment,
@@ -231,7 +240,9 @@ class NeuralClamping(Callback):
             if self.on_error == "raise":
                 raise
             state = (
-                "stays uncalibrated" if self._result is None else "is calibrated, but not all of it is saved and logged"
+                "stays uncalibrated"
+                if self._calibrated is None
+                else "is calibrated, but not all of it is saved and logged"
             )
             rank_zero_warn(f"NeuralClamping failed: the model {state}. {type(error).__name__}: {error}")
 
@@ -250,10 +261,12 @@ class NeuralClamping(Callback):
             solver=self.solver,
             task=self.task,
             ignore_index=self.ignore_index,
+            batch_keys=self.batch_keys,
+            perturb_at=self.perturb_at,
             cache_bytes=self.cache_bytes,
             **self.options,
         )
-        self._result, self._calibrated, _ = outcome
+        self._done, self._calibrated = True, outcome.calibrated
         return outcome
 
     def _path_for(self, trainer: Trainer, moment: Moment) -> str | None:
@@ -277,7 +290,7 @@ class NeuralClamping(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook behind, and say that an interrupted training was not calibrated."""
         self._remove_hooks()
-        if trainer.state.fn == "fit" and self._result is None:
+        if trainer.state.fn == "fit" and not self._done:
             rank_zero_info(
                 f"The fit stopped with {type(exception).__name__}: the model was not calibrated. To calibrate what was "
                 "trained so far: lightning_clamp.calibrate(Trainer(), model, calibration_dataloader)."
@@ -300,8 +313,8 @@ class NeuralClamping(Callback):
         self._read_mail()
         if self.other_weights == "refit" and not self._belongs(trainer, pl_module):
             with self._failures_reported():
-                self._result = self._calibrated = self._path = None
-                rank_zero_info(table(self._calibrate(trainer, pl_module).result))
+                self._calibrated = self._path = None
+                rank_zero_info(table(self._calibrate(trainer, pl_module).calibrated.result))
         if self._calibrated is None:
             rank_zero_warn("NeuralClamping has calibrated nothing yet: these are the outputs of the bare model.")
         elif not self._belongs(trainer, pl_module):
@@ -311,7 +324,8 @@ class NeuralClamping(Callback):
                 "calibrate them."
             )
         elif not self._calibrated.clamp.is_identity:
-            self._hooks = ClampHooks(pl_module, copy.deepcopy(self._calibrated.clamp).to(pl_module.device))
+            clamp = copy.deepcopy(self._calibrated.clamp).to(pl_module.device)
+            self._hooks = ClampHooks(pl_module, clamp, self._calibrated.perturb_at)
 
     def _belongs(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         """Whether the clamp was fitted to these weights: those of the first rank, as when they were calibrated."""

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_clamp._rows import Task
-from lightning_clamp.clamping import Clamp
+from lightning_clamp.clamping import BatchKeys, CalibrationResult, Clamp
 
 FORMAT = 1
 # Key of the callback's state in every checkpoint, this one and Lightning's own.
@@ -29,20 +29,25 @@ class Calibrated(NamedTuple):
     """What a calibration leaves behind, and what it belongs to.
 
     Attributes:
-        clamp: The clamp.
+        result: What was done; the clamp is part of it.
         fingerprint: :func:`fingerprint` of the network it was fitted to.
         task: How the logits are read.
         ignore_index: Target value left out.
-        before: Metrics on the calibration set without the clamp.
-        after: The same with it.
+        batch_keys: Which entries of a batch are input and target.
+        perturb_at: The submodule at whose input the perturbation is added; None for the network's own.
     """
 
-    clamp: Clamp
+    result: CalibrationResult
     fingerprint: str
-    task: Task
-    ignore_index: int | None
-    before: dict[str, float]
-    after: dict[str, float]
+    task: Task = "multiclass"
+    ignore_index: int | None = None
+    batch_keys: BatchKeys | None = None
+    perturb_at: str | None = None
+
+    @property
+    def clamp(self) -> Clamp:
+        """The clamp."""
+        return self.result.clamp
 
 
 def fingerprint(network: nn.Module) -> str:
@@ -57,8 +62,7 @@ def fingerprint(network: nn.Module) -> str:
 
 def to_state(calibrated: Calibrated) -> dict[str, Any]:
     """A plain dict that ``weights_only=True`` loads."""
-    clamp = {name: tensor.cpu() for name, tensor in calibrated.clamp.state_dict().items()}
-    return {**calibrated._asdict(), "format": FORMAT, "clamp": clamp}
+    return {**calibrated._asdict(), "format": FORMAT, "result": calibrated.result.to_state()}
 
 
 def from_state(state: Mapping[str, Any]) -> Calibrated:
@@ -68,8 +72,8 @@ def from_state(state: Mapping[str, Any]) -> Calibrated:
             f"The saved clamp has format {state.get('format')!r}, and this version reads format {FORMAT}: "
             "use the version of lightning_clamp that wrote it."
         )
-    fields = {name: state[name] for name in Calibrated._fields}
-    return Calibrated(**{**fields, "clamp": Clamp.from_state(state["clamp"])})
+    kept = {name: state[name] for name in Calibrated._fields}
+    return Calibrated(**{**kept, "result": CalibrationResult.from_state(state["result"])})
 
 
 def calibrated_checkpoint(module: LightningModule, calibrated: Calibrated, epoch: int, step: int) -> dict[str, Any]:
@@ -169,7 +173,9 @@ def read_safely(path: str | os.PathLike[str]) -> Any:
     """``torch.load`` to the CPU, of tensors and plain values only; errors as in :func:`read_calibrated`."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+    except FileNotFoundError:
+        raise
+    except (pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
         raise ValueError(
             f"{os.fspath(path)!r} is damaged, or no checkpoint that can be loaded safely: "
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"

@@ -1,16 +1,16 @@
 """Which loader is the calibration set, and its batches as the Trainer hands them out."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, NamedTuple
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch.utils.data import Subset
+from torch.utils.data import DataLoader, Subset
 
-from lightning_clamp.clamping import MIN_SAMPLES, Ranks, as_pair, kept_random_state
+from lightning_clamp.clamping import MIN_SAMPLES, BatchKeys, Ranks, as_pair, kept_random_state
 from lightning_clamp.shards import Shard
 
 _HOOK = "calibration_dataloader"
@@ -62,6 +62,16 @@ def find_calibration_set(trainer: Trainer, module: LightningModule, given: Any) 
     return CalibrationSource(loader, None if limit == float("inf") else int(limit), is_validation=True)
 
 
+def loaders_of(given: Any) -> list[Any]:
+    """The loaders that a calibration set consists of: several in a list, a dict or a CombinedLoader, else the one."""
+    if isinstance(given, CombinedLoader):
+        return list(given.flattened)
+    several = list(given.values()) if isinstance(given, Mapping) else given
+    if isinstance(several, list | tuple) and several and all(isinstance(part, DataLoader) for part in several):
+        return list(several)
+    return [given]
+
+
 def given_calibration_set(given: Any) -> CalibrationSource:
     """The calibration set of a loader, or of a datamodule that has been set up."""
     if not isinstance(given, LightningDataModule):
@@ -79,8 +89,8 @@ def _only(loaders: Any) -> Any:
         (loaders,) = loaders
     if isinstance(loaders, list | tuple):
         raise MisconfigurationException(
-            f"There are {len(loaders)} validation loaders, and which is the calibration set? Pass one as the "
-            "calibration_dataloader."
+            f"There are {len(loaders)} validation loaders, and which is the calibration set? Pass one, or a list of "
+            "them, as the calibration_dataloader."
         )
     return loaders
 
@@ -100,18 +110,19 @@ def owner_of(
 
 def warn_if_training_data(loader: Any, trainer: Trainer) -> None:
     """Warn if the calibration set is, or overlaps with, the training set."""
-    calibration, training = (_dataset(part) for part in (loader, trainer.train_dataloader))
-    if calibration is None or training is None:
-        return
-    if calibration is training:
-        shared = "is the training set itself"
-    elif overlap := _overlap(calibration, training):
-        shared = f"shares {overlap} samples with the training set"
-    else:
-        return
-    rank_zero_warn(
-        f"The calibration set {shared}: confidences will be fitted to memory. Hold some data out for calibration."
-    )
+    training = _dataset(trainer.train_dataloader)
+    for calibration in map(_dataset, loaders_of(loader)):
+        if calibration is None or training is None:
+            continue
+        if calibration is training:
+            shared = "is the training set itself"
+        elif overlap := _overlap(calibration, training):
+            shared = f"shares {overlap} samples with the training set"
+        else:
+            continue
+        rank_zero_warn(
+            f"The calibration set {shared}: confidences will be fitted to memory. Hold some data out for calibration."
+        )
 
 
 def _dataset(loader: Any) -> Any:
@@ -130,46 +141,61 @@ class CalibrationBatches:
     Reads the first batch, so that a set that cannot be used is refused before training and not after.
 
     Raises:
-        MisconfigurationException: If the set cannot be iterated again and again, is empty, or yields no pairs.
+        MisconfigurationException: If the set cannot be iterated again and again, is empty, or its batches are not what
+            ``batch_keys`` says.
     """
 
-    def __init__(self, source: CalibrationSource, trainer: Trainer, module: LightningModule, ranks: Ranks) -> None:
-        if not isinstance(source.loader, Iterable) or isinstance(source.loader, Iterator):
-            raise MisconfigurationException(
-                f"The calibration set must be a DataLoader or a list of batches, got {type(source.loader).__name__}."
-            )
+    def __init__(
+        self,
+        source: CalibrationSource,
+        trainer: Trainer,
+        module: LightningModule,
+        ranks: Ranks,
+        batch_keys: BatchKeys | None = None,
+    ) -> None:
+        loaders = loaders_of(source.loader)
+        for loader in loaders:
+            if not isinstance(loader, Iterable) or isinstance(loader, Iterator):
+                raise MisconfigurationException(
+                    f"The calibration set must be a DataLoader or a list of batches, got {type(loader).__name__}."
+                )
         self.limit = source.limit
         self.trainer = trainer
         self.module = module
+        self.batch_keys = batch_keys
         with kept_random_state():
-            self.shard = Shard(source.loader, ranks)
+            self.shards = [Shard(loader, ranks) for loader in loaders]
             self._check(ranks)
 
     @property
     def n_batches(self) -> int | None:
         """Number of batches; None for loaders that do not know it."""
-        length = self.shard.n_batches
-        return length if self.limit is None or length is None else min(self.limit, length)
+        lengths = [shard.n_batches for shard in self.shards]
+        known = [length for length in lengths if length is not None]
+        if len(known) < len(lengths):
+            return None
+        return sum(known) if self.limit is None else min(self.limit, sum(known))
 
     def __iter__(self) -> Iterator[Any]:
         """Yield the batches, on the device."""
-        return (self._transferred(batch) for batch in islice(self.shard, self.limit))
+        batches = ((batch, index) for index, shard in enumerate(self.shards) for batch in shard)
+        return (self._transferred(batch, index) for batch, index in islice(batches, self.limit))
 
-    def _transferred(self, batch: Any) -> Any:
+    def _transferred(self, batch: Any, index: int) -> Any:
         batch = self.trainer.precision_plugin.convert_input(batch)
         owner = owner_of("on_before_batch_transfer", _datamodule(self.trainer), self.module)
-        batch = owner.on_before_batch_transfer(batch, 0)
-        return self.trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        batch = owner.on_before_batch_transfer(batch, index)
+        return self.trainer.strategy.batch_to_device(batch, dataloader_idx=index)
 
     def _check(self, ranks: Ranks) -> None:
-        found = self.shard.first is not None
+        firsts = [(shard.first, index) for index, shard in enumerate(self.shards) if shard.first is not None]
         with ranks.agreeing():
             try:
-                if found:
-                    as_pair(self._transferred(self.shard.first))
+                for batch, index in firsts:
+                    as_pair(self._transferred(batch, index), self.batch_keys)
             except TypeError as error:
                 raise MisconfigurationException(f"NeuralClamping cannot use the calibration set. {error}") from error
-        if not any(ranks.gather(found)):
+        if not any(ranks.gather(bool(firsts))):
             raise MisconfigurationException(
                 "The calibration set is empty: pass a loader that yields at least one batch."
             )

@@ -1,5 +1,8 @@
 """What the Trainer runs on: which strategies a calibration can use, and the ranks it has there."""
 
+import atexit
+import multiprocessing
+
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
@@ -36,6 +39,22 @@ def check_float64(trainer: Trainer) -> None:
             "NeuralClamping sums in float64, which MPS does not have: use Trainer(accelerator='cpu'), or train without "
             "it and run lightning_clamp.calibrate(Trainer(accelerator='cpu'), model, calibration_dataloader)."
         )
+
+
+def take_group_down_at_exit() -> None:
+    """Let a process that Lightning spawned end in order, once it has something to leave behind.
+
+    One that exits with gloo's threads running is aborted now and then ("terminate called without an active exception"),
+    and the parent then raises after all was done. Lightning takes the group down at exit for NCCL alone.
+    """
+    if multiprocessing.parent_process() is not None:
+        atexit.unregister(_take_group_down)
+        atexit.register(_take_group_down)
+
+
+def _take_group_down() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def ranks_of(trainer: Trainer) -> Ranks:

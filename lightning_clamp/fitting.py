@@ -4,13 +4,13 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_clamp._rows import Task
 from lightning_clamp.checkpoint import Calibrated, calibrated_checkpoint, fingerprint, save
-from lightning_clamp.clamping import fit_clamp
+from lightning_clamp.clamping import BatchKeys, fit_clamp
 from lightning_clamp.data import CalibrationBatches
-from lightning_clamp.devices import ranks_of
+from lightning_clamp.devices import ranks_of, take_group_down_at_exit
 from lightning_clamp.mailbox import Mailbox, Outcome
 from lightning_clamp.progress import shown_progress
 from lightning_clamp.report import log_result, table
@@ -24,9 +24,12 @@ def fit_in_trainer(
     *,
     task: Task,
     ignore_index: int | None,
+    batch_keys: BatchKeys | None,
+    perturb_at: str | None,
     **options: Any,
 ) -> Outcome:
     """:func:`~lightning_clamp.fit_clamp` of a module of a running Trainer, on all ranks."""
+    take_group_down_at_exit()
     ranks, stage = ranks_of(trainer), trainer.state.stage
     # Transfer hooks that augment ask whether the Trainer is training; these batches are for measuring.
     trainer.validating = True
@@ -37,6 +40,8 @@ def fit_in_trainer(
                 batches,
                 task=task,
                 ignore_index=ignore_index,
+                batch_keys=batch_keys,
+                perturb_at=perturb_at,
                 progress=progress,
                 process_group=ranks.group,
                 **options,
@@ -45,15 +50,15 @@ def fit_in_trainer(
         trainer.state.stage = stage
     # Statistics of a batch normalisation differ from rank to rank; the first rank's are calibrated, and saved.
     belongs_to = ranks.gather(fingerprint(module))[0]
-    calibrated = Calibrated(result.clamp, belongs_to, task, ignore_index, dict(result.before), dict(result.after))
-    return Outcome(result, calibrated, None)
+    return Outcome(Calibrated(result, belongs_to, task, ignore_index, batch_keys, perturb_at), None)
 
 
 def publish(
     trainer: Trainer, module: LightningModule, outcome: Outcome, path: str | None, moment: Moment, mailbox: Mailbox
 ) -> Outcome:
     """Show the outcome, save it (None for nowhere), post it to the process that started this one, and log it."""
-    rank_zero_info(table(outcome.result))
+    result = outcome.calibrated.result
+    rank_zero_info(table(result))
     if path is not None:
         with ranks_of(trainer).agreeing():
             # All ranks take part in making it: a module's own hook may want that.
@@ -64,7 +69,7 @@ def publish(
         rank_zero_info(f"saved: {path}")
     if trainer.local_rank == 0:
         mailbox.send(outcome)
-    log_result(trainer, outcome.result)
+    log_result(trainer, result)
     return outcome
 
 
@@ -76,8 +81,11 @@ class TrainedNetwork(nn.Module):
         self.module = module
         self.precision = trainer.precision_plugin
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Logits as the module's own steps would see them."""
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The output as the module's own steps would see it."""
         with self.precision.forward_context():
-            logits: Tensor = self.module(inputs)
-        return logits
+            return self.module(*args, **kwargs)
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """A submodule by the name that it has in the user's module."""
+        return self.module.get_submodule(target)

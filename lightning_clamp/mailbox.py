@@ -6,24 +6,17 @@ import tempfile
 from typing import Any, NamedTuple
 from uuid import uuid4
 
-import torch
-
-from lightning_clamp.checkpoint import Calibrated, from_state, to_state, write_atomically
-from lightning_clamp.clamping import CalibrationResult, Candidate, Clamp
-from lightning_clamp.metrics import ReliabilityCurve
-from lightning_clamp.metrics.bootstrap import Interval
+from lightning_clamp.checkpoint import Calibrated, from_state, read_safely, to_state, write_atomically
 
 
 class Outcome(NamedTuple):
     """What a calibration leaves in the process that ran it.
 
     Attributes:
-        result: What was done.
-        calibrated: What is kept of it.
+        calibrated: What was done, and what it belongs to.
         path: The saved checkpoint, None for none.
     """
 
-    result: CalibrationResult
     calibrated: Calibrated
     path: str | None
 
@@ -41,15 +34,13 @@ class Mailbox:
     def send(self, outcome: Outcome) -> None:
         """Leave it for the parent, in a child process; elsewhere there is nobody to leave it for."""
         if os.getpid() != self._home and multiprocessing.parent_process() is not None:
-            write_atomically({**outcome._asdict(), "calibrated": to_state(outcome.calibrated)}, self._path)
+            write_atomically({"calibrated": to_state(outcome.calibrated), "path": outcome.path}, self._path)
 
     def receive(self) -> Outcome | None:
         """What was left, None for nothing. At home it is taken out; children only look."""
         if not os.path.exists(self._path):
             return None
-        # Still nothing is executed: these are the classes that a result consists of.
-        with torch.serialization.safe_globals([CalibrationResult, Candidate, Clamp, Interval, ReliabilityCurve]):
-            content: dict[str, Any] = torch.load(self._path, map_location="cpu", weights_only=True)
+        content: dict[str, Any] = read_safely(self._path)
         if os.getpid() == self._home:
             os.remove(self._path)
-        return Outcome(content["result"], from_state(content["calibrated"]), content["path"])
+        return Outcome(from_state(content["calibrated"]), content["path"])

@@ -1,16 +1,35 @@
 """The calibrated model: a frozen network with its clamp, as a LightningModule of its own."""
 
 import os
-from typing import Any
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torchmetrics import Metric, MetricCollection
 
+from lightning_clamp import export
 from lightning_clamp._rows import Task
-from lightning_clamp.checkpoint import read_calibrated
-from lightning_clamp.clamping import CalibrationResult, Clamp, as_pair
+from lightning_clamp.checkpoint import Calibrated, read_calibrated
+from lightning_clamp.clamping import (
+    BatchKeys,
+    CalibrationResult,
+    Clamp,
+    Inputs,
+    as_pair,
+    call,
+    check_batch_keys,
+    input_of,
+    logits_of,
+    one_changed,
+)
+from lightning_clamp.hooks import Perturbing
+
+if TYPE_CHECKING:
+    from torch.onnx import ONNXProgram
 from lightning_clamp.metrics import Accuracy, ExpectedCalibrationError, NegativeLogLikelihood
 
 
@@ -25,19 +44,34 @@ class CalibrationModule(LightningModule):
         clamp: What was fitted to it.
         task: ``"multiclass"`` or ``"binary"``; what the metrics and :meth:`predict_proba` take the logits for.
         ignore_index: Target value that the metrics leave out.
+        batch_keys: Which entries of a batch are input and target, as in :func:`~lightning_clamp.fit_clamp`.
+        perturb_at: Submodule at whose input the perturbation is added. A hook does it, which stays on that submodule:
+            wrap a network once.
 
     Attributes:
-        result: What the calibration did, where it was done in this process; None for a module that was loaded.
+        result: What the calibration did; None for a module that was put together by hand.
     """
 
     def __init__(
-        self, network: nn.Module, clamp: Clamp, *, task: Task = "multiclass", ignore_index: int | None = None
+        self,
+        network: nn.Module,
+        clamp: Clamp,
+        *,
+        task: Task = "multiclass",
+        ignore_index: int | None = None,
+        batch_keys: BatchKeys | None = None,
+        perturb_at: str | None = None,
     ) -> None:
         super().__init__()
         self.network = network.requires_grad_(False)
         self.clamp = clamp
         self.task: Task = task
         self.ignore_index = ignore_index
+        check_batch_keys(batch_keys)
+        self.batch_keys = batch_keys
+        self.perturb_at = perturb_at
+        if perturb_at is not None and clamp.perturbation is not None:
+            Perturbing.install(self.network, self.clamp, perturb_at)
         self.result: CalibrationResult | None = None
         options: dict[str, Any] = {"task": task, "ignore_index": ignore_index}
         metrics: dict[str, Metric | MetricCollection] = {
@@ -48,6 +82,20 @@ class CalibrationModule(LightningModule):
         # The prefix is our own: a Trainer refuses a second module that logs a known name in another way.
         self.metrics = MetricCollection(metrics, prefix="calibrated/")
         self.eval()
+
+    @classmethod
+    def of(cls, network: LightningModule, calibrated: Calibrated) -> "CalibrationModule":
+        """Put a network together with what was fitted to it."""
+        module = cls(
+            network,
+            calibrated.clamp,
+            task=calibrated.task,
+            ignore_index=calibrated.ignore_index,
+            batch_keys=calibrated.batch_keys,
+            perturb_at=calibrated.perturb_at,
+        )
+        module.result = calibrated.result
+        return module.to(network.device)
 
     @classmethod
     def from_checkpoint(
@@ -81,31 +129,64 @@ class CalibrationModule(LightningModule):
                 f"{network_class.__name__} could not be built from {os.fspath(path)!r} ({error}): pass its arguments "
                 "to from_checkpoint, or call self.save_hyperparameters() in its __init__ before training."
             ) from error
-        module = cls(network, saved.clamp, task=saved.task, ignore_index=saved.ignore_index)
-        return module.to(network.device)
+        return cls.of(network, saved)
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Calibrated logits, of the network's shape, at least float32."""
-        logits: Tensor = self.clamp.scale(self.network(self.clamp.perturb(inputs)))
+    def forward(self, inputs: Inputs) -> Tensor:
+        """Calibrated logits, of the network's shape, at least float32; a dict is the network's keyword arguments."""
+        # Read first, also where a hook adds it, so that torch.compile knows whether there is a perturbation: hooks it
+        # takes no notice of.
+        if self.clamp.perturbation is not None and self.perturb_at is None:
+            inputs = one_changed(inputs, self.clamp.perturb)
+        logits: Tensor = self.clamp.scale(logits_of(call(self.network, inputs)))
         return logits
 
-    def predict_proba(self, inputs: Tensor) -> Tensor:
+    def predict_proba(self, inputs: Inputs) -> Tensor:
         """Calibrated probabilities: a softmax over axis 1, or for a one-logit head the sigmoid."""
         logits = self(inputs)
         return torch.sigmoid(logits) if self.task == "binary" else logits.softmax(1)
+
+    def to_exported_program(self, example: Any = None, **options: Any) -> ExportedProgram:
+        """Capture this module for use without this package; see :func:`.export.to_exported_program`."""
+        return export.to_exported_program(self, example, **options)
+
+    def to_onnx(
+        self, file_path: str | Path | BytesIO | None = None, input_sample: Any = None, **kwargs: Any
+    ) -> "ONNXProgram | None":
+        """Write this module as ONNX, for batches of any size; see :func:`.export.to_onnx`."""
+        return export.to_onnx(self, file_path, input_sample, **kwargs)
+
+    def to_torchscript(
+        self, file_path: Any = None, method: str | None = "trace", example_inputs: Any = None, **kwargs: Any
+    ) -> Any:
+        """As Lightning's, which calls it deprecated; by tracing alone.
+
+        Raises:
+            ValueError: If asked for anything but ``method="trace"``.
+        """
+        if method != "trace":
+            raise ValueError(f"A clamp is no TorchScript: use method='trace' or to_exported_program, got {method!r}.")
+        return super().to_torchscript(file_path, method, example_inputs, **kwargs)
+
+    def folded(self, example: Any = None) -> export.Folded:
+        """The network with the output map in the weights of its last layer; see :func:`.export.fold`."""
+        return export.fold(self, example)
 
     def train(self, mode: bool = True) -> "CalibrationModule":
         """Stay in eval mode: the clamp belongs to the network as it was calibrated."""
         super().train(False)
         return self
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Update and log the metrics of a batch ``(inputs, target)``."""
-        inputs, target = as_pair(batch)
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Update and log the metrics of a batch ``(inputs, target)``, or with the entries that ``batch_keys`` names."""
+        inputs, target = as_pair(batch, self.batch_keys)
         self.metrics.update(self(inputs), target)
-        self.log_dict(self.metrics, on_step=False, on_epoch=True, batch_size=len(inputs))
+        self.log_dict(self.metrics, on_step=False, on_epoch=True, batch_size=len(target))
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Calibrated logits of a batch of inputs, or of ``(inputs, …)``."""
-        logits: Tensor = self(batch[0] if isinstance(batch, tuple | list) else batch)
+        """Calibrated logits of a batch of inputs, of ``(inputs, …)``, or of the entries that ``batch_keys`` names."""
+        if self.batch_keys is not None and not isinstance(batch, Tensor):
+            batch = input_of(batch, self.batch_keys)
+        elif isinstance(batch, tuple | list):
+            batch = batch[0]
+        logits: Tensor = self(batch)
         return logits

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_clamp._rows import Task
-from lightning_clamp.clamping import Solver, check_options
+from lightning_clamp.clamping import BatchKeys, Solver, check_batch_keys, check_options
 from lightning_clamp.data import CalibrationBatches, given_calibration_set, owner_of
 from lightning_clamp.devices import check_float64, check_strategy, ranks_of
 from lightning_clamp.fitting import fit_in_trainer, publish
@@ -27,6 +27,8 @@ def calibrate(
     solver: Solver = "scoring",
     task: Task = "multiclass",
     ignore_index: int | None = None,
+    batch_keys: BatchKeys | None = None,
+    perturb_at: str | None = None,
     cache_bytes: int = 2**28,
     save_to: str | os.PathLike[str] | None = None,
     **options: Any,
@@ -39,11 +41,15 @@ def calibrate(
     Args:
         trainer: Any Trainer that has the whole network on every device: one device, or ``strategy="ddp"``.
         model: Whose ``forward`` returns logits, with the weights to calibrate.
-        dataloader_or_datamodule: Held-out pairs ``(inputs, target)``, not augmented; or a datamodule, of which the
-            ``calibration_dataloader()`` is taken after ``setup("fit")``, or for want of it the validation loader.
+        dataloader_or_datamodule: Held-out pairs ``(inputs, target)``, not augmented, or a list or dict of several such
+            loaders; or a datamodule, of which the ``calibration_dataloader()`` is taken after ``setup("fit")``, or for
+            want of it the validation loader.
         solver: See :func:`~lightning_clamp.fit_clamp`.
         task: ``"multiclass"`` (softmax) or ``"binary"`` (one logit, sigmoid).
         ignore_index: Target value of positions to leave out.
+        batch_keys: Which entries of a batch are input and target, where it is no pair; see
+            :func:`~lightning_clamp.fit_clamp`.
+        perturb_at: Submodule at whose input δ is added; see :func:`~lightning_clamp.fit_clamp`.
         cache_bytes: Logits of a pass are kept up to this size on every rank; beyond it they are recomputed.
         save_to: File to save the calibrated model in, for :meth:`.CalibrationModule.from_checkpoint`.
         **options: Of the solver; see :func:`~lightning_clamp.fit_clamp`.
@@ -63,19 +69,16 @@ def calibrate(
     check_strategy(trainer)
     check_float64(trainer)
     check_options(solver, task, options, n_ranks=trainer.world_size)
-    run = _Run(
-        copy.deepcopy(model),
-        dataloader_or_datamodule,
-        {"solver": solver, "task": task, "ignore_index": ignore_index, "cache_bytes": cache_bytes, **options},
-        None if save_to is None else os.fspath(save_to),
-    )
+    check_batch_keys(batch_keys)
+    options |= {"solver": solver, "task": task, "ignore_index": ignore_index, "cache_bytes": cache_bytes}
+    options |= {"batch_keys": batch_keys, "perturb_at": perturb_at}
+    save_path = None if save_to is None else os.fspath(save_to)
+    run = _Run(copy.deepcopy(model), dataloader_or_datamodule, options, save_path)
     trainer.validate(run, dataloaders=[_NoBatches()], verbose=False)
     outcome = run.mailbox.receive() or run.outcome
     if outcome is None:
         raise MisconfigurationException("The Trainer did not validate, and then it calibrates: limit_val_batches=0?")
-    module = CalibrationModule(run.network, outcome.result.clamp, task=task, ignore_index=ignore_index)
-    module.result = outcome.result
-    return module.cpu()
+    return CalibrationModule.of(run.network, outcome.calibrated).cpu()
 
 
 class _NoBatches:
@@ -149,7 +152,7 @@ class _Run(LightningModule):
                 f"{type(self.data).__name__} has no calibration_dataloader(), so its validation set serves, which also "
                 "served to choose the model."
             )
-        batches = CalibrationBatches(source, trainer, self, ranks_of(trainer))
+        batches = CalibrationBatches(source, trainer, self, ranks_of(trainer), self.options["batch_keys"])
         outcome = fit_in_trainer(trainer, self.network, batches, **self.options)
         moment = Moment(trainer.current_epoch, trainer.global_step)
         self.outcome = publish(trainer, self.network, outcome, self.save_to, moment, self.mailbox)

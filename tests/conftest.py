@@ -13,6 +13,9 @@ import torch
 mpl.use("Agg")
 # The tensors here are tiny: threads would only wait for each other, above all on a busy machine.
 torch.set_num_threads(1)
+# Autograd makes its threads at the first backward; if torch.export has run by then, in a way that no forked child can
+# differentiate any more.
+torch.ones(1, requires_grad=True).backward()
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
 

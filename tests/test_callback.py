@@ -271,7 +271,7 @@ def test_without_a_calibration_set_training_does_not_start(tmp_path):
 
 
 UNUSABLE = {
-    "dicts": (pairs(Dicts), r"cannot use the calibration set. .* pair \(inputs, target\), got dict of 2 items"),
+    "dicts": (pairs(Dicts), r"cannot use the calibration set. .* pair \(inputs, target\), got dict of image, label"),
     "inputs alone": (DataLoader(images(50), batch_size=10), r"pair \(inputs, target\), got Tensor"),
     "empty": (pairs(lambda x, y: TensorDataset(x[:0], y[:0])), "The calibration set is empty"),
     "generator": ((batch for batch in [1]), "must be a DataLoader or a list of batches, got generator"),

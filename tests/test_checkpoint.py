@@ -1,4 +1,5 @@
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lightning_clamp import CalibrationModule, Clamp, NeuralClamping
+from lightning_clamp import CalibrationModule, Clamp, NeuralClamping, fit_clamp
 from lightning_clamp.checkpoint import (
     Calibrated,
     calibrated_checkpoint,
@@ -17,13 +18,15 @@ from lightning_clamp.checkpoint import (
     read_calibrated,
     to_state,
 )
-from tests.scenarios import LitClassifier, SmallNet, images, loader
+from tests.scenarios import LitClassifier, SmallNet, batches, images, loader, shifted_images
 from tests.test_callback import train_loader, trainer
 
 
 def calibrated(clamp=None, network=None) -> Calibrated:
     clamp = clamp or Clamp(torch.randn(3, 8, 8), 0.5, torch.randn(4), torch.rand(4))
-    return Calibrated(clamp, fingerprint(network or SmallNet()), "multiclass", None, {"nll": 2.0}, {"nll": 1.0})
+    network, x, y = network or SmallNet(), *shifted_images(200)[1:]
+    result = replace(fit_clamp(SmallNet(2.0), batches(x, y), grids=(1,)), clamp=clamp)
+    return Calibrated(result, fingerprint(network), "multiclass", None, (["a", "b"], 2))
 
 
 @pytest.fixture
@@ -51,7 +54,7 @@ def test_the_saved_file_is_a_checkpoint_of_the_network_and_loads_safely(saved):
     content = torch.load(callback.checkpoint_path, weights_only=True)
     state = content["callbacks"][callback.state_key]
     assert set(state) == {
-        "format", "clamp", "fingerprint", "task", "ignore_index", "before", "after",
+        "format", "result", "fingerprint", "task", "ignore_index", "batch_keys", "perturb_at",
     }  # fmt: skip
     again = LitClassifier.load_from_checkpoint(callback.checkpoint_path, weights_only=True)
     assert fingerprint(again) == fingerprint(model) == state["fingerprint"]
@@ -81,6 +84,11 @@ def test_state_is_plain_and_round_trips(tmp_path):
     torch.save(to_state(first), tmp_path / "state.pt")
     again = from_state(torch.load(tmp_path / "state.pt", weights_only=True))
     assert again[1:] == first[1:]
+    for name in ("before", "after", "change", "candidates", "chosen", "reason", "history", "n_samples", "solver"):
+        assert getattr(again.result, name) == getattr(first.result, name), name
+    for curve, expected in zip(again.result.reliability, first.result.reliability, strict=True):
+        torch.testing.assert_close(curve, expected, rtol=0, atol=0, equal_nan=True)
+    assert again.result.chosen.clamp is again.clamp
     x = torch.randn(5, 4)
     assert torch.equal(again.clamp.scale(x), first.clamp.scale(x))
 

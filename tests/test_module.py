@@ -38,13 +38,6 @@ def test_nothing_in_it_is_trained():
     assert not any(part.training for part in module.train().modules())
 
 
-def test_it_exports_as_one_program():
-    module, x = CalibrationModule(SmallNet(), Clamp(torch.randn(3, 8, 8), 0.4, torch.randn(4))), images(5)
-    batch = torch.export.Dim("batch", min=2)
-    program = torch.export.export(module, (x,), dynamic_shapes={"inputs": {0: batch}})
-    torch.testing.assert_close(program.module()(images(9)), module(images(9)))
-
-
 def test_a_test_batch_that_is_no_pair_is_refused_in_one_sentence(tmp_path):
     module = CalibrationModule(SmallNet(), Clamp())
     data = torch.utils.data.DataLoader(images(20), batch_size=10)

@@ -73,8 +73,8 @@ class Clamp(nn.Module):
         return float(self.log_temperature) == 0.0 and all(part is None for part in parts)
 
     def perturb(self, inputs: Tensor) -> Tensor:
-        """Add the perturbation to every input, shape ``(N, *perturbation.shape)``; the dtype of the input is kept."""
-        if self.perturbation is not None and inputs.shape[1:] != self.perturbation.shape:
+        """Add the perturbation to every input, ``(N, ..., *perturbation.shape)``; the dtype of the input is kept."""
+        if self.perturbation is not None and not _fits(self.perturbation.shape, inputs.shape):
             raise ValueError(
                 f"The clamp was fitted to inputs of shape {tuple(self.perturbation.shape)}, got a batch of shape "
                 f"{tuple(inputs.shape)}: resize the inputs, or fit with grids=() for a clamp that leaves them alone."
@@ -83,7 +83,8 @@ class Clamp(nn.Module):
 
     def scale(self, logits: Tensor) -> Tensor:
         """Map logits ``(N, C, ...)`` (or one-logit outputs of any shape) to calibrated logits, at least float32."""
-        scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        # Not by torch.promote_types, which torch 2.6 puts into exported programs and then cannot load.
+        scores = logits if logits.dtype == torch.float64 else logits.float()
         factor = (-self.log_temperature.to(scores)).exp()
         if self.class_scale is not None:
             factor = factor * _per_class(self.class_scale, scores)
@@ -114,6 +115,11 @@ def _per_class(values: Tensor, logits: Tensor) -> Tensor:
     """Shape one value per class so that it broadcasts along axis 1 of ``logits``."""
     values = values.to(logits)
     return values.reshape(()) if values.numel() == 1 else values.reshape(-1, *[1] * (logits.ndim - 2))
+
+
+def _fits(perturbation: torch.Size, inputs: torch.Size) -> bool:
+    n = len(perturbation)
+    return len(inputs) > n and inputs[len(inputs) - n :] == perturbation
 
 
 def _copied(tensor: Tensor | None) -> Tensor | None:

@@ -3,63 +3,25 @@
 import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from lightning_clamp._rows import TASKS, Task
+from lightning_clamp.clamping.batch import BatchKeys, check_batch_keys
 from lightning_clamp.clamping.clamp import Clamp
 from lightning_clamp.clamping.frozen import frozen, module_of
 from lightning_clamp.clamping.output_map import OUTPUT_MAPS
 from lightning_clamp.clamping.passes import Batches, CalibrationSet, Logits, Network, Progress, summed
 from lightning_clamp.clamping.ranks import Ranks
-from lightning_clamp.clamping.selection import Candidate, Fit, fit_by_scoring
+from lightning_clamp.clamping.result import CalibrationResult, Solver
+from lightning_clamp.clamping.selection import Fit, fit_by_scoring
 from lightning_clamp.clamping.sgd import fit_by_sgd
 from lightning_clamp.clamping.survey import Survey, survey
 from lightning_clamp.clamping.temperature import NO_TEMPERATURE, TemperatureFit, fit_temperature
-from lightning_clamp.metrics.bootstrap import CalibrationScores, Interval, Scores, paired_bootstrap
-from lightning_clamp.metrics.reliability import ReliabilityCurve
-
-Solver: TypeAlias = Literal["scoring", "sgd", "temperature"]
-
-
-@dataclass(frozen=True)
-class CalibrationResult:
-    """What a calibration did.
-
-    Attributes:
-        clamp: The fitted clamp: ``clamp.scale(network(clamp.perturb(x)))`` are calibrated logits.
-        solver: The solver that was run.
-        before: ``nll`` (nats per row), ``ece`` and ``accuracy`` (fractions) on the calibration set, uncalibrated.
-        after: The same with the clamp.
-        change: After minus before of the same, each with its 95 % interval (paired bootstrap over samples). The clamp
-            was fitted to these samples, which flatters it by about (effective parameters) / n in the NLL.
-        reliability: Reliability curves before and after.
-        candidates: Everything that was considered (solver ``"scoring"`` only).
-        chosen: The candidate that was chosen, among them.
-        reason: What was chosen and why, in words.
-        history: NLL and temperature pass by pass, or loss and temperature epoch by epoch.
-        n_samples: Size of the calibration set.
-        passes: Passes over the calibration set, forward only or with a backward to the input.
-        seconds: Time taken, reading the data included.
-    """
-
-    clamp: Clamp
-    solver: Solver
-    before: Mapping[str, float]
-    after: Mapping[str, float]
-    change: Mapping[str, Interval]
-    reliability: tuple[ReliabilityCurve, ReliabilityCurve]
-    candidates: tuple[Candidate, ...]
-    chosen: Candidate | None
-    reason: str
-    history: tuple[dict[str, float], ...]
-    n_samples: int
-    passes: int
-    seconds: float
+from lightning_clamp.metrics.bootstrap import CalibrationScores, Scores, paired_bootstrap
 
 
 def fit_clamp(
@@ -69,6 +31,8 @@ def fit_clamp(
     solver: Solver = "scoring",
     task: Task = "multiclass",
     ignore_index: int | None = None,
+    batch_keys: BatchKeys | None = None,
+    perturb_at: str | None = None,
     cache_bytes: int = 2**28,
     progress: Progress | None = None,
     process_group: ProcessGroup | None = None,
@@ -78,14 +42,22 @@ def fit_clamp(
 
     Args:
         network: Callable from a batch of inputs, ``(N, *shape)``, to logits: ``(N, C)``, dense ``(N, C, ...)``, or one
-            logit per position for ``task="binary"``. An ``nn.Module`` is put in eval mode and frozen meanwhile, its
+            logit per position for ``task="binary"``; or to an object with ``.logits``, or a mapping with ``"logits"``
+            or ``"out"``. An ``nn.Module`` is put in eval mode and frozen meanwhile, its
             flags, buffers and the random state are restored, and batches are moved to its device. Pass the module (or
             one of its methods) and not a lambda around it: what is inside a function cannot be frozen.
-        batches: Re-iterable of pairs ``(inputs, target)``, such as a DataLoader; held-out data, not augmented.
+        batches: Re-iterable of pairs ``(inputs, target)``, such as a DataLoader (or see ``batch_keys``); held-out data,
+            not augmented.
         solver: ``"scoring"`` (smooth perturbations by Fisher scoring and output maps, chosen by a criterion),
             ``"sgd"`` (Neural Clamping as published) or ``"temperature"`` (T alone).
         task: ``"multiclass"`` (softmax) or ``"binary"`` (one logit, sigmoid).
         ignore_index: Target value of positions to leave out.
+        batch_keys: Which entries of a batch are input and target, where batches are no pairs: keys of a mapping, names
+            of attributes, or positions, such as ``("image", "label")`` or ``(0, 2)``. The input may be a list of names:
+            those entries are passed to the network as keyword arguments.
+        perturb_at: Name of the submodule at whose input δ is added, such as the one that is fed a language model's
+            embeddings; it must be called once in a forward. Sequences ``(N, length, features)`` that enter there get
+            one value per feature. None for the network's own input, which must then be one tensor of floats.
         cache_bytes: Logits of a pass are kept up to this size; beyond it they are recomputed.
         progress: Called after every batch with what is being done and how many batches of this pass are done.
         process_group: Ranks that fit one clamp together, such as ``torch.distributed.group.WORLD``: each calls this
@@ -114,9 +86,18 @@ def fit_clamp(
     """
     ranks = Ranks(process_group)
     check_options(solver, task, options, n_ranks=ranks.size)
+    check_batch_keys(batch_keys)
     started = time.perf_counter()
     data = CalibrationSet(
-        network, batches, task=task, ignore_index=ignore_index, cache_bytes=cache_bytes, progress=progress, ranks=ranks
+        network,
+        batches,
+        task=task,
+        ignore_index=ignore_index,
+        batch_keys=batch_keys,
+        perturb_at=perturb_at,
+        cache_bytes=cache_bytes,
+        progress=progress,
+        ranks=ranks,
     )
     with frozen(network):
         if (module := module_of(network)) is not None:

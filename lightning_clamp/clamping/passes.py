@@ -4,19 +4,21 @@ Every number the solvers use is a sum over samples, formed in :func:`summed` alo
 order or the size of the batches, nor on how they are shared out to ranks.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from typing import Protocol, TypeAlias, cast
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from lightning_clamp._rows import Rows, Task, as_rows
+from lightning_clamp.clamping.batch import BatchKeys, Inputs, as_pair, changed, logits_of, n_items
+from lightning_clamp.clamping.entry import Entry
 from lightning_clamp.clamping.frozen import module_of
 from lightning_clamp.clamping.perturbation import shifted
 from lightning_clamp.clamping.ranks import ALONE, Ranks
 
-Network: TypeAlias = Callable[[Tensor], Tensor]
-Batches: TypeAlias = Iterable[Sequence[Tensor]]
+Network: TypeAlias = Callable[..., Any]
+Batches: TypeAlias = Iterable[Any]
 Progress: TypeAlias = Callable[[str, int], None]
 
 
@@ -69,12 +71,18 @@ class CalibrationSet:
 
     Args:
         network: Callable from inputs to logits. Freezing it is the caller's business (:func:`.frozen`).
-        batches: Re-iterable of ``(inputs, target)``.
+        batches: Re-iterable of batches.
+        batch_keys: Which of their entries are input and target; see :func:`~.batch.as_pair`.
+        perturb_at: Submodule at whose input perturbations are added; None for the network's own.
         task: See :func:`lightning_clamp._rows.as_rows`.
         ignore_index: See :func:`lightning_clamp._rows.as_rows`.
         cache_bytes: Logits of a pass are kept in memory up to this size, and recomputed when needed beyond it.
         progress: Called after every batch with what is being done and the number of batches done in this pass.
         ranks: The ranks that share the set; ``batches`` are this one's part, and may be none.
+
+    Raises:
+        TypeError: If ``batches`` can be read once only.
+        ValueError: If there is no such submodule.
     """
 
     def __init__(
@@ -85,6 +93,8 @@ class CalibrationSet:
         task: Task,
         ignore_index: int | None,
         cache_bytes: int,
+        batch_keys: BatchKeys | None = None,
+        perturb_at: str | None = None,
         progress: Progress | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
@@ -92,6 +102,8 @@ class CalibrationSet:
             raise TypeError("`batches` is read several times: pass a DataLoader or a list, not a generator.")
         self.network = network
         self.batches = batches
+        self.batch_keys = batch_keys
+        self.entry = Entry(network, perturb_at)
         self.task: Task = task
         self.ignore_index = ignore_index
         self.cache_bytes = cache_bytes
@@ -101,12 +113,12 @@ class CalibrationSet:
         module = module_of(network)
         self.device = None if module is None else next((p.device for p in module.parameters()), None)
 
-    def read(self, what: str) -> Iterator[tuple[Tensor, Tensor]]:
+    def read(self, what: str) -> Iterator[tuple[Inputs, Tensor]]:
         """One pass over the batches, on the network's device; ``what`` is shown as progress."""
         self.passes += 1
         for index, batch in enumerate(self.batches):
-            inputs, target = as_pair(batch)
-            yield inputs.to(self.device), target.to(self.device)
+            inputs, target = as_pair(batch, self.batch_keys)
+            yield changed(inputs, lambda value: value.to(self.device)), target.to(self.device)
             if self.progress is not None:
                 self.progress(what, index + 1)
 
@@ -114,26 +126,46 @@ class CalibrationSet:
         """Lay one batch out as rows."""
         return as_rows(logits, target, task=self.task, ignore_index=self.ignore_index)
 
-    def call(self, inputs: Tensor) -> Tensor:
-        """Logits of one batch; says what to do if the network does not return a tensor of one row per input."""
-        logits = self.network(inputs)
-        if not isinstance(logits, Tensor):
-            raise TypeError(
-                f"The network must return a tensor of logits, got {type(logits).__name__}: "
-                "wrap it in an nn.Module whose forward returns the logits alone."
-            )
-        if logits.shape[:1] != inputs.shape[:1]:
+    def call(self, inputs: Inputs, perturbation: Tensor | None) -> Tensor:
+        """Logits of one batch, perturbed where perturbations enter."""
+        return self._logits(inputs, lambda value: shifted(value, perturbation))
+
+    def observed(self, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
+        """Logits of one batch, and what a perturbation would be added to; None if there is no one such tensor."""
+        seen: list[Tensor] = []
+
+        def look(value: Tensor) -> Tensor:
+            seen.append(value.detach())
+            return value
+
+        logits = self._logits(inputs, look)
+        return logits, seen[0] if seen else None
+
+    def tracked(self, inputs: Inputs, perturbation: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Logits of one batch, and the perturbed tensor that they can be differentiated in."""
+        moved: list[Tensor] = []
+
+        def track(value: Tensor) -> Tensor:
+            moved.append(shifted(value, perturbation).detach().clone().requires_grad_())
+            return moved[0]
+
+        return self._logits(inputs, track), moved[0]
+
+    def _logits(self, inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Tensor:
+        """Logits of one batch; says what to do if the network does not return one row of them per input."""
+        logits = logits_of(self.entry.run(inputs, change))
+        if len(logits.shape[:1]) == 0 or len(logits) != n_items(inputs):
             raise ValueError(
-                f"The network returned logits of shape {tuple(logits.shape)} for a batch of {len(inputs)} inputs: the "
-                "first axis must be that of the batch (a `squeeze` loses it when a batch has one item)."
+                f"The network returned logits of shape {tuple(logits.shape)} for a batch of {n_items(inputs)} inputs: "
+                "the first axis must be that of the batch (a `squeeze` loses it when a batch has one item)."
             )
         return logits
 
-    def forward(self, perturbation: Tensor | None, what: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """One forward pass without gradients: inputs, logits and target, batch by batch."""
+    def forward(self, perturbation: Tensor | None, what: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """One forward pass without gradients: logits and target, batch by batch."""
         for inputs, target in self.read(what):
             with torch.no_grad():
-                yield inputs, self.call(shifted(inputs, perturbation)), target
+                yield self.call(inputs, perturbation), target
 
 
 class Logits:
@@ -169,27 +201,10 @@ class Logits:
         if self._kept is not None:
             yield from self._kept
         else:
-            for _, logits, target in self.data.forward(self.perturbation, "logits"):
-                yield logits, target
+            yield from self.data.forward(self.perturbation, "logits")
 
     def __iter__(self) -> Iterator[Rows]:
         """Yield the rows batch by batch, logits as float64."""
         for logits, target in self.batches():
             rows = self.data.rows(logits, target)
             yield rows._replace(logits=rows.logits.double())
-
-
-def as_pair(batch: object) -> tuple[Tensor, Tensor]:
-    """Check that a batch is a pair of tensors ``(inputs, target)``."""
-    if not isinstance(batch, tuple | list) or len(batch) != 2:
-        size = f" of {len(batch)} items" if isinstance(batch, Sized) else ""
-        raise TypeError(
-            f"Every batch must be a pair (inputs, target), got {type(batch).__name__}{size}: "
-            "pass a loader that yields pairs."
-        )
-    inputs, target = cast("Sequence[object]", batch)
-    if not isinstance(inputs, Tensor) or not isinstance(target, Tensor):
-        raise TypeError(
-            f"Inputs and target of a batch must be tensors, got {type(inputs).__name__} and {type(target).__name__}."
-        )
-    return inputs, target

@@ -37,8 +37,12 @@ class Grid:
         return (coefficients.reshape(self.channels, -1) @ self.basis.to(coefficients)).reshape(self.shape)
 
     def project(self, gradient: Tensor) -> Tensor:
-        """Gradients in the coefficients, ``(N, n_coefficients)`` float64, from input gradients ``(N, *shape)``."""
-        flat = gradient.reshape(len(gradient), self.channels, -1).double()
+        """Gradients in the coefficients, ``(N, n_coefficients)`` float64, from input gradients ``(N, ..., *shape)``.
+
+        Over axes between, such as the positions of a sequence, they are summed, as the perturbation is the same there.
+        """
+        shared = gradient[:, None].flatten(1, -1 - len(self.shape)).sum(1)
+        flat = shared.reshape(len(gradient), self.channels, -1).double()
         return (flat @ self.basis.to(flat).T).flatten(1)
 
 
@@ -70,7 +74,7 @@ def available_sizes(sizes: Sequence[int], shape: Sequence[int]) -> list[int]:
 
 
 def shifted(inputs: Tensor, perturbation: Tensor | None) -> Tensor:
-    """Add a perturbation ``(*shape)`` to every input ``(N, *shape)``; the dtype of the inputs is kept.
+    """Add a perturbation ``(*shape)`` to every input ``(N, ..., *shape)``; the dtype of the inputs is kept.
 
     Raises:
         TypeError: If there is a perturbation and the inputs are no floats: it would be rounded away.

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_clamp.clamping.batch import Inputs, chunks
 from lightning_clamp.clamping.output_map import MapSpace, map_curvature, map_scores, mapped
 from lightning_clamp.clamping.passes import CalibrationSet, Logits, summed
-from lightning_clamp.clamping.perturbation import Grid, shifted
+from lightning_clamp.clamping.perturbation import Grid
 from lightning_clamp.clamping.quadratic import ScoreSums
 
 # Finite-difference step of the curvature of dense outputs, as a fraction of the root mean square of the inputs: small
@@ -76,11 +77,10 @@ def score_pass(
 
 
 def _input_scores(
-    data: CalibrationSet, inputs: Tensor, target: Tensor, perturbation: Tensor | None, point: Tensor
+    data: CalibrationSet, inputs: Inputs, target: Tensor, perturbation: Tensor | None, point: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits of one batch, the loss's gradient to every input, and every item's score in the map, ``(N, 2C)``."""
-    moved = shifted(inputs, perturbation).detach().clone().requires_grad_()
-    logits = data.call(moved)
+    logits, moved = data.tracked(inputs, perturbation)
     if not logits.requires_grad:
         raise RuntimeError(
             "The network's output carries no gradient to its input (a forward under `no_grad`, `detach` or rounding?): "
@@ -97,7 +97,7 @@ def _input_scores(
 
 def _gauss_newton(
     data: CalibrationSet,
-    inputs: Tensor,
+    inputs: Inputs,
     target: Tensor,
     perturbation: Tensor | None,
     space: MapSpace,
@@ -114,18 +114,18 @@ def _gauss_newton(
     most ``most_columns`` of them, of one item each, are held at once.
     """
     images = [grid.image(unit) for unit in step * torch.eye(grid.n_coefficients, dtype=torch.float64)]
-    p, scale = len(images), point.to(inputs.device).chunk(2)[0]
+    p, scale = len(images), point.to(target.device).chunk(2)[0]
     n = p + space.n_parameters
-    total = torch.zeros(n, n, dtype=torch.float64, device=inputs.device)
+    total = torch.zeros(n, n, dtype=torch.float64, device=target.device)
     with torch.no_grad():
         chunk = max(1, most_columns // (p + 1))
-        for part, labels in zip(torch.split(inputs, chunk), torch.split(target, chunk), strict=True):
-            here = shifted(part, perturbation)
-            rows = data.rows(data.call(here), labels)
+        for part, labels in zip(chunks(inputs, chunk), torch.split(target, chunk), strict=True):
+            rows = data.rows(data.call(part, perturbation), labels)
             logits = rows.logits.double()
             columns = []
             for image in images:
-                there = data.rows(data.call(shifted(here, image)), labels).logits.double()
+                moved = image if perturbation is None else perturbation.cpu() + image
+                there = data.rows(data.call(part, moved), labels).logits.double()
                 columns.append(scale * (there - logits) / step)
             jacobian = torch.stack(columns)  # (p, M, C)
             probs = mapped(logits, point).softmax(1)

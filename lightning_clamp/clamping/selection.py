@@ -221,8 +221,10 @@ def _usable_grids(sizes: Iterable[int], seen: Survey) -> tuple[list[Grid], list[
 
 
 def _inputs_refused(size: int, seen: Survey) -> str:
+    if seen.n_inputs > 1 and seen.shape is None:
+        return "there are several inputs, and perturb_at names no submodule"
     if not seen.float_inputs:
-        return "nothing can be added to integer inputs"
+        return "nothing can be added to integer inputs: perturb_at can name the submodule that is fed the embeddings"
     if seen.shape is None:
         return "the inputs differ in shape"
     if not available_sizes([size], seen.shape):
@@ -374,10 +376,10 @@ def _reason(chosen: Candidate, records: Sequence[Candidate]) -> str:
 
 
 def _left_out(records: Sequence[Candidate]) -> str:
-    """What was not fitted, by the reason for it."""
+    """What was not fitted, by the reason for it; nothing of grids that inputs without height and width cannot have."""
     names: dict[str, list[str]] = {}
     for record in records:
-        if record.note:
+        if record.note and not record.note.endswith("have no such grid"):
             name = f"{record.grid}×{record.grid} grid" if record.grid else record.output
             names.setdefault(record.note, []).append(name)
     parts = [f"{' and '.join(those)} because {note}" for note, those in names.items()]

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from lightning_clamp._rows import Rows
 from lightning_clamp.clamping.clamp import Clamp
 from lightning_clamp.clamping.passes import CalibrationSet, Logits, summed
-from lightning_clamp.clamping.perturbation import shifted
 from lightning_clamp.clamping.selection import Fit
 from lightning_clamp.clamping.survey import Survey
 from lightning_clamp.clamping.temperature import TemperatureFit
@@ -37,7 +36,7 @@ def fit_by_sgd(
     initial: Literal["random", "data-driven"] | Tensor = "random",
     initial_scale: float = 0.001,
     initial_temperature: float = 1.0,
-    augmentation: Callable[[Tensor], Tensor] | None = None,
+    augmentation: Callable[[Any], Any] | None = None,
     seed: int = 0,
 ) -> Fit:
     r"""Minimise ``loss_weight * focal + norm_weight * ‖δ‖₂`` over δ and an unconstrained T, one step per batch.
@@ -70,7 +69,15 @@ def fit_by_sgd(
         Tang, Chen and Ho, "Neural Clamping", TMLR 2024; https://github.com/yungchentang/NCToolkit.
     """
     if seen.shape is None:
-        raise ValueError('The inputs differ in shape, so no one perturbation fits them: use solver="temperature".')
+        raise ValueError(
+            "The inputs differ in shape, or are several tensors, so no one perturbation fits them: name a submodule "
+            'with perturb_at, or use solver="temperature".'
+        )
+    if not seen.float_inputs:
+        raise TypeError(
+            "The inputs are integers, and a perturbation needs floats to be added to: name the submodule that is fed "
+            'the embeddings with perturb_at, or use solver="temperature".'
+        )
     if isinstance(initial, Tensor) and initial.shape != seen.shape:
         raise ValueError(f"`initial` must have the shape of one input, {seen.shape}, got {tuple(initial.shape)}.")
     torch.manual_seed(seed)
@@ -86,8 +93,8 @@ def fit_by_sgd(
         losses = []
         for inputs, target in data.read(f"epoch {epoch + 1}"):
             images = inputs if augmentation is None else augmentation(inputs)
-            moved = shifted(images, F.dropout(perturbation, dropout))
-            rows = data.rows(data.call(moved) / temperature, target)
+            logits = data.call(images, F.dropout(perturbation, dropout))
+            rows = data.rows(logits / temperature, target)
             loss = loss_weight * _loss(rows, gamma) + norm_weight * torch.linalg.vector_norm(perturbation)
             # Not backward(): a network that could not be frozen must not find gradients on its weights.
             perturbation.grad, temperature.grad = torch.autograd.grad(loss, parameters)
@@ -123,9 +130,9 @@ def data_driven_perturbation(data: CalibrationSet, perturbation: Tensor, tempera
 
     def parts() -> Iterator[tuple[Tensor, ...]]:
         for inputs, _ in data.read("data-driven start"):
-            point = shifted(inputs, perturbation).detach().clone().requires_grad_()
-            (gradient,) = torch.autograd.grad((data.call(point) / temperature).sum(), point)
-            yield gradient.sum(0), torch.tensor(float(len(inputs)))
+            logits, point = data.tracked(inputs, perturbation)
+            (gradient,) = torch.autograd.grad((logits / temperature).sum(), point)
+            yield gradient.flatten(0, -1 - perturbation.ndim).sum(0), torch.tensor(float(len(gradient)))
 
     total, count = summed(parts(), [perturbation.shape, ()])
     return (total / float(count)).to(perturbation.dtype)

@@ -1,12 +1,13 @@
 """A first look at the calibration set: one forward pass that counts, checks, and keeps the logits."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_clamp._rows import Rows, is_dense
+from lightning_clamp.clamping.batch import Inputs
 from lightning_clamp.clamping.passes import CalibrationSet, Logits, summed
 from lightning_clamp.clamping.ranks import Ranks
 
@@ -18,16 +19,17 @@ class Survey(NamedTuple):
 
     Attributes:
         logits: The network's unchanged logits.
-        shape: Shape of one input; None if the inputs differ in shape.
+        shape: Shape of a perturbation; None if inputs differ in shape, or there are several and none is named.
         dense: Whether a sample holds several positions (pixels).
         n_samples: Items; the unit in which coefficients are counted against data.
         n_rows: Scored positions; equal to ``n_samples`` for class outputs without ``ignore_index``.
         n_classes: C.
         row_elements: Most logits that one item has.
-        input_scale: Root mean square of the inputs.
-        dtype: Floating dtype of the inputs, or of the logits for integer inputs.
+        n_inputs: Tensors that a batch's input consists of.
+        input_scale: Root mean square of what a perturbation is added to.
+        dtype: Its floating dtype, or that of the logits for integers.
         logit_dtype: Dtype of the network's logits.
-        float_inputs: Whether the inputs are floats, so that something can be added to them.
+        float_inputs: Whether it is of floats, so that something can be added.
     """
 
     logits: Logits
@@ -37,6 +39,7 @@ class Survey(NamedTuple):
     n_rows: int
     n_classes: int
     row_elements: int
+    n_inputs: int
     input_scale: float
     dtype: torch.dtype
     logit_dtype: torch.dtype
@@ -56,7 +59,8 @@ class Survey(NamedTuple):
 class _Kind(NamedTuple):
     """What a batch shows that cannot be added up; see :class:`Survey`."""
 
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] | None
+    n_inputs: int
     n_classes: int
     dense: bool
     row_elements: int
@@ -77,15 +81,17 @@ def survey(data: CalibrationSet) -> Survey:
 
     def parts() -> Iterator[tuple[Tensor, ...]]:
         seen = 0
-        for inputs, logits, target in data.forward(None, "first look"):
+        for inputs, target in data.read("first look"):
+            with torch.no_grad():
+                logits, value = data.observed(inputs)
             rows = data.rows(logits, target)
             _check_values(rows, seen, data.ranks)
             logits_seen.keep(logits, target)
-            seen += len(inputs)
-            kinds.add(_kind(inputs, logits, rows, data))
-            squares = (inputs.double() ** 2).sum()
-            counts = [len(inputs), len(rows.target), inputs.numel(), _outside_simplex(logits, data.task == "binary")]
-            yield squares, torch.tensor(counts, dtype=torch.float64)
+            seen += len(logits)
+            kinds.add(_kind(inputs, value, logits, rows, data))
+            value = logits.new_zeros(0) if value is None else value
+            counts = [len(logits), len(rows.target), value.numel(), _outside_simplex(logits, data.task == "binary")]
+            yield (value.double() ** 2).sum(), torch.tensor(counts, dtype=torch.float64)
 
     squares, counts = summed(parts(), [(), (4,)], data.ranks)
     kinds = set().union(*data.ranks.gather(kinds))
@@ -102,22 +108,32 @@ def survey(data: CalibrationSet) -> Survey:
         n_rows=n_rows,
         n_classes=kind.n_classes,
         row_elements=kind.row_elements,
-        input_scale=(float(squares) / n_values) ** 0.5,
+        n_inputs=kind.n_inputs,
+        input_scale=(float(squares) / max(n_values, 1)) ** 0.5,
         dtype=kind.dtype,
         logit_dtype=kind.logit_dtype,
         float_inputs=kind.float_inputs,
     )
 
 
-def _kind(inputs: Tensor, logits: Tensor, rows: Rows, data: CalibrationSet) -> _Kind:
+def _kind(inputs: Inputs, value: Tensor | None, logits: Tensor, rows: Rows, data: CalibrationSet) -> _Kind:
+    """What a batch shows; ``value`` is what a perturbation would be added to."""
+    of_floats = value is not None and value.is_floating_point()
+    if data.entry.name is not None and not (of_floats and value is not None and len(value) == len(logits)):
+        raise ValueError(
+            f"`perturb_at` names {data.entry.name!r}, and what enters there is "
+            f"{'nothing' if value is None else f'{value.dtype} of shape {tuple(value.shape)}'}: it must be floats of "
+            f"shape ({len(logits)}, ...), one item of the batch after the other, such as embeddings."
+        )
     return _Kind(
-        shape=tuple(inputs.shape[1:]),
+        shape=None if value is None else data.entry.shape_of(value),
+        n_inputs=len(inputs) if isinstance(inputs, Mapping) else 1,
         n_classes=rows.logits.shape[1],
         dense=is_dense(logits, data.task),
         row_elements=logits[:1].numel(),
-        dtype=inputs.dtype if inputs.is_floating_point() else logits.dtype,
+        dtype=value.dtype if value is not None and of_floats else logits.dtype,
         logit_dtype=logits.dtype,
-        float_inputs=inputs.is_floating_point(),
+        float_inputs=of_floats,
     )
 
 
