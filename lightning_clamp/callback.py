@@ -10,10 +10,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from typing_extensions import Unpack
 
 from lightning_clamp._rows import Task
 from lightning_clamp.checkpoint import STATE_KEY, Calibrated, fingerprint, from_state, read_safely, to_state
 from lightning_clamp.clamping import BatchKeys, CalibrationResult, Solver, check_batch_keys, check_options, submodule
+from lightning_clamp.clamping.options import SolverOptions
 from lightning_clamp.data import CalibrationBatches, find_calibration_set, warn_if_training_data
 from lightning_clamp.devices import check_float64, check_strategy, ranks_of
 from lightning_clamp.fitting import fit_in_trainer, publish
@@ -78,7 +80,7 @@ class NeuralClamping(Callback):
         other_weights: Literal["skip", "refit"] = "skip",
         cache_bytes: int = 2**28,
         on_error: Literal["warn", "raise"] = "warn",
-        **options: Any,
+        **options: Unpack[SolverOptions],
     ) -> None:
         check_options(solver, task, options)
         check_batch_keys(batch_keys)
@@ -284,7 +286,7 @@ class NeuralClamping(Callback):
             rank_zero_warn(
                 "Training had nothing left to do, so NeuralClamping did not run: raise max_epochs; or calibrate what "
                 "was trained with lightning_clamp.calibrate(trainer, model, calibration_dataloader); or use the clamp "
-                "of the earlier fit, which is kept."
+                "of an earlier fit, if this callback has one."
             )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lightning_clamp._rows import Task
 from lightning_clamp.clamping import BatchKeys, CalibrationResult, Clamp
 
-FORMAT = 1
+FORMAT = 2
 # Key of the callback's state in every checkpoint, this one and Lightning's own.
 STATE_KEY = "NeuralClamping"
 

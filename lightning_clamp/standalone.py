@@ -8,9 +8,11 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from typing_extensions import Unpack
 
 from lightning_clamp._rows import Task
 from lightning_clamp.clamping import BatchKeys, Solver, check_batch_keys, check_options
+from lightning_clamp.clamping.options import SolverOptions
 from lightning_clamp.data import CalibrationBatches, given_calibration_set, owner_of
 from lightning_clamp.devices import check_float64, check_strategy, ranks_of
 from lightning_clamp.fitting import fit_in_trainer, publish
@@ -31,7 +33,7 @@ def calibrate(
     perturb_at: str | None = None,
     cache_bytes: int = 2**28,
     save_to: str | os.PathLike[str] | None = None,
-    **options: Any,
+    **options: Unpack[SolverOptions],
 ) -> CalibrationModule:
     """Calibrate a trained model, on the devices of a Trainer, and return it as a calibrated module.
 
@@ -70,14 +72,23 @@ def calibrate(
     check_float64(trainer)
     check_options(solver, task, options, n_ranks=trainer.world_size)
     check_batch_keys(batch_keys)
-    options |= {"solver": solver, "task": task, "ignore_index": ignore_index, "cache_bytes": cache_bytes}
-    options |= {"batch_keys": batch_keys, "perturb_at": perturb_at}
+    arguments = {
+        "solver": solver,
+        "task": task,
+        "ignore_index": ignore_index,
+        "batch_keys": batch_keys,
+        "perturb_at": perturb_at,
+        "cache_bytes": cache_bytes,
+        **options,
+    }
     save_path = None if save_to is None else os.fspath(save_to)
-    run = _Run(copy.deepcopy(model), dataloader_or_datamodule, options, save_path)
+    run = _Run(copy.deepcopy(model), dataloader_or_datamodule, arguments, save_path)
     trainer.validate(run, dataloaders=[_NoBatches()], verbose=False)
     outcome = run.mailbox.receive() or run.outcome
     if outcome is None:
-        raise MisconfigurationException("The Trainer did not validate, and then it calibrates: limit_val_batches=0?")
+        raise MisconfigurationException(
+            "calibrate() runs inside trainer.validate, which this Trainer skips: remove limit_val_batches=0."
+        )
     return CalibrationModule.of(run.network, outcome.calibrated).cpu()
 
 

@@ -117,7 +117,7 @@ def test_the_fingerprint_covers_scalars_buffers_and_bfloat16():
         (b"not a checkpoint at all", "is damaged, or no checkpoint"),
         ({"state_dict": {}}, "holds no clamp: pass the file whose name ends in -calibrated.ckpt"),
         ([1, 2], "holds no clamp"),
-        ({"callbacks": {"NeuralClamping": {"format": 99}}}, "has format 99, and this version reads format 1"),
+        ({"callbacks": {"NeuralClamping": {"format": 99}}}, "has format 99, and this version reads format 2"),
         ({"callbacks": {}, "evil": SimpleNamespace()}, "is damaged, or no checkpoint that can be loaded safely"),
     ],
 )

@@ -14,8 +14,9 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
 import lightning_clamp
-from lightning_clamp import losses, metrics
-from tests.scenarios import LitClassifier, SmallNet, images, loader
+from lightning_clamp import fit_clamp, losses, metrics
+from lightning_clamp.report import scalars
+from tests.scenarios import LitClassifier, SmallNet, images, loader, shifted_images
 from tests.test_label_perturbation import Segmenter, maps
 from tests.test_loss_mixins import trainer
 
@@ -78,6 +79,20 @@ def test_the_quickstart_runs_and_writes_what_it_says(tmp_path):
     assert list(tmp_path.rglob("events.out.tfevents.*"))
 
 
+def test_a_text_model_is_calibrated(tmp_path):
+    printed = ran("text.py", "--epochs", "1", "--modules", "pickle", "ssl", "--out", tmp_path)
+    assert "outputs alone" in printed
+    assert "clamp: " in printed
+    assert (tmp_path / "text.png").stat().st_size > 10_000
+
+
+def test_several_processes_fit_the_clamp_of_one(tmp_path):
+    printed = ran("ddp.py", "--strategy", "ddp_fork", "--epochs", "1", "--out", tmp_path)
+    assert "801 samples of 801 were read by 2 processes" in printed
+    assert float(re.search(r"largest difference of their logits: (\S+),", printed)[1]) < 1e-4
+    assert (tmp_path / "reliability.png").stat().st_size > 10_000
+
+
 def test_losses_are_compared(tmp_path):
     printed = ran("compare_losses.py", "--seeds", "1", "--losses", "ce", "acls", "--epochs", "2", "--out", tmp_path)
     assert printed.count("then clamped") == 2
@@ -118,7 +133,12 @@ def test_the_benchmarks_print_their_tables(tmp_path):
     assert again[again.index("### cifar100") :].strip() == printed[start : printed.rindex("\n\n")].strip()
 
 
-SCRIPTS = [path for path in sorted((ROOT.parent / "examples").rglob("*.py")) if "def main(" in path.read_text()]
+SCRIPTS = [
+    path
+    for folder in ("examples", "docs")
+    for path in sorted((ROOT.parent / folder).rglob("*.py"))
+    if "def main(" in path.read_text()
+]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -169,24 +189,67 @@ def test_every_public_metric_is_in_the_docs():
     assert not [name for name in metrics.__all__ if name not in text]
 
 
-def test_the_readmes_python_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    blocks = python_blocks("README.md")
-    assert len(blocks) == 5
-    # Lightning's own defaults, as in the README: tidy them for the test alone.
-    monkeypatch.setattr("lightning.pytorch.Trainer", partial(Trainer, accelerator="cpu", enable_progress_bar=False))
-    names = {
+def given(**more):
+    """What the pages take for granted."""
+    return {
         "model": LitClassifier(),
         "network": SmallNet(2.0),
         "MyModel": LitClassifier,
+        "dataset": loader(1500, 30).dataset,
         "train_loader": loader(200, 20, shift=False),
         "calibration_loader": loader(1000, 30),
         "test_loader": loader(200, 40),
         "images": images(5),
         "logits": torch.randn(100, 4),
         "target": torch.randint(4, (100,)),
+        **more,
     }
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A folder of one's own, and a Trainer with Lightning's defaults but for what only costs time here."""
+    monkeypatch.chdir(tmp_path)
+    quiet = partial(Trainer, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
+    monkeypatch.setattr("lightning.pytorch.Trainer", quiet)
+
+
+def test_the_readmes_python_runs(elsewhere):
+    blocks = python_blocks("README.md")
+    assert len(blocks) == 6
+    names = given()
     for block in blocks:
         exec(block, names)
     assert names["probabilities"].shape == (5, 4)
     assert names["result"].after["nll"] < names["result"].before["nll"]
+    assert Path("calibrated.onnx").stat().st_size > 1000
+
+
+def test_ones_own_data_take_less_than_15_lines(elsewhere):
+    blocks = python_blocks("docs/getting-started.md")
+    assert len(blocks[0].splitlines()) < 15
+    names = given()
+    for block in blocks:
+        exec(block, names)
+    assert names["probabilities"].shape == (5, 4)
+    assert names["clamping"].result.after["nll"] < names["clamping"].result.before["nll"]
+
+
+@pytest.mark.parametrize(("page", "n_blocks"), [("how-it-works", 1), ("choosing", 2), ("loggers", 2)])
+def test_the_python_of_the_guides_runs(page, n_blocks, elsewhere):
+    blocks = python_blocks(f"docs/{page}.md")
+    assert len(blocks) == n_blocks
+    names = given()
+    for block in blocks:
+        exec(block, names)
+
+
+def test_every_key_that_is_logged_is_in_the_docs():
+    text = (ROOT.parent / "docs" / "loggers.md").read_text()
+    network, x, y = shifted_images(200)
+    assert not [key for key in scalars(fit_clamp(network, [(x, y)], solver="temperature")) if key not in text]
+
+
+def test_the_api_page_is_that_of_the_docstrings():
+    page = runpy.run_path(str(ROOT.parent / "docs" / "api.py"))["page"]()
+    assert (ROOT.parent / "docs" / "api.md").read_text() == page, "run: python docs/api.py"

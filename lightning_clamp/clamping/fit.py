@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from typing_extensions import Unpack
 
 from lightning_clamp._rows import TASKS, Task
 from lightning_clamp.clamping.batch import BatchKeys, check_batch_keys
 from lightning_clamp.clamping.clamp import Clamp
 from lightning_clamp.clamping.frozen import frozen, module_of
+from lightning_clamp.clamping.options import SolverOptions
 from lightning_clamp.clamping.output_map import OUTPUT_MAPS
 from lightning_clamp.clamping.passes import Batches, CalibrationSet, Logits, Network, Progress, summed
 from lightning_clamp.clamping.ranks import Ranks
@@ -36,7 +38,7 @@ def fit_clamp(
     cache_bytes: int = 2**28,
     progress: Progress | None = None,
     process_group: ProcessGroup | None = None,
-    **options: Any,
+    **options: Unpack[SolverOptions],
 ) -> CalibrationResult:
     r"""Fit a clamp to a frozen network.
 

@@ -1,0 +1,1 @@
+"""Programs and modules that show the package at work."""

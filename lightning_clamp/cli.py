@@ -1,0 +1,328 @@
+"""The command line: Lightning's own commands with the clamp, ``calibrate`` for a checkpoint, and ``report``."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain, count
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning_utilities.core.imports import RequirementCache
+
+from lightning_clamp import __version__
+from lightning_clamp.callback import NeuralClamping
+from lightning_clamp.checkpoint import Calibrated, read_calibrated, read_safely
+from lightning_clamp.metrics import plot_reliability
+from lightning_clamp.module import CalibrationModule
+from lightning_clamp.report import plot_perturbation, table
+from lightning_clamp.standalone import calibrate
+
+_PROGRAM = "lightning-clamp"
+_JSONARGPARSE = "jsonargparse[signatures]>=4.39,<5"
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line, with ``sys.argv`` by default.
+
+    Modules are found in the working directory, as under ``python -m``. What a user can set right ends with a sentence
+    and exit code 2; an exception of the user's own code keeps its traceback.
+
+    Raises:
+        SystemExit: After ``--help`` and the like, and with code 2 if the arguments or the files they name will not do.
+    """
+    args = sys.argv[1:] if args is None else args
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        if not RequirementCache(_JSONARGPARSE):
+            raise MisconfigurationException(
+                f'The command line needs {_JSONARGPARSE}: pip install "lightning-clamp[cli]".'
+            )
+        if args[:1] == ["report"]:
+            report(args[1:])
+        else:
+            ClampCLI(args)
+    except MisconfigurationException as error:
+        sys.stderr.write(f"{_PROGRAM}: error: {error}\n")
+        raise SystemExit(2) from None
+
+
+class CalibratingTrainer(Trainer):
+    """A Trainer that also calibrates checkpoints, with the options of its :class:`~lightning_clamp.NeuralClamping`."""
+
+    def calibrate(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        *,
+        ckpt_path: str,
+        save_to: str | None = None,
+        weights_only: bool | None = None,
+    ) -> CalibrationModule:
+        """Calibrate a checkpoint, and save it with its clamp.
+
+        Args:
+            model: Of the class that was trained; its weights are replaced by those of the checkpoint.
+            datamodule: With a ``calibration_dataloader()``, or for want of it a validation loader; by default the
+                model's own.
+            ckpt_path: The checkpoint to calibrate.
+            save_to: File to save the calibrated model in. By default ``NAME-calibrated.ckpt``, in the callback's
+                ``dirpath`` or beside the checkpoint.
+            weights_only: Without effect, so that the config of a fit will do: checkpoints are always loaded safely.
+
+        Returns:
+            The calibrated module, on the CPU.
+
+        Raises:
+            MisconfigurationException: If the checkpoint cannot be used, or there is no calibration set.
+        """
+        callbacks: list[Any] = self.callbacks  # type: ignore[attr-defined]
+        (clamping,) = (callback for callback in callbacks if isinstance(callback, NeuralClamping))
+        load_weights(model, ckpt_path)
+        return calibrate(
+            self,
+            model,
+            _own_calibration_set(model) if datamodule is None else datamodule,
+            solver=clamping.solver,
+            task=clamping.task,
+            ignore_index=clamping.ignore_index,
+            batch_keys=clamping.batch_keys,
+            perturb_at=clamping.perturb_at,
+            cache_bytes=clamping.cache_bytes,
+            save_to=save_to or _path_beside(ckpt_path, clamping),
+            **clamping.options,
+        )
+
+
+def load_weights(model: LightningModule, path: str) -> None:
+    """Put the weights of a checkpoint into a model, loading nothing but tensors and plain values.
+
+    Raises:
+        MisconfigurationException: If the file cannot be read, or is no checkpoint of such a model.
+    """
+    checkpoint = _checkpoint(path)
+    model.configure_model()
+    model.on_load_checkpoint(checkpoint)
+    try:
+        model.load_state_dict(checkpoint["state_dict"], strict=model.strict_loading)
+    except RuntimeError as error:
+        raise MisconfigurationException(
+            f"{path!r} is no checkpoint of this {type(model).__name__}: {shorten(str(error), 300)}"
+        ) from error
+
+
+def _checkpoint(path: str) -> dict[str, Any]:
+    with _refusals(path):
+        checkpoint = read_safely(path)
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise MisconfigurationException(f"{path!r} is no checkpoint of Lightning: it has no state_dict.")
+    return checkpoint
+
+
+@contextmanager
+def _refusals(path: str) -> Iterator[None]:
+    """Turn what is wrong with a file into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise MisconfigurationException(f"{path!r} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise MisconfigurationException(str(error)) from error
+
+
+def _own_calibration_set(model: LightningModule) -> Any:
+    """The calibration set of a model that comes with its data."""
+    if hook := getattr(model, "calibration_dataloader", None):
+        return hook()
+    if not is_overridden("val_dataloader", model):
+        raise MisconfigurationException(
+            "There is no calibration set: pass --data with a LightningDataModule that has a `calibration_dataloader()` "
+            "or a validation loader, or give the model one."
+        )
+    rank_zero_warn(
+        f"{type(model).__name__} has no calibration_dataloader(), so its validation set serves, which also served to "
+        "choose the model."
+    )
+    return model.val_dataloader()
+
+
+def _path_beside(ckpt_path: str, clamping: NeuralClamping) -> str | None:
+    """Where a calibrated checkpoint goes that was given no path; None for nowhere."""
+    path = Path(ckpt_path)
+    return str(Path(clamping.dirpath or path.parent, f"{path.stem}-calibrated.ckpt")) if clamping.save else None
+
+
+class SaveConfig(SaveConfigCallback):
+    """Saves the config with the logs as ``config.yaml``, or where there is one already, as ``config-1.yaml`` and so on.
+
+    Lightning's own stops the run instead, or overwrites what may have been written by hand: some loggers have no folder
+    of their own, and then it is the working directory. Without a logger nothing is saved.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save the config."""
+        if trainer.loggers and not self.already_saved:
+            self.config_filename = trainer.strategy.broadcast(_free_name(trainer))
+            super().setup(trainer, pl_module, stage)
+
+
+def _free_name(trainer: Trainer) -> str:
+    folder = trainer.log_dir or ""
+    exists = get_filesystem(folder).exists
+    names = chain(["config.yaml"], (f"config-{number}.yaml" for number in count(1)))
+    return next(name for name in names if not exists(os.path.join(folder, name)))
+
+
+class ClampParser(LightningArgumentParser):
+    """Lightning's parser; the action that takes subcommands is kept, for those that are no methods of a Trainer."""
+
+    def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:
+        """Begin the subcommands."""
+        self.commands = super().add_subcommands(*args, **kwargs)
+        return self.commands
+
+
+class ClampCLI(LightningCLI):
+    """LightningCLI for any model and data by class path, with the callback attached and a command ``calibrate``.
+
+    Args:
+        args: Arguments of the command line.
+    """
+
+    def __init__(self, args: list[str] | None = None) -> None:
+        super().__init__(
+            trainer_class=CalibratingTrainer,
+            save_config_callback=SaveConfig,
+            # A number, so that a run and its printed config are the same run.
+            seed_everything_default=0,
+            parser_class=ClampParser,
+            parser_kwargs={
+                "prog": _PROGRAM,
+                "description": "Train with Lightning and come out calibrated, or calibrate what was trained.",
+                "version": __version__,
+                # Errors print the usage first, and that of a hundred options would bury them.
+                **{name: {"usage": f"{_PROGRAM} {name} [options]"} for name in self.subcommands()},
+            },
+            args=args,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's commands and ``calibrate``, with the arguments that come from elsewhere."""
+        return {**LightningCLI.subcommands(), "calibrate": {"model", "datamodule"}}
+
+    def setup_parser(
+        self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]
+    ) -> None:
+        """List ``report`` with the other commands."""
+        super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
+        parser = report_parser()
+        assert isinstance(self.parser, ClampParser)
+        self.parser.commands.add_subcommand("report", parser, help=parser.description)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Attach the callback."""
+        parser.add_lightning_class_args(NeuralClamping, "calibration")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, and let the model have the hyperparameters of its checkpoint."""
+        # A list, or None for sys.argv: see __init__. Lightning's own warns of a list where sys.argv has something too.
+        self.config = parser.parse_args(args)  # type: ignore[arg-type]
+        command = self.config.subcommand
+        if command == "report":
+            raise MisconfigurationException(f"`report` takes no options before it: {_PROGRAM} report PATH.")
+        options = self.config[command]
+        path = self.ckpt_path = options.get("ckpt_path")
+        # Else it may be a folder, a URL, or one of Lightning's words, such as "best".
+        if path is not None and os.path.isfile(path):
+            model = {command: {"model": _as_trained(options.model, _checkpoint(path))}}
+            self.config = parser.parse_object(model, self.config)
+            # Lightning would do this next, and cannot for what was trained without its command line.
+            self.config[command].ckpt_path = None
+        elif path is not None and path.endswith(".ckpt") and "://" not in path and not os.path.exists(path):
+            raise MisconfigurationException(f"There is no checkpoint {path!r}.")
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse what the callback would, in a sentence."""
+        options = self.config[self.config.subcommand]
+        if "ckpt_path" in options:
+            options.ckpt_path = self.ckpt_path
+        if any(path.endswith(".NeuralClamping") for path in _class_paths(options.trainer.callbacks)):
+            raise MisconfigurationException(
+                "NeuralClamping is attached already: give its options under `calibration`, not in `trainer.callbacks`."
+            )
+        try:
+            NeuralClamping(**options.calibration)
+        except (TypeError, ValueError) as error:
+            raise MisconfigurationException(f"--calibration: {error}") from error
+
+
+def _as_trained(model: Any, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The config of a model with the hyperparameters of a checkpoint, as far as its class takes them.
+
+    The class is the user's: no file decides what is imported.
+    """
+    hyperparameters = checkpoint.get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY) or {}
+    taken = model.get("init_args", {})
+    return {"class_path": model.class_path, "init_args": {n: v for n, v in hyperparameters.items() if n in taken}}
+
+
+def _class_paths(callbacks: Any) -> list[str]:
+    """Class paths in a config of one callback, several, or none."""
+    several = callbacks if isinstance(callbacks, list) else [callbacks]
+    return [callback.class_path for callback in several if callback is not None]
+
+
+def report_parser() -> LightningArgumentParser:
+    """Parser of ``report``."""
+    parser = LightningArgumentParser(
+        prog=f"{_PROGRAM} report",
+        description="Print the metrics before and after of a calibrated checkpoint, and draw its pictures.",
+    )
+    parser.add_argument("path", type=str, help="A calibrated checkpoint.")
+    parser.add_argument("--out", type=str | None, help="Folder for the pictures; by default that of the checkpoint.")
+    return parser
+
+
+def report(args: list[str]) -> None:
+    """Print the metrics before and after of a calibrated checkpoint, and draw its pictures.
+
+    Args:
+        args: Arguments of the command: the path, and where to draw.
+
+    Raises:
+        MisconfigurationException: If the file cannot be read, or holds no clamp.
+    """
+    options = report_parser().parse_args(args)
+    with _refusals(options.path):
+        saved = read_calibrated(options.path)
+    sys.stdout.write(f"{table(saved.result)}\n")
+    path = Path(options.path)
+    for picture in _draw(saved, Path(options.out or path.parent), path.stem):
+        sys.stdout.write(f"drawn: {picture}\n")
+
+
+def _draw(saved: Calibrated, folder: Path, stem: str) -> list[Path]:
+    """Write the pictures, and return their paths."""
+    try:
+        from matplotlib import pyplot as plt
+    except ModuleNotFoundError:
+        raise MisconfigurationException("The pictures need matplotlib: pip install matplotlib.") from None
+    before, after = saved.result.reliability
+    figures = {"reliability": plot_reliability(after, before=before)[0]}
+    if saved.clamp.perturbation is not None:
+        figures["perturbation"] = plot_perturbation(saved.clamp)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{stem}-{name}.png" for name in figures]
+    for path, figure in zip(paths, figures.values(), strict=True):
+        figure.savefig(path, dpi=150)
+        plt.close(figure)
+    return paths
