@@ -56,6 +56,20 @@ def test_every_candidate_is_on_record_with_its_figures():
     assert result.chosen.name in result.reason
 
 
+def test_each_part_of_a_clamp_is_measured_alone():
+    network, x, y = shifted_images()
+    both = fit_clamp(network, batches(x, y), grids=(1,), outputs=("temperature",)).clamp
+    parts = [Clamp(), Clamp(both.perturbation), Clamp(log_temperature=both.log_temperature), both]
+    with torch.no_grad():
+        nothing, perturbation, temperature, together = (
+            float(F.cross_entropy(clamp.scale(network(clamp.perturb(x))), y)) for clamp in parts
+        )
+    # The perturbation was fitted with the temperature, and where the network is too sure it need not help alone.
+    assert together < temperature - 0.01 < nothing - 0.02
+    assert abs(perturbation - nothing) > 0.001
+    assert together < perturbation - 0.01
+
+
 def test_plain_neural_clamping_has_no_output_map():
     network, x, y = shifted_images(1000)
     result = fit_clamp(network, batches(x, y), outputs=("temperature",))

@@ -154,6 +154,13 @@ def python_blocks(name):
     return re.findall(r"```python\n(.*?)```", (ROOT.parent / name).read_text(), flags=re.DOTALL)
 
 
+def test_all_pages_with_python_are_run():
+    """Here, or in the tests of what they are about; that of the API page are doctests."""
+    here = {"README", "choosing", "getting-started", "how-it-works", "loggers", "losses", "metrics"}
+    pages = [ROOT.parent / "README.md", *(ROOT.parent / "docs").glob("*.md")]
+    assert {page.stem for page in pages if "```python" in page.read_text()} == here | {"export", "api"}
+
+
 def test_the_python_about_metrics_runs(capsys):
     names = {}
     for block in python_blocks("docs/metrics.md"):
