@@ -77,7 +77,17 @@ def plot_reliability(
     if title is not None:
         ax.set_title(title)
     if float(curve.counts.sum()):
-        ax.legend(loc="upper left", frameon=False, fontsize="small", handlelength=1.4, labelcolor=palette.ink)
+        legend = ax.legend(
+            loc="upper left",
+            framealpha=0.85,
+            facecolor=ax.get_facecolor(),
+            edgecolor="none",
+            fontsize="small",
+            handlelength=1.4,
+            labelcolor=palette.ink,
+        )
+        # Sure networks leave this corner free; others have intervals that reach into it.
+        legend.set_zorder(5)
         _write_errors(ax, curve, before, palette)
     else:
         ax.text(0.5, 0.5, "no data", color=palette.ink, ha="center", va="center", transform=ax.transAxes)
