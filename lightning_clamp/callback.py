@@ -3,7 +3,7 @@
 import copy
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -146,7 +146,8 @@ class NeuralClamping(Callback):
                 "callback.result.clamp, ...)."
             )
         saved = self._calibrated
-        network = copy.deepcopy(self._module)
+        with nullcontext() if self._hooks is None else self._hooks.off():
+            network = copy.deepcopy(self._module)
         belongs = fingerprint(network) == saved.fingerprint
         if not belongs and self._path is not None:
             network.load_state_dict(read_safely(self._path)["state_dict"])

@@ -13,13 +13,12 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.imports import RequirementCache
 
 from lightning_clamp import __version__
 from lightning_clamp.callback import NeuralClamping
 from lightning_clamp.checkpoint import Calibrated, read_calibrated, read_safely
+from lightning_clamp.clamping import submodule
 from lightning_clamp.metrics import plot_reliability
 from lightning_clamp.module import CalibrationModule
 from lightning_clamp.report import plot_perturbation, table
@@ -87,10 +86,13 @@ class CalibratingTrainer(Trainer):
         callbacks: list[Any] = self.callbacks  # type: ignore[attr-defined]
         (clamping,) = (callback for callback in callbacks if isinstance(callback, NeuralClamping))
         load_weights(model, ckpt_path)
+        if clamping.perturb_at is not None:
+            with _refusals(ckpt_path):
+                submodule(model, clamping.perturb_at)
         return calibrate(
             self,
             model,
-            _own_calibration_set(model) if datamodule is None else datamodule,
+            datamodule,
             solver=clamping.solver,
             task=clamping.task,
             ignore_index=clamping.ignore_index,
@@ -136,22 +138,6 @@ def _refusals(path: str) -> Iterator[None]:
         raise MisconfigurationException(f"{path!r} cannot be read: {error.strerror}.") from error
     except ValueError as error:
         raise MisconfigurationException(str(error)) from error
-
-
-def _own_calibration_set(model: LightningModule) -> Any:
-    """The calibration set of a model that comes with its data."""
-    if hook := getattr(model, "calibration_dataloader", None):
-        return hook()
-    if not is_overridden("val_dataloader", model):
-        raise MisconfigurationException(
-            "There is no calibration set: pass --data with a LightningDataModule that has a `calibration_dataloader()` "
-            "or a validation loader, or give the model one."
-        )
-    rank_zero_warn(
-        f"{type(model).__name__} has no calibration_dataloader(), so its validation set serves, which also served to "
-        "choose the model."
-    )
-    return model.val_dataloader()
 
 
 def _path_beside(ckpt_path: str, clamping: NeuralClamping) -> str | None:
@@ -243,7 +229,13 @@ class ClampCLI(LightningCLI):
         path = self.ckpt_path = options.get("ckpt_path")
         # Else it may be a folder, a URL, or one of Lightning's words, such as "best".
         if path is not None and os.path.isfile(path):
-            model = {command: {"model": _as_trained(options.model, _checkpoint(path))}}
+            checkpoint = _checkpoint(path)
+            if command == "fit" and "optimizer_states" not in checkpoint:
+                raise MisconfigurationException(
+                    f"{path!r} is a model without its training, such as a calibrated one: a fit is resumed from a "
+                    "checkpoint that ModelCheckpoint saved."
+                )
+            model = {command: {"model": _as_trained(options.model, checkpoint)}}
             self.config = parser.parse_object(model, self.config)
             # Lightning would do this next, and cannot for what was trained without its command line.
             self.config[command].ckpt_path = None
@@ -306,7 +298,10 @@ def report(args: list[str]) -> None:
         saved = read_calibrated(options.path)
     sys.stdout.write(f"{table(saved.result)}\n")
     path = Path(options.path)
-    for picture in _draw(saved, Path(options.out or path.parent), path.stem):
+    folder = Path(options.out or path.parent)
+    if folder.exists() and not folder.is_dir():
+        raise MisconfigurationException(f"--out must be a folder, and {str(folder)!r} is a file.")
+    for picture in _draw(saved, folder, path.stem):
         sys.stdout.write(f"drawn: {picture}\n")
 
 

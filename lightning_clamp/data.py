@@ -66,19 +66,31 @@ def loaders_of(given: Any) -> list[Any]:
     """The loaders that a calibration set consists of: several in a list, a dict or a CombinedLoader, else the one."""
     if isinstance(given, CombinedLoader):
         return list(given.flattened)
-    several = list(given.values()) if isinstance(given, Mapping) else given
-    if isinstance(several, list | tuple) and several and all(isinstance(part, DataLoader) for part in several):
-        return list(several)
-    return [given]
+    if isinstance(given, Mapping):
+        return list(given.values())
+    # Any other list is one loader, of batches.
+    several = isinstance(given, list | tuple) and any(isinstance(part, DataLoader) for part in given)
+    return list(given) if several else [given]
 
 
-def given_calibration_set(given: Any) -> CalibrationSource:
-    """The calibration set of a loader, or of a datamodule that has been set up."""
-    if not isinstance(given, LightningDataModule):
+def given_calibration_set(given: Any, module: LightningModule) -> CalibrationSource:
+    """The calibration set of a loader, or of a datamodule or, for None, a module of its own that have been set up.
+
+    Raises:
+        MisconfigurationException: If there is none, or there are several validation loaders.
+    """
+    if given is not None and not isinstance(given, LightningDataModule):
         return CalibrationSource(given, None)
-    if hook := getattr(given, _HOOK, None):
-        return CalibrationSource(hook(), None)
-    return CalibrationSource(_only(given.val_dataloader()), None, is_validation=True)
+    for owner in (given, module):
+        if hook := getattr(owner, _HOOK, None):
+            return CalibrationSource(hook(), None)
+    for owner in (given, module):
+        if owner is not None and is_overridden("val_dataloader", owner):
+            return CalibrationSource(_only(owner.val_dataloader()), None, is_validation=True)
+    raise MisconfigurationException(
+        f"There is no calibration set: give {type(module if given is None else given).__name__} a "
+        "`calibration_dataloader()` or a validation loader, or pass a loader."
+    )
 
 
 def _only(loaders: Any) -> Any:

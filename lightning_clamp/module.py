@@ -46,7 +46,7 @@ class CalibrationModule(LightningModule):
         ignore_index: Target value that the metrics leave out.
         batch_keys: Which entries of a batch are input and target, as in :func:`~lightning_clamp.fit_clamp`.
         perturb_at: Submodule at whose input the perturbation is added. A hook does it, which stays on that submodule:
-            wrap a network once.
+            pass a copy to go on using the original. Compile this module, not the network before.
 
     Attributes:
         result: What the calibration did; None for a module that was put together by hand.
@@ -70,8 +70,10 @@ class CalibrationModule(LightningModule):
         check_batch_keys(batch_keys)
         self.batch_keys = batch_keys
         self.perturb_at = perturb_at
+        self._perturbing: Perturbing | None = None
         if perturb_at is not None and clamp.perturbation is not None:
-            Perturbing.install(self.network, self.clamp, perturb_at)
+            self._perturbing = Perturbing(self.network, self.clamp, perturb_at)
+            self._perturbing.install()
         self.result: CalibrationResult | None = None
         options: dict[str, Any] = {"task": task, "ignore_index": ignore_index}
         metrics: dict[str, Metric | MetricCollection] = {
@@ -138,6 +140,11 @@ class CalibrationModule(LightningModule):
         if self.clamp.perturbation is not None and self.perturb_at is None:
             inputs = one_changed(inputs, self.clamp.perturb)
         logits: Tensor = self.clamp.scale(logits_of(call(self.network, inputs)))
+        if self._perturbing is not None and not self._perturbing.used and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"The network did not run what adds the perturbation at {self.perturb_at!r}: if it is compiled, pass "
+                "the one before torch.compile, and compile the CalibrationModule."
+            )
         return logits
 
     def predict_proba(self, inputs: Inputs) -> Tensor:
@@ -184,9 +191,9 @@ class CalibrationModule(LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Calibrated logits of a batch of inputs, of ``(inputs, …)``, or of the entries that ``batch_keys`` names."""
-        if self.batch_keys is not None and not isinstance(batch, Tensor):
-            batch = input_of(batch, self.batch_keys)
-        elif isinstance(batch, tuple | list):
+        if isinstance(batch, tuple | list) and (self.batch_keys is None or len(batch) == 1):
             batch = batch[0]
+        elif self.batch_keys is not None and not isinstance(batch, Tensor):
+            batch = input_of(batch, self.batch_keys)
         logits: Tensor = self(batch)
         return logits

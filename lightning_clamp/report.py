@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+# A perturbation inside a network may have hundreds.
+_MOST_CHANNELS = 8
+
+
 def scalars(result: CalibrationResult) -> dict[str, float]:
     """The numbers that are logged, by their log key."""
     chosen = result.chosen
@@ -93,7 +97,7 @@ def _log_to_wandb(logger: WandbLogger, key: str, figure: "Figure", step: int) ->
 
 
 def plot_perturbation(clamp: Clamp) -> "Figure":
-    """Draw the perturbation in units of the network's input: an image per channel, or one bar per feature.
+    """Draw the perturbation: an image per channel, of the 8 with the largest norm, or one bar per feature.
 
     Raises:
         ValueError: If the clamp has none.
@@ -109,11 +113,11 @@ def plot_perturbation(clamp: Clamp) -> "Figure":
         axes.bar(range(delta.size), delta.flatten())
         axes.set(xlabel="feature", ylabel="perturbation")
         return figure
-    figure, panels = plt.subplots(
-        1, len(delta), figsize=(1.9 * len(delta) + 0.9, 2.3), squeeze=False, layout="constrained"
-    )
-    for channel, (panel, image) in enumerate(zip(panels[0], delta, strict=True)):
-        drawn = panel.imshow(image, cmap="RdBu_r", vmin=-limit, vmax=limit)
+    largest = sorted((delta**2).sum((1, 2)).argsort(kind="stable")[::-1][:_MOST_CHANNELS])
+    n = len(largest)
+    figure, panels = plt.subplots(1, n, figsize=(1.9 * n + 0.9, 2.3), squeeze=False, layout="constrained")
+    for panel, channel in zip(panels[0], largest, strict=True):
+        drawn = panel.imshow(delta[channel], cmap="RdBu_r", vmin=-limit, vmax=limit)
         panel.set(title=f"channel {channel}", xticks=[], yticks=[])
     figure.colorbar(drawn, ax=panels[0], shrink=0.8, label="added to the input")
     return figure

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import Unpack
 
 from lightning_clamp._rows import Task
-from lightning_clamp.clamping import BatchKeys, Solver, check_batch_keys, check_options
+from lightning_clamp.clamping import BatchKeys, Solver, check_batch_keys, check_options, submodule
 from lightning_clamp.clamping.options import SolverOptions
 from lightning_clamp.data import CalibrationBatches, given_calibration_set, owner_of
 from lightning_clamp.devices import check_float64, check_strategy, ranks_of
@@ -24,7 +24,7 @@ from lightning_clamp.weights import Moment
 def calibrate(
     trainer: Trainer,
     model: LightningModule,
-    dataloader_or_datamodule: Any,
+    dataloader_or_datamodule: Any = None,
     *,
     solver: Solver = "scoring",
     task: Task = "multiclass",
@@ -44,8 +44,8 @@ def calibrate(
         trainer: Any Trainer that has the whole network on every device: one device, or ``strategy="ddp"``.
         model: Whose ``forward`` returns logits, with the weights to calibrate.
         dataloader_or_datamodule: Held-out pairs ``(inputs, target)``, not augmented, or a list or dict of several such
-            loaders; or a datamodule, of which the ``calibration_dataloader()`` is taken after ``setup("fit")``, or for
-            want of it the validation loader.
+            loaders; or a datamodule; None for a model that comes with its data. Of those the
+            ``calibration_dataloader()`` is taken after ``setup("fit")``, or for want of it the validation loader.
         solver: See :func:`~lightning_clamp.fit_clamp`.
         task: ``"multiclass"`` (softmax) or ``"binary"`` (one logit, sigmoid).
         ignore_index: Target value of positions to leave out.
@@ -72,6 +72,8 @@ def calibrate(
     check_float64(trainer)
     check_options(solver, task, options, n_ranks=trainer.world_size)
     check_batch_keys(batch_keys)
+    if perturb_at is not None:
+        submodule(model, perturb_at)
     arguments = {
         "solver": solver,
         "task": task,
@@ -120,7 +122,9 @@ class _Run(LightningModule):
         return self.data if isinstance(self.data, LightningDataModule) else None
 
     def prepare_data(self) -> None:
-        """The datamodule's."""
+        """The datamodule's, or the network's where it comes with its data."""
+        if self.data is None:
+            self.network.prepare_data()
         if self.datamodule is not None:
             self.datamodule.prepare_data()
 
@@ -129,13 +133,17 @@ class _Run(LightningModule):
         self.network.configure_model()
 
     def setup(self, stage: str) -> None:
-        """The datamodule's, for the stage in which its calibration split is made: that of training."""
+        """The datamodule's, or the network's, for the stage in which splits are made: that of training."""
+        if self.data is None:
+            self.network.setup("fit")
         if self.datamodule is not None:
             self.datamodule.trainer = self.trainer
             self.datamodule.setup("fit")
 
     def teardown(self, stage: str) -> None:
-        """The datamodule's."""
+        """The datamodule's, or the network's."""
+        if self.data is None:
+            self.network.teardown("fit")
         if self.datamodule is not None:
             self.datamodule.teardown("fit")
 
@@ -157,10 +165,11 @@ class _Run(LightningModule):
     def on_validation_start(self) -> None:
         """Calibrate."""
         trainer = self.trainer
-        source = given_calibration_set(self.data)
+        source = given_calibration_set(self.data, self.network)
         if source.is_validation:
+            owner = self.network if self.data is None else self.data
             rank_zero_warn(
-                f"{type(self.data).__name__} has no calibration_dataloader(), so its validation set serves, which also "
+                f"{type(owner).__name__} has no calibration_dataloader(), so its validation set serves, which also "
                 "served to choose the model."
             )
         batches = CalibrationBatches(source, trainer, self, ranks_of(trainer), self.options["batch_keys"])

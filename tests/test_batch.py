@@ -53,6 +53,7 @@ def test_several_inputs_have_the_names_of_arguments():
     assert list(inputs) == ["tokens", "mask"]
     assert target is Y
     assert list(input_of({"tokens": X, "mask": X}, (["tokens", "mask"], "label"))) == ["tokens", "mask"]
+    assert as_pair(({"tokens": X, "mask": X}, Y))[0] == {"tokens": X, "mask": X}
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,7 @@ def test_several_inputs_have_the_names_of_arguments():
         ((X, Y), ("image", "label"), "no entry 'image', .* got tuple of 2 items"),
         (Sample(X, Y), ("pixels", "label"), "no entry 'pixels'"),
         ((X, Y), (0, 5), "no entry 5"),
-        (Sample(X, Y), ("name", "label"), "input of a batch must be a tensor, got str"),
+        (Sample(X, Y), ("name", "label"), "input of a batch must be a tensor or a dict of tensors, got str"),
         (Sample(X, Y), ("image", "name"), "target of a batch must be a tensor, got str"),
         (Sample(X, Y), (["image", "name"], "label"), "input 'name' of a batch must be a tensor, got str"),
     ],
@@ -75,7 +76,9 @@ def test_what_is_not_there_is_said(batch, keys, message):
         as_pair(batch, keys)
 
 
-@pytest.mark.parametrize("keys", ["image", ("image",), ("a", "b", "c"), ([], "b"), (None, "b"), (["a"], ["b"]), 3])
+@pytest.mark.parametrize(
+    "keys", ["image", ("image",), ("a", "b", "c"), ([], "b"), (None, "b"), (["a"], ["b"]), ([0, 1], 2), 3]
+)
 def test_keys_that_are_no_pair_are_refused_early(keys):
     with pytest.raises(ValueError, match="`batch_keys` must be a pair, the key of the input"):
         NeuralClamping(batch_keys=keys)
@@ -87,9 +90,14 @@ class Output:
     loss: float = 0.5
 
 
+@dataclass(frozen=True)
+class Frozen:
+    logits: Tensor
+
+
 Named = namedtuple("Named", "logits loss")
 OUTPUTS = [
-    X, Output(X), Named(X, 0.5), {"logits": X, "loss": 0.5}, OrderedDict(out=X, aux=0.5),
+    X, Output(X), Frozen(X), Named(X, 0.5), {"logits": X, "loss": 0.5}, OrderedDict(out=X, aux=0.5),
 ]  # fmt: skip
 
 
@@ -157,6 +165,8 @@ def test_a_module_of_dicts_comes_out_as_one_of_pairs_does(tmp_path):
     predicted = torch.cat(run.predict(model, dicts(test)))
     torch.testing.assert_close(torch.cat(run.predict(module, dicts(test))), predicted)
     torch.testing.assert_close(module({"image": test.dataset.tensors[0]}), predicted)
+    bare = DataLoader(TensorDataset(test.dataset.tensors[0]), 100)
+    torch.testing.assert_close(torch.cat(run.predict(module, bare)), predicted)
     again = calibrate(trainer(tmp_path), model, dicts(held_out), batch_keys=KEYS, **OPTIONS)
     assert torch.equal(again.clamp.log_temperature, expected.result.clamp.log_temperature)
 
@@ -171,9 +181,11 @@ def test_batches_that_are_no_pairs_are_refused_before_training(tmp_path):
     [
         lambda a, b: [a, b],
         lambda a, b: {"first": a, "second": b},
+        lambda a, b: [a, list(b)],
+        lambda a, b: {"first": list(a), "second": list(b)},
         lambda a, b: CombinedLoader([a, b], "sequential"),
     ],
-    ids=["list", "dict", "CombinedLoader"],
+    ids=["list", "dict", "list with batches", "dict of batches", "CombinedLoader"],
 )
 def test_several_loaders_are_one_calibration_set(tmp_path, several):
     one = loader(700, seed=30, size=50)

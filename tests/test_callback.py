@@ -519,3 +519,19 @@ def test_wrong_arguments_are_refused_when_the_callback_is_made(arguments, error,
 def test_shift_is_what_the_clamp_found(fitted):
     _, _, callback = fitted
     torch.testing.assert_close(callback.result.clamp.perturbation, SHIFT.expand(3, 8, 8), rtol=0, atol=0.35)
+
+
+def test_the_calibrated_module_can_be_had_while_the_model_is_tested(tmp_path):
+    """The copy is of the bare model, and the test goes on with the clamp."""
+
+    class Asking(Callback):
+        def on_test_batch_end(self, trainer, pl_module, outputs, batch, *_):
+            self.module, self.batch = callback.calibrated_module(), batch[0]
+            self.clamped = pl_module(batch[0])
+
+    callback, asking = NeuralClamping(loader(1000, seed=30), outputs=("temperature",)), Asking()
+    run, model = trainer(tmp_path, callback, asking), LitClassifier(lr=0.0)
+    run.fit(model, train_loader())
+    run.test(model, loader(200, seed=40), verbose=False)
+    torch.testing.assert_close(asking.module(asking.batch), asking.clamped)
+    torch.testing.assert_close(callback.calibrated_module()(asking.batch), asking.clamped)

@@ -222,6 +222,13 @@ def test_a_model_may_come_with_its_validation_set(here):
     assert read_calibrated("plain-calibrated.ckpt").result.n_samples == 200
 
 
+def test_pictures_are_drawn_into_folders(calibrated, here, capsys):
+    Path("taken").write_text("")
+    with pytest.raises(SystemExit):
+        main(["report", str(calibrated), "--out=taken"])
+    assert "--out must be a folder, and 'taken' is a file" in capsys.readouterr().err
+
+
 def test_a_mistake_in_the_users_code_keeps_its_traceback(here):
     with pytest.raises(KeyError, match="somebody's model"):
         main(["validate", "--model=tests.test_cli.OwnData", "--model.fails=true", *PLAIN])
@@ -331,7 +338,9 @@ def test_ones_own_command_line_sets_the_options(here):
         (["calibrate", *OURS, "--ckpt_path=objects.ckpt"], "'objects.ckpt' is damaged, or no checkpoint"),
         (["calibrate", *OURS, "--ckpt_path=tensor.ckpt"], "'tensor.ckpt' is no checkpoint of Lightning"),
         (["calibrate", *DIGITS, "--ckpt_path=plain.ckpt"], "'plain.ckpt' is no checkpoint of this DigitsClassifier"),
-        (["calibrate", *OURS, "--ckpt_path=plain.ckpt"], "There is no calibration set: pass --data"),
+        (["calibrate", *OURS, "--ckpt_path=plain.ckpt"], "There is no calibration set: give .* a `calibration_"),
+        (["calibrate", *OURS, "--ckpt_path=plain.ckpt", "--calibration.perturb_at=nett"], "no submodule 'nett'"),
+        (["fit", *OURS, "--ckpt_path=weights.ckpt"], "'weights.ckpt' is a model without its training"),
         (["report", "nowhere.ckpt"], "'nowhere.ckpt' cannot be read: No such file"),
         (["report", "plain.ckpt"], "'plain.ckpt' holds no clamp"),
         (["report", "text.ckpt"], "'text.ckpt' is damaged"),
@@ -343,6 +352,7 @@ def test_who_errs_is_told_so_in_a_sentence(args, sentence, here, capsys):
     Path("empty.yaml").write_text("{}")
     torch.save(Path("objects"), "objects.ckpt")
     torch.save(torch.zeros(3), "tensor.ckpt")
+    torch.save({"state_dict": {}}, "weights.ckpt")
     if any("plain.ckpt" in arg for arg in args):
         plain_checkpoint()
     quiet = PLAIN if args[:1] in (["fit"], ["test"], ["calibrate"]) else []

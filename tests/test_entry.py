@@ -5,8 +5,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_clamp import CalibrationModule, NeuralClamping, calibrate, fit_clamp
-from tests.scenarios import SHIFT, LitClassifier, SmallNet, batches, images, loader, sampled
+from lightning_clamp import CalibrationModule, Clamp, NeuralClamping, calibrate, fit_clamp
+from lightning_clamp.hooks import ClampHooks
+from tests.scenarios import SHIFT, LitClassifier, SmallNet, batches, images, loader, sampled, shifted_images
 from tests.test_callback import train_loader, trainer
 from tests.test_scoring import DenseNet
 
@@ -202,3 +203,94 @@ def test_a_name_that_is_not_there_is_refused_before_training(tmp_path):
     with pytest.raises(ValueError, match=r"no submodule 'net.convolution' to perturb at; it has net, net.conv"):
         run.fit(LitClassifier(), train_loader())
     assert run.global_step == 0
+
+
+OWN = {"perturb_at": "stages.second", "grids": (1,), "outputs": ("temperature",)}
+
+
+def staged(n: int = 600) -> tuple[Staged, Tensor, Tensor]:
+    network, x = Staged(SmallNet(2.0)), images(n)
+    hidden = torch.tanh(network.first(x)).detach()
+    return network, x, sampled(network.stages["second"](hidden + 2 * SHIFT).detach().double() / 2)
+
+
+def test_a_network_that_was_traced_before_is_perturbed_all_the_same():
+    network, x, y = staged()
+    expected = fit_clamp(network, batches(x, y), **OWN)
+    compiled = torch.compile(network.eval().requires_grad_(False), backend="eager")
+    bare = compiled(x)
+    result = fit_clamp(compiled, batches(x, y), **OWN)
+    assert torch.equal(result.clamp.perturbation, expected.clamp.perturbation)
+    hooks = ClampHooks(compiled, result.clamp, "stages.second")
+    clamped = compiled(x)
+    assert hooks.used
+    hooks.remove()
+    torch.testing.assert_close(compiled(x), bare)
+    torch.testing.assert_close(clamped, CalibrationModule(network, result.clamp, perturb_at="stages.second")(x))
+
+
+def test_a_compiled_network_that_does_not_run_the_hook_is_an_error():
+    network, x, _ = staged(10)
+    compiled = torch.compile(network.eval().requires_grad_(False), backend="eager")
+    with torch.no_grad():
+        compiled(x)
+        module = CalibrationModule(compiled, Clamp(torch.ones(3, 1, 1).expand(3, 8, 8)), perturb_at="stages.second")
+        with pytest.raises(RuntimeError, match=r"did not run what adds the perturbation at 'stages.second'"):
+            module(x)
+
+
+def test_a_network_is_perturbed_once():
+    """What would break if torch moved the hooks that a module has."""
+    network = staged(10)[0]
+    clamp = Clamp(torch.zeros(3, 8, 8))
+    first = CalibrationModule(network, clamp, perturb_at="stages.second")
+    with pytest.raises(ValueError, match=r"added at 'stages.second' already, by a CalibrationModule .* copy\.deepcopy"):
+        CalibrationModule(network, clamp, perturb_at="stages.second")
+    with pytest.raises(ValueError, match="already, by a CalibrationModule"):
+        ClampHooks(first.network, clamp, "stages.second")
+    # Without a perturbation there is nothing to add.
+    CalibrationModule(network, Clamp(), perturb_at="stages.second")
+
+
+class Named(nn.Module):
+    """Called by names, the input not the first of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = WithMask()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(mask=torch.ones(len(x), 1, 1, 1), x=x)
+
+
+class WithMask(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = SmallNet(2.0)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.net(x * mask)
+
+
+def test_the_first_parameter_is_perturbed_whatever_is_named_first():
+    network, x, y = shifted_images(500)
+    expected = fit_clamp(network, batches(x, y), grids=(1,))
+    result = fit_clamp(Named(), batches(x, y), perturb_at="second", grids=(1,))
+    torch.testing.assert_close(result.clamp.perturbation, expected.clamp.perturbation)
+
+
+def test_a_module_called_with_nothing_has_nothing_to_perturb():
+    class Constant(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Bare()
+
+        def forward(self, x):
+            return x + self.inner()
+
+    class Bare(nn.Module):
+        def forward(self):
+            return torch.zeros(3)
+
+    with pytest.raises(TypeError, match="it was called with nothing"):
+        fit_clamp(Constant(), FEATURES, perturb_at="inner")

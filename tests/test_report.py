@@ -55,6 +55,14 @@ def test_a_perturbation_of_any_shape_can_be_drawn(shape):
     assert images == (shape[0] if len(shape) == 3 else 0)
 
 
+def test_of_many_channels_the_largest_are_drawn():
+    perturbation = torch.zeros(300, 4, 4)
+    perturbation[torch.tensor([7, 250])] = 1.0
+    panels = [axes for axes in plot_perturbation(Clamp(perturbation)).axes if axes.images]
+    assert len(panels) == 8
+    assert {"channel 7", "channel 250"} <= {panel.get_title() for panel in panels}
+
+
 def test_an_untouched_input_has_no_picture():
     with pytest.raises(ValueError, match="there is no perturbation to draw"):
         plot_perturbation(Clamp())

@@ -114,3 +114,41 @@ def test_what_cannot_be_calibrated_is_refused(tmp_path, model, data, options, er
 def test_a_trainer_that_does_not_validate_is_refused(tmp_path):
     with pytest.raises(MisconfigurationException, match="which this Trainer skips: remove limit_val_batches=0"):
         calibrate(trainer(tmp_path, limit_val_batches=0), LitClassifier(), HELD_OUT)
+
+
+class WithItsData(LitClassifier):
+    """Makes its data in setup, as the Trainer calls it before a fit."""
+
+    def prepare_data(self):
+        self.prepared = True
+
+    def setup(self, stage):
+        assert self.prepared
+        assert self.trainer.world_size == 1
+        self.parts = {"fit": HELD_OUT}[stage]
+
+    def calibration_dataloader(self):
+        return self.parts
+
+
+def test_a_model_may_come_with_its_data(tmp_path):
+    expected = calibrate(trainer(tmp_path), LitClassifier(), HELD_OUT, **OPTIONS)
+    module = calibrate(trainer(tmp_path), WithItsData(), **OPTIONS)
+    assert torch.equal(module.clamp.log_temperature, expected.clamp.log_temperature)
+
+
+def test_the_calibration_set_is_the_datamodules_then_the_models(tmp_path):
+    """As for the callback: any calibration set comes before any validation set."""
+    model = WithItsData()
+    model.prepared, model.calibration_dataloader = True, lambda: loader(500, seed=33)
+    assert calibrate(trainer(tmp_path), model, Data(), **OPTIONS).result.n_samples == 600
+    assert calibrate(trainer(tmp_path), model, Data(with_hook=False), **OPTIONS).result.n_samples == 500
+
+
+def test_data_without_a_calibration_set_are_refused_in_a_sentence(tmp_path):
+    with pytest.raises(MisconfigurationException, match="no calibration set: give LightningDataModule a `calibration_"):
+        calibrate(trainer(tmp_path), LitClassifier(), LightningDataModule())
+    with pytest.raises(MisconfigurationException, match="no calibration set: give LitClassifier a `calibration_"):
+        calibrate(trainer(tmp_path), LitClassifier())
+    with pytest.raises(ValueError, match="no submodule 'nett' to perturb at; it has net"):
+        calibrate(trainer(tmp_path), LitClassifier(), HELD_OUT, perturb_at="nett")

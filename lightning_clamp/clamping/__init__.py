@@ -11,7 +11,7 @@ from lightning_clamp.clamping.batch import (
     with_logits,
 )
 from lightning_clamp.clamping.clamp import Clamp
-from lightning_clamp.clamping.entry import first_changed, one_changed, submodule
+from lightning_clamp.clamping.entry import first_changed, first_parameter, one_changed, submodule
 from lightning_clamp.clamping.fit import check_options, fit_clamp
 from lightning_clamp.clamping.frozen import kept_random_state
 from lightning_clamp.clamping.ranks import ALONE, Ranks
@@ -34,6 +34,7 @@ __all__ = [
     "check_batch_keys",
     "check_options",
     "first_changed",
+    "first_parameter",
     "fit_clamp",
     "input_of",
     "kept_random_state",

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence, Sized
+from dataclasses import is_dataclass, replace
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -17,7 +18,8 @@ def as_pair(batch: Any, keys: BatchKeys | None = None) -> tuple[Inputs, Tensor]:
     """Take input and target out of a batch.
 
     Args:
-        batch: A pair; with ``keys`` also a longer tuple, a mapping, or any object with attributes.
+        batch: A pair; with ``keys`` also a longer tuple, a mapping, or any object with attributes. The input may itself
+            be a mapping, of the arguments of the network's forward.
         keys: ``(input, target)``, each a key, an attribute's name or a position; the input may be several names, of
             arguments of the network's forward. None for a pair ``(inputs, target)``.
 
@@ -41,10 +43,13 @@ def input_of(batch: Any, keys: BatchKeys) -> Inputs:
     """The input of a batch, which need not have a target; errors as in :func:`as_pair`."""
     if isinstance(keys[0], str | int):
         inputs = _entry(batch, keys[0])
-        if not isinstance(inputs, Tensor):
-            raise TypeError(f"The input of a batch must be a tensor, got {type(inputs).__name__}.")
-        return inputs
-    several = {name: _entry(batch, name) for name in keys[0]}
+        if isinstance(inputs, Tensor):
+            return inputs
+        if not isinstance(inputs, Mapping):
+            raise TypeError(f"The input of a batch must be a tensor or a dict of tensors, got {type(inputs).__name__}.")
+        several = dict(inputs)
+    else:
+        several = {name: _entry(batch, name) for name in keys[0]}
     for name, value in several.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"The input {name!r} of a batch must be a tensor, got {type(value).__name__}.")
@@ -56,12 +61,18 @@ def check_batch_keys(keys: Any) -> None:
     if keys is None:
         return
     pair = list(keys) if isinstance(keys, list | tuple) else []
-    names = pair[0] if pair and isinstance(pair[0], list | tuple) else pair[:1]
-    if len(pair) != 2 or not names or not all(isinstance(name, str | int) for name in [*names, pair[1]]):
+    several = bool(pair) and isinstance(pair[0], list | tuple)
+    names = pair[0] if several else pair[:1]
+    kinds = str if several else str | int
+    if len(pair) != 2 or not names or not all(isinstance(name, kinds) for name in names) or not _is_key(pair[1]):
         raise ValueError(
-            "`batch_keys` must be a pair, the key of the input (or a list of names) and the key of the target, such as "
-            f"('image', 'label') or (0, 1), got {keys!r}."
+            "`batch_keys` must be a pair, the key of the input (or a list of names of forward's arguments) and the key "
+            f"of the target, such as ('image', 'label') or (0, 1), got {keys!r}."
         )
+
+
+def _is_key(key: Any) -> bool:
+    return isinstance(key, str | int)
 
 
 def _entry(batch: Any, key: str | int) -> Any:
@@ -137,6 +148,8 @@ def with_logits(output: Any, logits: Tensor) -> Any:
         return logits
     if isinstance(output, tuple) and hasattr(output, "_replace"):
         return output._replace(logits=logits)
+    if is_dataclass(output) and not isinstance(output, Mapping | type):
+        return replace(output, logits=logits)
     again = copy.copy(output)
     if isinstance(output, Mapping):
         again[next(name for name in _LOGITS if name in output)] = logits

@@ -1,8 +1,10 @@
 """Where a perturbation enters a network: at its own input, or at that of one of its submodules."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_clamp.clamping.batch import Inputs, call
@@ -39,29 +41,32 @@ class Entry:
         if self.module is None:
             return call(self.network, one_changed(inputs, change))
         calls = 0
+        first = first_parameter(self.module)
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             nonlocal calls
             calls += 1
-            return first_changed(args, kwargs, change)
+            return first_changed(args, kwargs, first, change)
 
         handle = self.module.register_forward_pre_hook(enter, with_kwargs=True)
         try:
-            output = call(self.network, inputs)
+            # What torch.compile has traced knows nothing of later hooks.
+            with torch.compiler.set_stance("force_eager"):
+                output = call(self.network, inputs)
         finally:
             handle.remove()
         if calls != 1:
             raise ValueError(
                 f"The submodule {self.name!r} was called {calls} times in one forward, and `perturb_at` needs one that "
-                "is called once."
+                "is called once; a ModuleList or ModuleDict never is."
             )
         return output
 
     def shape_of(self, value: Tensor) -> tuple[int, ...]:
         """Shape of the perturbation for what enters, ``(N, ...)``.
 
-        That of one item; but sequences ``(N, length, features)`` that enter a submodule have one value per feature, so
-        that their length is free.
+        That of one item, channels first; but sequences ``(N, length, features)`` that enter a submodule have one value
+        per feature, so that their length is free.
         """
         return tuple(value.shape[2:] if self.module is not None and value.ndim == 3 else value.shape[1:])
 
@@ -82,13 +87,32 @@ def submodule(network: Callable[..., Any], name: str) -> nn.Module:
         raise ValueError(f"The network has no submodule {name!r} to perturb at; it has {', '.join(names)}.") from None
 
 
+def first_parameter(module: nn.Module) -> str | None:
+    """Name of the first parameter of a module's forward; None if it has none of its own."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
+    parameters = inspect.signature(module.forward).parameters.values()
+    return next((parameter.name for parameter in parameters if parameter.kind in named), None)
+
+
 def first_changed(
-    args: tuple[Any, ...], kwargs: dict[str, Any], change: Change
+    args: tuple[Any, ...], kwargs: dict[str, Any], first: str | None, change: Change
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call with the first one changed, whether it was passed by position or by name."""
+    """The arguments of a call with the first one changed, whether it was passed by position or by name.
+
+    Args:
+        args: By position.
+        kwargs: By name.
+        first: Name of the first parameter; where it was not passed, the first one that was is changed.
+        change: What to do.
+
+    Raises:
+        TypeError: If there is no argument, or it is no tensor.
+    """
     if args:
         return (_checked(change, args[0]), *args[1:]), kwargs
-    name = next(iter(kwargs))
+    name = first if first in kwargs else next(iter(kwargs), None)
+    if name is None:
+        raise TypeError("A perturbation is added to what a module is called with, and it was called with nothing.")
     return args, {**kwargs, name: _checked(change, kwargs[name])}
 
 

@@ -235,7 +235,7 @@ def _inputs_refused(size: int, seen: Survey) -> str:
 def _grid_refused(grid: Grid, seen: Survey) -> str:
     if grid.n_coefficients * MIN_SAMPLES > seen.n_samples:
         return f"{seen.n_samples} samples are fewer than {MIN_SAMPLES} per coefficient"
-    if seen.dense and seen.logit_dtype in (torch.float16, torch.bfloat16):
+    if seen.dense and {seen.dtype, seen.logit_dtype} & {torch.float16, torch.bfloat16}:
         return "the curvature of dense outputs drowns in half precision"
     if seen.dense and (grid.n_coefficients + 1) * seen.row_elements > _MOST_ELEMENTS:
         return "the curvature of outputs this large would not fit in memory"

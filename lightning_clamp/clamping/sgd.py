@@ -62,7 +62,7 @@ def fit_by_sgd(
             :func:`data_driven_perturbation`; or a tensor of the shape of one input.
         initial_scale: Standard deviation of the random start.
         initial_temperature: T to start from.
-        augmentation: Applied to every batch of inputs before the perturbation.
+        augmentation: Applied to every batch of inputs (a dict of tensors where they are named) before the perturbation.
         seed: Of the initial perturbation, dropout, and any randomness of the loader and the augmentation.
 
     Reference:
