@@ -16,7 +16,9 @@ from lightning_clamp.checkpoint import fingerprint
 from tests.scenarios import LitClassifier, loader
 from tests.test_callback import train_loader, trainer
 
-KILLS = 60
+# Kills that must hit either stage, and at most how many are tried until they do: a busy machine is not where it was
+# when the stages were timed.
+ENOUGH, MOST = 8, 200
 CALIBRATION = loader(400, seed=30)
 OPTIONS = {"outputs": ("temperature",), "grids": (1,), "max_passes": 3}
 
@@ -81,8 +83,10 @@ def test_a_kill_loses_nothing(tmp_path, capsys):
     expected = CalibrationModule.from_checkpoint(older, Heavy)
     draw = random.Random(0)
     counts = {"in calibration": 0, "in saving": 0, "after all": 0, "half-written left": 0}
-    for number in range(KILLS):
-        stage = "calibrating" if number % 2 else "saving"
+    kills = 0
+    while min(counts["in calibration"], counts["in saving"]) < ENOUGH and kills < MOST:
+        kills += 1
+        stage = "calibrating" if counts["in calibration"] < counts["in saving"] else "saving"
         child, pipe = started(tmp_path)
         while (told := pipe.recv()) != stage:
             pass
@@ -104,9 +108,8 @@ def test_a_kill_loses_nothing(tmp_path, capsys):
             state = torch.load(tmp_path / name, weights_only=True)["state_dict"]
             assert torch.equal(state["ballast"], expected.network.ballast)
     with capsys.disabled():
-        print(f"\n{KILLS} kills: {counts}, nothing lost")  # noqa: T201
-    assert counts["in calibration"] >= KILLS / 10
-    assert counts["in saving"] >= KILLS / 10
+        print(f"\n{kills} kills: {counts}, nothing lost")  # noqa: T201
+    assert min(counts["in calibration"], counts["in saving"]) == ENOUGH
     # Resumed: the training that was killed needs no training, and is calibrated to the same clamp.
     model = Heavy.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
     resumed = calibrate(trainer(tmp_path), model, CALIBRATION, save_to=older, **OPTIONS)
