@@ -6,8 +6,8 @@ r"""Train on several processes and come out calibrated, with the clamp that one 
 
 The processes are on the CPU and talk over gloo. The calibration set is shared out, every sample to one process, also
 where their number does not divide it. What they sum over their samples is added up, so that all arrive at the clamp of
-one process, up to rounding; here it is often the same to the last bit. The data are scikit-learn's handwritten digits,
-which come with the package. ``ddp/`` gets the calibrated checkpoint and a picture.
+one process, up to rounding; here it is often the same to the last bit. The network and the handwritten digits are those
+of quickstart.py, beside this file. ``ddp/`` gets the calibrated checkpoint and a picture.
 
 With ``ddp_spawn`` and ``ddp_fork`` the Trainer starts the processes, and what follows ``fit`` runs once, where ``main``
 was called. With ``ddp`` and with torchrun every process runs the whole script, so what is for one has to ask
@@ -22,12 +22,11 @@ import warnings
 from pathlib import Path
 
 import torch
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from sklearn.datasets import load_digits
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, TensorDataset, random_split
+from quickstart import LitDigits, digits
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_clamp import CalibrationModule, NeuralClamping, fit_clamp, metrics
 
@@ -37,46 +36,12 @@ warnings.filterwarnings("ignore", ".*The number of training batches.*")
 warnings.filterwarnings("ignore", ".*LeafSpec.*")
 
 
-class LitDigits(LightningModule):
-    """A convnet as anyone would write it; nothing in it knows of calibration, or of other processes."""
-
-    def __init__(self, width: int = 32, lr: float = 1e-2) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        self.net = nn.Sequential(
-            nn.Conv2d(1, width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(width, 2 * width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Flatten(), nn.Linear(8 * width, 10),
-        )  # fmt: skip
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits."""
-        return self.net(x)
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Cross-entropy."""
-        x, y = batch
-        return F.cross_entropy(self(x), y)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam."""
-        return torch.optim.Adam(self.parameters(), lr=self.hparams["lr"])
-
-
-def digits() -> tuple[Dataset, Dataset, Dataset]:
-    """Few images to train on, so that the network learns them by heart; an odd number to calibrate on; the rest."""
-    data = load_digits()
-    images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16
-    everything = TensorDataset(images, torch.tensor(data.target))
-    train, calibration, test = random_split(everything, [100, 801, 896], torch.Generator().manual_seed(0))
-    return train, calibration, test
-
-
 def main() -> None:
     """Train and calibrate on all processes; on one, calibrate again and compare."""
     options = parsed()
     seed_everything(0)
-    train, calibration, test = digits()
+    # An odd number to calibrate on, which two processes cannot halve.
+    train, calibration, test = digits(n_calibration=801)
     calibration_loader = DataLoader(calibration, batch_size=256)
     clamping = NeuralClamping(calibration_loader)
     trainer = Trainer(
@@ -88,7 +53,7 @@ def main() -> None:
         callbacks=[clamping, ModelCheckpoint(options.out / "checkpoints")],
         logger=False,
     )
-    model = LitDigits()
+    model = LitDigits(width=32)
     trainer.fit(model, DataLoader(train, batch_size=16, shuffle=True))
 
     # Every process that runs this script comes here; what follows is for one.

@@ -49,12 +49,13 @@ class LitDigits(LightningModule):
         return torch.optim.Adam(self.parameters(), lr=self.hparams["lr"])
 
 
-def digits() -> tuple[Dataset, Dataset, Dataset]:
+def digits(n_calibration: int = 800) -> tuple[Dataset, Dataset, Dataset]:
     """Few images to train on, so that the network learns them by heart; the rest to calibrate and to test."""
     data = load_digits()
     images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16
     everything = TensorDataset(images, torch.tensor(data.target))
-    train, calibration, test = random_split(everything, [100, 800, 897], torch.Generator().manual_seed(0))
+    sizes = [100, n_calibration, 1697 - n_calibration]
+    train, calibration, test = random_split(everything, sizes, torch.Generator().manual_seed(0))
     return train, calibration, test
 
 

@@ -118,6 +118,19 @@ class NeuralClamping(Callback):
         return STATE_KEY
 
     @property
+    def fit_arguments(self) -> dict[str, Any]:
+        """What :func:`~lightning_clamp.fit_clamp` is called with, beside the model and its data."""
+        return {
+            "solver": self.solver,
+            "task": self.task,
+            "ignore_index": self.ignore_index,
+            "batch_keys": self.batch_keys,
+            "perturb_at": self.perturb_at,
+            "cache_bytes": self.cache_bytes,
+            **self.options,
+        }
+
+    @property
     def result(self) -> CalibrationResult | None:
         """What the last calibration did, or that of the checkpoint that was loaded; None before, and if it failed."""
         self._read_mail()
@@ -261,13 +274,7 @@ class NeuralClamping(Callback):
             trainer,
             pl_module,
             batches,
-            solver=self.solver,
-            task=self.task,
-            ignore_index=self.ignore_index,
-            batch_keys=self.batch_keys,
-            perturb_at=self.perturb_at,
-            cache_bytes=self.cache_bytes,
-            **self.options,
+            **self.fit_arguments,
         )
         self._done, self._calibrated = True, outcome.calibrated
         return outcome

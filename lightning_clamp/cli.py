@@ -19,9 +19,8 @@ from lightning_clamp import __version__
 from lightning_clamp.callback import NeuralClamping
 from lightning_clamp.checkpoint import Calibrated, read_calibrated, read_safely
 from lightning_clamp.clamping import submodule
-from lightning_clamp.metrics import plot_reliability
 from lightning_clamp.module import CalibrationModule
-from lightning_clamp.report import plot_perturbation, table
+from lightning_clamp.report import figures, table
 from lightning_clamp.standalone import calibrate
 
 _PROGRAM = "lightning-clamp"
@@ -93,14 +92,8 @@ class CalibratingTrainer(Trainer):
             self,
             model,
             datamodule,
-            solver=clamping.solver,
-            task=clamping.task,
-            ignore_index=clamping.ignore_index,
-            batch_keys=clamping.batch_keys,
-            perturb_at=clamping.perturb_at,
-            cache_bytes=clamping.cache_bytes,
             save_to=save_to or _path_beside(ckpt_path, clamping),
-            **clamping.options,
+            **clamping.fit_arguments,
         )
 
 
@@ -311,13 +304,10 @@ def _draw(saved: Calibrated, folder: Path, stem: str) -> list[Path]:
         from matplotlib import pyplot as plt
     except ModuleNotFoundError:
         raise MisconfigurationException("The pictures need matplotlib: pip install matplotlib.") from None
-    before, after = saved.result.reliability
-    figures = {"reliability": plot_reliability(after, before=before)[0]}
-    if saved.clamp.perturbation is not None:
-        figures["perturbation"] = plot_perturbation(saved.clamp)
+    drawn = figures(saved.result)
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{stem}-{name}.png" for name in figures]
-    for path, figure in zip(paths, figures.values(), strict=True):
+    paths = [folder / f"{stem}-{name}.png" for name in drawn]
+    for path, figure in zip(paths, drawn.values(), strict=True):
         figure.savefig(path, dpi=150)
         plt.close(figure)
     return paths

@@ -47,9 +47,8 @@ def find_calibration_set(trainer: Trainer, module: LightningModule, given: Any) 
     fast = MIN_SAMPLES if getattr(trainer, "fast_dev_run", False) else None
     if given is not None:
         return CalibrationSource(given, fast)
-    for owner in (_datamodule(trainer), module):
-        if hook := getattr(owner, _HOOK, None):
-            return CalibrationSource(hook(), fast)
+    if (source := _of_hook((_datamodule(trainer), module), fast)) is not None:
+        return source
     if trainer.val_dataloaders is None and trainer.enable_validation:
         return None
     loader = _only(trainer.val_dataloaders)
@@ -81,9 +80,8 @@ def given_calibration_set(given: Any, module: LightningModule) -> CalibrationSou
     """
     if given is not None and not isinstance(given, LightningDataModule):
         return CalibrationSource(given, None)
-    for owner in (given, module):
-        if hook := getattr(owner, _HOOK, None):
-            return CalibrationSource(hook(), None)
+    if (source := _of_hook((given, module), None)) is not None:
+        return source
     for owner in (given, module):
         if owner is not None and is_overridden("val_dataloader", owner):
             return CalibrationSource(_only(owner.val_dataloader()), None, is_validation=True)
@@ -91,6 +89,12 @@ def given_calibration_set(given: Any, module: LightningModule) -> CalibrationSou
         f"There is no calibration set: give {type(module if given is None else given).__name__} a "
         "`calibration_dataloader()` or a validation loader, or pass a loader."
     )
+
+
+def _of_hook(owners: Iterable[Any], limit: int | None) -> CalibrationSource | None:
+    """What the first of the owners that has the hook returns from it."""
+    hook = next((hook for owner in owners if (hook := getattr(owner, _HOOK, None))), None)
+    return None if hook is None else CalibrationSource(hook(), limit)
 
 
 def _only(loaders: Any) -> Any:

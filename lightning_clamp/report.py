@@ -74,11 +74,7 @@ def log_figures(loggers: Sequence[Logger], result: CalibrationResult, step: int)
         return
     from matplotlib import pyplot as plt
 
-    before, after = result.reliability
-    figures = {"reliability": plot_reliability(after, before=before)[0]}
-    if result.clamp.perturbation is not None:
-        figures["perturbation"] = plot_perturbation(result.clamp)
-    for name, figure in figures.items():
+    for name, figure in figures(result).items():
         for logger in takers:
             key = f"calibration/{name}"
             if isinstance(logger, WandbLogger):
@@ -88,6 +84,15 @@ def log_figures(loggers: Sequence[Logger], result: CalibrationResult, step: int)
             else:
                 logger.experiment.add_figure(key, figure, step, close=False)
         plt.close(figure)
+
+
+def figures(result: CalibrationResult) -> dict[str, "Figure"]:
+    """The pictures of a calibration, by name: the reliability diagram, and the perturbation if there is one."""
+    before, after = result.reliability
+    drawn = {"reliability": plot_reliability(after, before=before)[0]}
+    if result.clamp.perturbation is not None:
+        drawn["perturbation"] = plot_perturbation(result.clamp)
+    return drawn
 
 
 def _log_to_wandb(logger: WandbLogger, key: str, figure: "Figure", step: int) -> None:

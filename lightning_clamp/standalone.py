@@ -121,12 +121,15 @@ class _Run(LightningModule):
         """The datamodule, if the data are one."""
         return self.data if isinstance(self.data, LightningDataModule) else None
 
+    @property
+    def _provider(self) -> LightningModule | LightningDataModule | None:
+        """Who makes the data; None if loaders were given."""
+        return self.network if self.data is None else self.datamodule
+
     def prepare_data(self) -> None:
         """The datamodule's, or the network's where it comes with its data."""
-        if self.data is None:
-            self.network.prepare_data()
-        if self.datamodule is not None:
-            self.datamodule.prepare_data()
+        if self._provider is not None:
+            self._provider.prepare_data()
 
     def configure_model(self) -> None:
         """The network's."""
@@ -134,18 +137,15 @@ class _Run(LightningModule):
 
     def setup(self, stage: str) -> None:
         """The datamodule's, or the network's, for the stage in which splits are made: that of training."""
-        if self.data is None:
-            self.network.setup("fit")
         if self.datamodule is not None:
             self.datamodule.trainer = self.trainer
-            self.datamodule.setup("fit")
+        if self._provider is not None:
+            self._provider.setup("fit")
 
     def teardown(self, stage: str) -> None:
         """The datamodule's, or the network's."""
-        if self.data is None:
-            self.network.teardown("fit")
-        if self.datamodule is not None:
-            self.datamodule.teardown("fit")
+        if self._provider is not None:
+            self._provider.teardown("fit")
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """The datamodule's, or the network's."""
@@ -167,10 +167,9 @@ class _Run(LightningModule):
         trainer = self.trainer
         source = given_calibration_set(self.data, self.network)
         if source.is_validation:
-            owner = self.network if self.data is None else self.data
             rank_zero_warn(
-                f"{type(owner).__name__} has no calibration_dataloader(), so its validation set serves, which also "
-                "served to choose the model."
+                f"{type(self._provider).__name__} has no calibration_dataloader(), so its validation set serves, which "
+                "also served to choose the model."
             )
         batches = CalibrationBatches(source, trainer, self, ranks_of(trainer), self.options["batch_keys"])
         outcome = fit_in_trainer(trainer, self.network, batches, **self.options)

@@ -64,15 +64,12 @@ def check_batch_keys(keys: Any) -> None:
     several = bool(pair) and isinstance(pair[0], list | tuple)
     names = pair[0] if several else pair[:1]
     kinds = str if several else str | int
-    if len(pair) != 2 or not names or not all(isinstance(name, kinds) for name in names) or not _is_key(pair[1]):
+    right = len(pair) == 2 and names and all(isinstance(name, kinds) for name in names)
+    if not right or not isinstance(pair[1], str | int):
         raise ValueError(
             "`batch_keys` must be a pair, the key of the input (or a list of names of forward's arguments) and the key "
             f"of the target, such as ('image', 'label') or (0, 1), got {keys!r}."
         )
-
-
-def _is_key(key: Any) -> bool:
-    return isinstance(key, str | int)
 
 
 def _entry(batch: Any, key: str | int) -> Any:
@@ -88,8 +85,6 @@ def _described(batch: Any) -> str:
     kind = type(batch).__name__
     if isinstance(batch, Mapping):
         return f"{kind} of {', '.join(map(str, batch))}"
-    if isinstance(batch, tuple | list):
-        return f"{kind} of {len(batch)} items"
     return f"{kind} of {len(batch)} items" if isinstance(batch, Sized) else kind
 
 

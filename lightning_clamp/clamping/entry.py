@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_clamp.clamping.batch import Inputs, call
+from lightning_clamp.clamping.batch import Inputs, call, changed
 from lightning_clamp.clamping.frozen import module_of
 
 Change = Callable[[Tensor], Tensor]
@@ -28,6 +28,7 @@ class Entry:
         self.network = network
         self.name = perturb_at
         self.module = None if perturb_at is None else submodule(network, perturb_at)
+        self._first = None if self.module is None else first_parameter(self.module)
 
     def run(self, inputs: Inputs, change: Change) -> Any:
         """The network's output with ``change`` applied to what enters.
@@ -41,12 +42,11 @@ class Entry:
         if self.module is None:
             return call(self.network, one_changed(inputs, change))
         calls = 0
-        first = first_parameter(self.module)
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             nonlocal calls
             calls += 1
-            return first_changed(args, kwargs, first, change)
+            return first_changed(args, kwargs, self._first, change)
 
         handle = self.module.register_forward_pre_hook(enter, with_kwargs=True)
         try:
@@ -118,9 +118,8 @@ def first_changed(
 
 def one_changed(inputs: Inputs, change: Change) -> Inputs:
     """The inputs with the one tensor changed that they consist of; several are left as they are."""
-    if not isinstance(inputs, Mapping):
-        return change(inputs)
-    return {name: change(value) for name, value in inputs.items()} if len(inputs) == 1 else inputs
+    several = isinstance(inputs, Mapping) and len(inputs) > 1
+    return inputs if several else changed(inputs, change)
 
 
 def _checked(change: Change, value: Any) -> Tensor:
