@@ -45,7 +45,7 @@ from lightning_clamp.metrics import (
 
 DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS.parent / "examples"))
-from quickstart import LitDigits, digits  # noqa: E402 - the examples are no package
+from quickstart import LitDigits, digits  # noqa: E402 - the examples are scripts
 
 SIZE = 32
 GRIDS = (1, 2, 4, 8)

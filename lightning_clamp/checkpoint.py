@@ -3,6 +3,7 @@
 It holds tensors, numbers and strings only, so that ``torch.load(weights_only=True)`` reads it.
 """
 
+import errno
 import hashlib
 import io
 import os
@@ -173,9 +174,10 @@ def read_safely(path: str | os.PathLike[str]) -> Any:
     """``torch.load`` to the CPU, of tensors and plain values only; errors as in :func:`read_calibrated`."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
     except (pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
+        # Torch seeks to before the start of a truncated file. What else the system objects to, it says itself.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
         raise ValueError(
             f"{os.fspath(path)!r} is damaged, or no checkpoint that can be loaded safely: "
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"

@@ -140,6 +140,8 @@ def test_a_truncated_file_costs_one_sentence(saved, tmp_path):
 def test_a_missing_file_is_a_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_calibrated(tmp_path / "nowhere.ckpt")
+    with pytest.raises(IsADirectoryError):
+        read_calibrated(tmp_path)
 
 
 class Needy(LightningModule):
