@@ -202,8 +202,8 @@ def tell(logs: Path) -> Story:
         test,
         clean,
         default=clamping.result,
-        alone=fit_clamp(model, calibration.loader(), solver="temperature"),
-        outputs=fit_clamp(model, calibration.loader(), grids=()),
+        alone=fit_clamp(model, calibration.loader(), method="temperature"),
+        output_maps=fit_clamp(model, calibration.loader(), grids=()),
         worse=study(model, calibration, test),
         same=study(model, clean_calibration, clean),
         logs=logs,
@@ -219,7 +219,7 @@ def images_of(part: Dataset) -> Images:
 
 def study(model: LitBigDigits, calibration: Images, test: Images) -> GridStudy:
     """Fit every grid on its own."""
-    fits = {size: fit_clamp(model, calibration.loader(), grids=(size,), outputs=("temperature",)) for size in GRIDS}
+    fits = {size: fit_clamp(model, calibration.loader(), grids=(size,), output_maps=("temperature",)) for size in GRIDS}
     grids = {size: fit.candidates[-1] for size, fit in fits.items()}
     return GridStudy(test, fits[GRIDS[0]].candidates[0], grids)
 

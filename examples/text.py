@@ -176,7 +176,7 @@ def main() -> None:
 
     clamps = {
         "uncalibrated": Clamp(),
-        "T alone": fit_clamp(model, calibration_loader, solver="temperature", **ENTRIES).clamp,
+        "T alone": fit_clamp(model, calibration_loader, method="temperature", **ENTRIES).clamp,
         "outputs alone": fit_clamp(model, calibration_loader, grids=(), **ENTRIES).clamp,
     }
     modules = {name: CalibrationModule(model, clamp, **ENTRIES) for name, clamp in clamps.items()}

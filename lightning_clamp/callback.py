@@ -13,17 +13,17 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import Unpack
 
 from lightning_clamp._rows import Task
+from lightning_clamp._trainer.data import CalibrationBatches, find_calibration_set, warn_if_training_data
+from lightning_clamp._trainer.devices import check_float64, check_strategy, ranks_of
+from lightning_clamp._trainer.hooks import ClampHooks
+from lightning_clamp._trainer.mailbox import Mailbox, Outcome
+from lightning_clamp._trainer.run import publish, run_in_trainer
+from lightning_clamp._trainer.weights import Moment, Weights, check_best, weights_of
 from lightning_clamp.checkpoint import STATE_KEY, Calibrated, fingerprint, from_state, read_safely, to_state
-from lightning_clamp.clamping import BatchKeys, CalibrationResult, Solver, check_batch_keys, check_options, submodule
-from lightning_clamp.clamping.options import SolverOptions
-from lightning_clamp.data import CalibrationBatches, find_calibration_set, warn_if_training_data
-from lightning_clamp.devices import check_float64, check_strategy, ranks_of
-from lightning_clamp.fitting import fit_in_trainer, publish
-from lightning_clamp.hooks import ClampHooks
-from lightning_clamp.mailbox import Mailbox, Outcome
+from lightning_clamp.clamping import BatchKeys, CalibrationResult, Method, check_batch_keys, check_options, submodule
+from lightning_clamp.clamping.options import MethodOptions
 from lightning_clamp.module import CalibrationModule
 from lightning_clamp.report import table
-from lightning_clamp.weights import Moment, Weights, check_best, weights_of
 
 
 class NeuralClamping(Callback):
@@ -32,14 +32,14 @@ class NeuralClamping(Callback):
     ``Trainer(callbacks=[NeuralClamping()])`` is all it takes. At the end of ``fit`` a clamp (an input perturbation and
     an output map) is fitted to held-out data with the network frozen; the metrics before and after go to every logger,
     a calibrated checkpoint is saved, and ``trainer.test`` and ``trainer.predict`` use the clamp. The model itself is
-    left exactly as training left it. One Trainer takes one of these callbacks; to compare solvers, pass the trained
+    left exactly as training left it. One Trainer takes one of these callbacks; to compare methods, pass the trained
     model to :func:`~lightning_clamp.fit_clamp`.
 
     Args:
         calibration_dataloader: Held-out pairs ``(inputs, target)``, not augmented; several such loaders, in a list or a
             dict, are read one after another. By default the ``calibration_dataloader()`` of the datamodule or the
             module, else the validation loader, with a warning.
-        solver: See :func:`~lightning_clamp.fit_clamp`.
+        method: See :func:`~lightning_clamp.fit_clamp`.
         task: ``"multiclass"`` (softmax) or ``"binary"`` (one logit, sigmoid).
         ignore_index: Target value of positions to leave out.
         batch_keys: Which entries of a batch are input and target, where it is no pair: ``("image", "label")``,
@@ -58,10 +58,10 @@ class NeuralClamping(Callback):
         cache_bytes: Logits of a pass are kept up to this size on every rank; beyond it they are recomputed.
         on_error: ``"warn"`` reports a calibration that fails and lets ``fit`` return normally, the model uncalibrated;
             ``"raise"`` raises.
-        **options: Of the solver, such as ``outputs=("temperature",)``; see :func:`~lightning_clamp.fit_clamp`.
+        **options: Of the method, such as ``output_maps=("temperature",)``; see :func:`~lightning_clamp.fit_clamp`.
 
     Raises:
-        TypeError: If an option is unknown to the solver.
+        TypeError: If an option is unknown to the method.
         ValueError: If an argument has no such value.
     """
 
@@ -69,7 +69,7 @@ class NeuralClamping(Callback):
         self,
         calibration_dataloader: Any = None,
         *,
-        solver: Solver = "scoring",
+        method: Method = "clamp",
         task: Task = "multiclass",
         ignore_index: int | None = None,
         batch_keys: BatchKeys | None = None,
@@ -80,9 +80,9 @@ class NeuralClamping(Callback):
         other_weights: Literal["skip", "refit"] = "skip",
         cache_bytes: int = 2**28,
         on_error: Literal["warn", "raise"] = "warn",
-        **options: Unpack[SolverOptions],
+        **options: Unpack[MethodOptions],
     ) -> None:
-        check_options(solver, task, options)
+        check_options(method, task, options)
         check_batch_keys(batch_keys)
         if on_error not in ("warn", "raise"):
             raise ValueError(f"`on_error` must be 'warn' or 'raise', got {on_error!r}.")
@@ -91,7 +91,7 @@ class NeuralClamping(Callback):
         if other_weights not in ("skip", "refit"):
             raise ValueError(f"`other_weights` must be 'skip' or 'refit', got {other_weights!r}.")
         self.calibration_dataloader = calibration_dataloader
-        self.solver: Solver = solver
+        self.method: Method = method
         self.task: Task = task
         self.ignore_index = ignore_index
         self.batch_keys = batch_keys
@@ -121,7 +121,7 @@ class NeuralClamping(Callback):
     def fit_arguments(self) -> dict[str, Any]:
         """What :func:`~lightning_clamp.fit_clamp` is called with, beside the model and its data."""
         return {
-            "solver": self.solver,
+            "method": self.method,
             "task": self.task,
             "ignore_index": self.ignore_index,
             "batch_keys": self.batch_keys,
@@ -189,7 +189,7 @@ class NeuralClamping(Callback):
         if stage != "fit":
             return
         check_float64(trainer)
-        check_options(self.solver, self.task, self.options, n_ranks=trainer.world_size)
+        check_options(self.method, self.task, self.options, n_ranks=trainer.world_size)
         if self.weights == "best" and not getattr(trainer, "fast_dev_run", False):
             check_best(trainer)
         self._move_to_the_end(trainer)
@@ -270,7 +270,7 @@ class NeuralClamping(Callback):
                 "The Trainer never loaded its validation set, which was to be the calibration set: pass "
                 "NeuralClamping(calibration_dataloader=...)."
             )
-        outcome = fit_in_trainer(
+        outcome = run_in_trainer(
             trainer,
             pl_module,
             batches,

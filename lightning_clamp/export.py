@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from lightning_clamp._batch import map_tensors
 from lightning_clamp.clamping import Clamp, Inputs
-from lightning_clamp.clamping.batch import changed
 
 if TYPE_CHECKING:
     from torch.onnx import ONNXProgram
@@ -53,11 +53,11 @@ def to_exported_program(module: "CalibrationModule", example: Any = None, **opti
         Exception: Torch's own, if the network cannot be captured.
     """
     # Torch looks at shapes and dtypes alone, and keeps its example in the file: nobody's data belong there.
-    inputs: Any = changed(_inputs(module, example), torch.zeros_like)
+    inputs: Any = map_tensors(_inputs(module, example), torch.zeros_like)
     if "dynamic_shapes" not in options:
         # Two rows, because torch takes an axis of length 1 for one that is never longer. The limit is for torch 2.6,
         # which without one trips over a limit that it finds in attention, far beyond this.
-        inputs = changed(inputs, lambda tensor: tensor.new_zeros(2, *tensor.shape[1:]))
+        inputs = map_tensors(inputs, lambda tensor: tensor.new_zeros(2, *tensor.shape[1:]))
         rows = {0: Dim("batch", max=2**31 - 1)}
         options["dynamic_shapes"] = (dict.fromkeys(inputs, rows) if isinstance(inputs, dict) else rows,)
     # strict=False runs the network's Python with symbolic tensors, where strict=True would have to understand it.
@@ -159,7 +159,7 @@ def _inputs(module: "CalibrationModule", example: Any) -> Inputs:
         kinds = ", ".join(type(tensor).__name__ for tensor in tensors)
         raise TypeError(f"The example must be a batch of inputs, a tensor or a dict of tensors, got {kinds}.")
     device = module.clamp.log_temperature.device
-    return changed(example, lambda tensor: tensor.to(device))
+    return map_tensors(example, lambda tensor: tensor.to(device))
 
 
 def _output_map(clamp: Clamp) -> tuple[Tensor, Tensor]:

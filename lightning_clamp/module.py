@@ -13,6 +13,7 @@ from torchmetrics import Metric, MetricCollection
 
 from lightning_clamp import export
 from lightning_clamp._rows import Task
+from lightning_clamp._trainer.hooks import Perturbing
 from lightning_clamp.checkpoint import Calibrated, read_calibrated
 from lightning_clamp.clamping import (
     BatchKeys,
@@ -20,13 +21,12 @@ from lightning_clamp.clamping import (
     Clamp,
     Inputs,
     as_pair,
-    call,
+    call_network,
     check_batch_keys,
     input_of,
     logits_of,
-    one_changed,
+    map_single_tensor,
 )
-from lightning_clamp.hooks import Perturbing
 
 if TYPE_CHECKING:
     from torch.onnx import ONNXProgram
@@ -138,8 +138,8 @@ class CalibrationModule(LightningModule):
         # Read first, also where a hook adds it, so that torch.compile knows whether there is a perturbation: hooks it
         # takes no notice of.
         if self.clamp.perturbation is not None and self.perturb_at is None:
-            inputs = one_changed(inputs, self.clamp.perturb)
-        logits: Tensor = self.clamp.scale(logits_of(call(self.network, inputs)))
+            inputs = map_single_tensor(inputs, self.clamp.perturb)
+        logits: Tensor = self.clamp.scale(logits_of(call_network(self.network, inputs)))
         if self._perturbing is not None and not self._perturbing.used and not torch.compiler.is_compiling():
             raise RuntimeError(
                 f"The network did not run what adds the perturbation at {self.perturb_at!r}: if it is compiled, pass "

@@ -11,14 +11,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import Unpack
 
 from lightning_clamp._rows import Task
-from lightning_clamp.clamping import BatchKeys, Solver, check_batch_keys, check_options, submodule
-from lightning_clamp.clamping.options import SolverOptions
-from lightning_clamp.data import CalibrationBatches, given_calibration_set, owner_of
-from lightning_clamp.devices import check_float64, check_strategy, ranks_of
-from lightning_clamp.fitting import fit_in_trainer, publish
-from lightning_clamp.mailbox import Mailbox, Outcome
+from lightning_clamp._trainer.data import CalibrationBatches, given_calibration_set, owner_of
+from lightning_clamp._trainer.devices import check_float64, check_strategy, ranks_of
+from lightning_clamp._trainer.mailbox import Mailbox, Outcome
+from lightning_clamp._trainer.run import publish, run_in_trainer
+from lightning_clamp._trainer.weights import Moment
+from lightning_clamp.clamping import BatchKeys, Method, check_batch_keys, check_options, submodule
+from lightning_clamp.clamping.options import MethodOptions
 from lightning_clamp.module import CalibrationModule
-from lightning_clamp.weights import Moment
 
 
 def calibrate(
@@ -26,14 +26,14 @@ def calibrate(
     model: LightningModule,
     dataloader_or_datamodule: Any = None,
     *,
-    solver: Solver = "scoring",
+    method: Method = "clamp",
     task: Task = "multiclass",
     ignore_index: int | None = None,
     batch_keys: BatchKeys | None = None,
     perturb_at: str | None = None,
     cache_bytes: int = 2**28,
     save_to: str | os.PathLike[str] | None = None,
-    **options: Unpack[SolverOptions],
+    **options: Unpack[MethodOptions],
 ) -> CalibrationModule:
     """Calibrate a trained model, on the devices of a Trainer, and return it as a calibrated module.
 
@@ -46,7 +46,7 @@ def calibrate(
         dataloader_or_datamodule: Held-out pairs ``(inputs, target)``, not augmented, or a list or dict of several such
             loaders; or a datamodule; None for a model that comes with its data. Of those the
             ``calibration_dataloader()`` is taken after ``setup("fit")``, or for want of it the validation loader.
-        solver: See :func:`~lightning_clamp.fit_clamp`.
+        method: See :func:`~lightning_clamp.fit_clamp`.
         task: ``"multiclass"`` (softmax) or ``"binary"`` (one logit, sigmoid).
         ignore_index: Target value of positions to leave out.
         batch_keys: Which entries of a batch are input and target, where it is no pair; see
@@ -54,13 +54,13 @@ def calibrate(
         perturb_at: Submodule at whose input δ is added; see :func:`~lightning_clamp.fit_clamp`.
         cache_bytes: Logits of a pass are kept up to this size on every rank; beyond it they are recomputed.
         save_to: File to save the calibrated model in, for :meth:`.CalibrationModule.from_checkpoint`.
-        **options: Of the solver; see :func:`~lightning_clamp.fit_clamp`.
+        **options: Of the method; see :func:`~lightning_clamp.fit_clamp`.
 
     Returns:
         The calibrated module, on the CPU, with what was done in its ``result``.
 
     Raises:
-        TypeError: If the model is no LightningModule, or an option is unknown to the solver.
+        TypeError: If the model is no LightningModule, or an option is unknown to the method.
         ValueError: If an option has no such value, or for the reasons of :func:`~lightning_clamp.fit_clamp`.
         MisconfigurationException: If the Trainer's strategy cannot do this, or the calibration set cannot be read.
     """
@@ -70,12 +70,12 @@ def calibrate(
         )
     check_strategy(trainer)
     check_float64(trainer)
-    check_options(solver, task, options, n_ranks=trainer.world_size)
+    check_options(method, task, options, n_ranks=trainer.world_size)
     check_batch_keys(batch_keys)
     if perturb_at is not None:
         submodule(model, perturb_at)
     arguments = {
-        "solver": solver,
+        "method": method,
         "task": task,
         "ignore_index": ignore_index,
         "batch_keys": batch_keys,
@@ -172,7 +172,7 @@ class _Run(LightningModule):
                 "also served to choose the model."
             )
         batches = CalibrationBatches(source, trainer, self, ranks_of(trainer), self.options["batch_keys"])
-        outcome = fit_in_trainer(trainer, self.network, batches, **self.options)
+        outcome = run_in_trainer(trainer, self.network, batches, **self.options)
         moment = Moment(trainer.current_epoch, trainer.global_step)
         self.outcome = publish(trainer, self.network, outcome, self.save_to, moment, self.mailbox)
 

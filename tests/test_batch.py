@@ -14,7 +14,7 @@ from lightning_clamp.clamping import as_pair, check_batch_keys, input_of, logits
 from tests.scenarios import LitClassifier, SmallNet, batches, loader, shifted_images
 from tests.test_callback import train_loader, trainer
 
-OPTIONS = {"grids": (1,), "outputs": ("temperature",)}
+OPTIONS = {"grids": (1,), "output_maps": ("temperature",)}
 
 
 @dataclass

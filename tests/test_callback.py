@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_clamp import CalibrationModule, NeuralClamping
+from tests.clamping.test_frozen import assert_same, trace
 from tests.scenarios import SHIFT, LitClassifier, SmallNet, Validating, images, loader, sampled
-from tests.test_frozen import assert_same, trace
 
 
 def trainer(tmp_path, *callbacks, **options):
@@ -47,7 +47,7 @@ def calibration_set():
 @pytest.fixture
 def fitted(tmp_path, calibration_set):
     """A finished fit with a clamp that moves the input."""
-    callback = NeuralClamping(calibration_set, outputs=("temperature",))
+    callback = NeuralClamping(calibration_set, output_maps=("temperature",))
     run, model = trainer(tmp_path, callback, ModelCheckpoint(tmp_path)), LitClassifier()
     run.fit(model, train_loader())
     return run, model, callback
@@ -244,16 +244,16 @@ def sizes(tmp_path, callback, model, **fit):
 
 
 def test_the_argument_comes_first_then_the_datamodule_then_the_module(tmp_path):
-    given = NeuralClamping(loader(500, seed=43), solver="temperature")
+    given = NeuralClamping(loader(500, seed=43), method="temperature")
     assert sizes(tmp_path, given, WithHook(), datamodule=DataModule()) == 500
-    hooked = NeuralClamping(solver="temperature")
+    hooked = NeuralClamping(method="temperature")
     assert sizes(tmp_path, hooked, WithHook(), datamodule=DataModule()) == 400
     assert sizes(tmp_path, hooked, WithHook(), train_dataloaders=train_loader()) == 300
 
 
 def test_the_validation_set_is_taken_with_a_warning_and_as_far_as_the_trainer_reads_it(tmp_path):
     validation = loader(300, seed=44, size=100)
-    callback = NeuralClamping(solver="temperature")
+    callback = NeuralClamping(method="temperature")
     with pytest.warns(UserWarning, match="which also served to choose the model"):
         trainer(tmp_path, callback).fit(Validating(), train_loader(), validation)
     assert callback.result.n_samples == 300
@@ -320,7 +320,7 @@ def test_transfer_hooks_run_as_for_validation(tmp_path, calibration_set):
             noise = torch.randn_like(batch[0]) if self.trainer.training else 0
             return [batch[0] - 100 + noise, batch[1]]
 
-    callback = NeuralClamping(calibration_set, solver="temperature")
+    callback = NeuralClamping(calibration_set, method="temperature")
     run = trainer(tmp_path, callback)
     run.fit(Augmenting(), train_loader())
     assert not any(stages[-4:])
@@ -392,7 +392,7 @@ def test_changed_weights_are_not_paired_with_the_old_clamp(fitted, tmp_path, cal
         model.net.linear.bias.add_(0.1)
     # The calibrated weights are in the file that was saved.
     assert torch.equal(callback.calibrated_module()(x), expected)
-    unsaved = NeuralClamping(calibration_set, solver="temperature")
+    unsaved = NeuralClamping(calibration_set, method="temperature")
     trainer(tmp_path, unsaved).fit(model, train_loader())
     with torch.no_grad():
         model.net.linear.bias.add_(0.1)
@@ -402,7 +402,7 @@ def test_changed_weights_are_not_paired_with_the_old_clamp(fitted, tmp_path, cal
 
 @pytest.mark.filterwarnings("ignore:NeuralClamping will calibrate on the validation set")
 def test_a_validation_set_that_is_loaded_late_is_found(tmp_path):
-    callback = NeuralClamping(solver="temperature")
+    callback = NeuralClamping(method="temperature")
     run = trainer(tmp_path, callback, max_epochs=2, check_val_every_n_epoch=2, num_sanity_val_steps=0)
     run.fit(Validating(), train_loader(), {"only": loader(300, seed=44)})
     assert callback.result.n_samples == 300
@@ -501,14 +501,14 @@ def test_fast_dev_run_tries_it_on_a_few_batches_and_saves_nothing(tmp_path, cali
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"solver": "lbfgs"}, ValueError, "`solver` must be one of"),
+        ({"method": "lbfgs"}, ValueError, "`method` must be one of"),
         ({"task": "multilabel"}, ValueError, "`task` must be one of"),
         ({"on_error": "ignore"}, ValueError, "`on_error` must be 'warn' or 'raise'"),
         ({"weights": "first"}, ValueError, "`weights` must be 'last' or 'best', got 'first'"),
         ({"other_weights": "warn"}, ValueError, "`other_weights` must be 'skip' or 'refit', got 'warn'"),
-        ({"epochs": 5}, TypeError, "solver='scoring' has no option epochs"),
-        ({"outputs": ("beta",)}, ValueError, "`outputs` must be a sequence of names among"),
-        ({"solver": "sgd", "epochs": 0}, ValueError, "`epochs` must be a whole number of at least 1, got 0"),
+        ({"epochs": 5}, TypeError, "method='clamp' has no option epochs"),
+        ({"output_maps": ("beta",)}, ValueError, "`output_maps` must be a sequence of names among"),
+        ({"method": "published", "epochs": 0}, ValueError, "`epochs` must be a whole number of at least 1, got 0"),
     ],
 )
 def test_wrong_arguments_are_refused_when_the_callback_is_made(arguments, error, message):
@@ -529,7 +529,7 @@ def test_the_calibrated_module_can_be_had_while_the_model_is_tested(tmp_path):
             self.module, self.batch = callback.calibrated_module(), batch[0]
             self.clamped = pl_module(batch[0])
 
-    callback, asking = NeuralClamping(loader(1000, seed=30), outputs=("temperature",)), Asking()
+    callback, asking = NeuralClamping(loader(1000, seed=30), output_maps=("temperature",)), Asking()
     run, model = trainer(tmp_path, callback, asking), LitClassifier(lr=0.0)
     run.fit(model, train_loader())
     run.test(model, loader(200, seed=40), verbose=False)

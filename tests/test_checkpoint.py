@@ -31,7 +31,7 @@ def calibrated(clamp=None, network=None) -> Calibrated:
 
 @pytest.fixture
 def saved(tmp_path):
-    callback = NeuralClamping(loader(1000, seed=30), outputs=("temperature",))
+    callback = NeuralClamping(loader(1000, seed=30), output_maps=("temperature",))
     run, model = trainer(tmp_path, callback, ModelCheckpoint(tmp_path)), LitClassifier(temperature=3.0)
     run.fit(model, train_loader())
     return callback, model
@@ -84,7 +84,7 @@ def test_state_is_plain_and_round_trips(tmp_path):
     torch.save(to_state(first), tmp_path / "state.pt")
     again = from_state(torch.load(tmp_path / "state.pt", weights_only=True))
     assert again[1:] == first[1:]
-    for name in ("before", "after", "change", "candidates", "chosen", "reason", "history", "n_samples", "solver"):
+    for name in ("before", "after", "change", "candidates", "chosen", "reason", "history", "n_samples", "method"):
         assert getattr(again.result, name) == getattr(first.result, name), name
     for curve, expected in zip(again.result.reliability, first.result.reliability, strict=True):
         torch.testing.assert_close(curve, expected, rtol=0, atol=0, equal_nan=True)

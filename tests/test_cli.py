@@ -18,8 +18,8 @@ from lightning.pytorch.cli import LightningCLI
 import lightning_clamp
 from lightning_clamp import CalibrationModule, NeuralClamping, calibrate, cli
 from lightning_clamp.checkpoint import fingerprint, read_calibrated
-from lightning_clamp.clamping.selection import fit_by_scoring
-from lightning_clamp.clamping.sgd import fit_by_sgd
+from lightning_clamp.clamping.published import fit_published
+from lightning_clamp.clamping.selection import choose_clamp
 from lightning_clamp.cli import ClampCLI, main
 from tests.scenarios import LitClassifier, Validating, loader
 
@@ -130,7 +130,7 @@ def test_calibrate_does_what_the_function_does(checkpoint, here):
     main(["calibrate", "--config", f"{CONFIGS}/calibrate.yaml", "--ckpt_path", checkpoint, *options])
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
     model = DigitsClassifier.load_from_checkpoint(checkpoint)
-    chosen = {"grids": [1, 2, 4], "outputs": ["temperature"]}
+    chosen = {"grids": [1, 2, 4], "output_maps": ["temperature"]}
     other = calibrate(trainer, model, DigitsData(n_calibration=300), **chosen)
     saved = read_calibrated("one.ckpt")
     assert saved.result.reason == other.result.reason
@@ -148,7 +148,7 @@ def recorded(monkeypatch):
 
 def test_every_option_of_calibrate_is_that_of_the_callback(checkpoint, recorded, here):
     given = {
-        "solver": "sgd", "task": "binary", "ignore_index": 7, "cache_bytes": 5, "perturb_at": "net.3",
+        "method": "published", "task": "binary", "ignore_index": 7, "cache_bytes": 5, "perturb_at": "net.3",
         "batch_keys": ("image", "label"), "epochs": 3, "gamma": None,
     }  # fmt: skip
     options = [f"--calibration.{name}={'null' if value is None else value}" for name, value in given.items()]
@@ -208,7 +208,7 @@ class OwnCalibrationData(OwnData):
 def test_a_model_trained_elsewhere_is_built_with_its_own_hyperparameters(here):
     path = plain_checkpoint(temperature=3.0, lr=0.0)
     command = ["calibrate", "--model=tests.test_cli.OwnCalibrationData", *PLAIN, "--ckpt_path", path]
-    main([*command, "--calibration.solver=temperature"])
+    main([*command, "--calibration.method=temperature"])
     saved = read_calibrated("plain-calibrated.ckpt").result
     assert saved.n_samples == 1000
     assert float(saved.clamp.temperature) == pytest.approx(3.0, rel=0.1)
@@ -218,7 +218,7 @@ def test_a_model_may_come_with_its_validation_set(here):
     path = plain_checkpoint()
     command = ["calibrate", "--model=tests.test_cli.OwnData", *PLAIN, "--ckpt_path", path]
     with pytest.warns(UserWarning, match=r"OwnData has no calibration_dataloader\(\), so its validation set serves"):
-        main([*command, "--calibration.solver=temperature"])
+        main([*command, "--calibration.method=temperature"])
     assert read_calibrated("plain-calibrated.ckpt").result.n_samples == 200
 
 
@@ -235,7 +235,7 @@ def test_a_mistake_in_the_users_code_keeps_its_traceback(here):
 
 
 def test_report_needs_the_file_alone_and_draws_what_is_in_it(checkpoint, calibrated, here, capsys):
-    options = [*DIGITS, "--data.n_calibration=300", *PLAIN, "--calibration.solver=temperature"]
+    options = [*DIGITS, "--data.n_calibration=300", *PLAIN, "--calibration.method=temperature"]
     main(["calibrate", *options, "--ckpt_path", checkpoint, "--save_to=temperature.ckpt"])
     Path("examples").unlink()
     capsys.readouterr()
@@ -259,7 +259,7 @@ def printed(capsys, *args: str) -> str:
 
 @pytest.mark.parametrize("command", [["fit"], ["calibrate", "--ckpt_path=a.ckpt", "--save_to=b.ckpt"]])
 def test_a_printed_config_is_the_same_run(command, here, capsys):
-    options = ["--calibration.grids=[1,2]", "--calibration.outputs=[bias]", "--calibration.batch_keys=[[a,b],c]"]
+    options = ["--calibration.grids=[1,2]", "--calibration.output_maps=[bias]", "--calibration.batch_keys=[[a,b],c]"]
     first = printed(capsys, *command, "--config", f"{CONFIGS}/digits.yaml", *options, "--model.width=3")
     Path("mine.yaml").write_text(first)
     assert printed(capsys, command[0], "--config=mine.yaml") == first
@@ -299,8 +299,8 @@ def test_without_a_logger_no_config_is_saved(here):
 def test_command_lines_know_every_option_of_the_solvers():
     parser = ArgumentParser()
     known = {name.removeprefix("it.") for name in parser.add_class_arguments(NeuralClamping, "it", fail_untyped=False)}
-    solvers = [inspect.signature(solver).parameters.values() for solver in (fit_by_scoring, fit_by_sgd)]
-    assert {one.name for several in solvers for one in several if one.kind is one.KEYWORD_ONLY} <= known
+    methods = [inspect.signature(method).parameters.values() for method in (choose_clamp, fit_published)]
+    assert {one.name for several in methods for one in several if one.kind is one.KEYWORD_ONLY} <= known
 
 
 def test_ones_own_command_line_sets_the_options(here):
@@ -310,8 +310,14 @@ def test_ones_own_command_line_sets_the_options(here):
         Validating, run=False, args=["--config=own.yaml", *PLAIN], save_config_callback=None, seed_everything_default=0
     )
     (clamping,) = (callback for callback in run.trainer.callbacks if isinstance(callback, NeuralClamping))
-    assert clamping.options == {"grids": [1, 2], "outputs": ["temperature"]}
-    sgd = {"solver": "sgd", "epochs": 3, "gamma": None, "augmentation": "torch.nn.Identity", "initial": "data-driven"}
+    assert clamping.options == {"grids": [1, 2], "output_maps": ["temperature"]}
+    sgd = {
+        "method": "published",
+        "epochs": 3,
+        "gamma": None,
+        "augmentation": "torch.nn.Identity",
+        "initial": "data-driven",
+    }
     own = {"class_path": "lightning_clamp.NeuralClamping", "init_args": {**sgd, "batch_keys": [["a", "b"], 1]}}
     config.write_text(yaml.safe_dump({"trainer": {"callbacks": [own]}}))
     run = LightningCLI(
@@ -329,7 +335,7 @@ def test_ones_own_command_line_sets_the_options(here):
         ([], "expected .subcommand. to be one of {fit,validate,test,predict,calibrate"),
         (["fit", "--model=nowhere.Net"], "nowhere"),
         (["fit", *OURS, "--optoin=3"], "(?i)unrecognized arguments: --optoin=3"),
-        (["fit", *OURS, "--calibration.epochs=3"], "solver='scoring' has no option epochs; it has grids"),
+        (["fit", *OURS, "--calibration.epochs=3"], "method='clamp' has no option epochs; it has grids"),
         (["fit", *OURS, "--calibration.max_passes=0"], "--calibration: `max_passes` must be a whole number"),
         (["fit", *OURS, "--trainer.callbacks=lightning_clamp.NeuralClamping"], "NeuralClamping is attached already"),
         (["test", *OURS, "--ckpt_path=nowhere.ckpt"], "There is no checkpoint 'nowhere.ckpt'"),
@@ -423,4 +429,4 @@ def test_the_page_runs(here, capsys):
         else:
             main(shlex.split(args)[1:])
     assert Path("digits/plain-calibrated-reliability.png").exists()
-    assert yaml.safe_load(Path("mine.yaml").read_text())["calibration"]["solver"] == "temperature"
+    assert yaml.safe_load(Path("mine.yaml").read_text())["calibration"]["method"] == "temperature"

@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader
 import lightning_clamp
 from lightning_clamp import fit_clamp, losses, metrics
 from lightning_clamp.report import scalars
+from tests.losses.test_label_perturbation import Segmenter, maps
+from tests.losses.test_mixins import trainer
 from tests.scenarios import LitClassifier, SmallNet, images, loader, shifted_images
-from tests.test_label_perturbation import Segmenter, maps
-from tests.test_loss_mixins import trainer
 
 ROOT = Path(lightning_clamp.__file__).parent
 # Of the losses, what needs Lightning.
@@ -254,7 +254,7 @@ def test_the_python_of_the_guides_runs(page, n_blocks, elsewhere):
 def test_every_key_that_is_logged_is_in_the_docs():
     text = (ROOT.parent / "docs" / "loggers.md").read_text()
     network, x, y = shifted_images(200)
-    assert not [key for key in scalars(fit_clamp(network, [(x, y)], solver="temperature")) if key not in text]
+    assert not [key for key in scalars(fit_clamp(network, [(x, y)], method="temperature")) if key not in text]
 
 
 def test_the_api_page_is_that_of_the_docstrings():

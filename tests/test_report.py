@@ -22,13 +22,13 @@ KEYS = {
 
 
 def plain(**options):
-    return NeuralClamping(loader(1000, seed=30, size=250), outputs=("temperature",), **options)
+    return NeuralClamping(loader(1000, seed=30, size=250), output_maps=("temperature",), **options)
 
 
 @pytest.fixture(scope="module")
 def result():
     network, x, y = shifted_images(2000)
-    return fit_clamp(network, batches(x, y), outputs=("temperature",))
+    return fit_clamp(network, batches(x, y), output_maps=("temperature",))
 
 
 def test_the_numbers_have_their_log_keys(result):

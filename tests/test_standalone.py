@@ -7,11 +7,11 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_clamp import CalibrationModule, Clamp, NeuralClamping, calibrate, fit_clamp
+from tests.clamping.test_frozen import assert_same, trace
 from tests.scenarios import LitClassifier, loader
 from tests.test_callback import train_loader, trainer
-from tests.test_frozen import assert_same, trace
 
-OPTIONS = {"outputs": ("temperature",), "grids": (1,)}
+OPTIONS = {"output_maps": ("temperature",), "grids": (1,)}
 HELD_OUT = loader(600, seed=30)
 
 
@@ -81,7 +81,7 @@ def test_it_is_saved_and_logged_where_asked(tmp_path):
 
 
 def test_a_trainer_that_has_been_used_and_has_the_callback_will_do(tmp_path):
-    callback = NeuralClamping(HELD_OUT, solver="temperature")
+    callback = NeuralClamping(HELD_OUT, method="temperature")
     run, model = trainer(tmp_path, callback), LitClassifier()
     run.fit(model, train_loader())
     fitted = callback.calibrated_module()
@@ -100,7 +100,7 @@ class Failing(LitClassifier):
     [
         (torch.nn.Linear(2, 2), HELD_OUT, {}, TypeError, "takes the LightningModule that was trained, .* got Linear"),
         (CalibrationModule(LitClassifier(), Clamp()), HELD_OUT, {}, TypeError, "got CalibrationModule"),
-        (LitClassifier(), HELD_OUT, {"epochs": 3}, TypeError, "solver='scoring' has no option epochs"),
+        (LitClassifier(), HELD_OUT, {"epochs": 3}, TypeError, "method='clamp' has no option epochs"),
         (LitClassifier(), [], {}, MisconfigurationException, "The calibration set is empty"),
         (LitClassifier(), iter([]), {}, MisconfigurationException, "must be a DataLoader or a list of batches"),
         (Failing(), HELD_OUT, {}, OSError, "no disk"),

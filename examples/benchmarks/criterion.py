@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_clamp._rows import as_rows
+from lightning_clamp.clamping.newton import effective_parameters
 from lightning_clamp.clamping.output_map import (
     SHRINKAGES,
     fit_output_map,
@@ -23,7 +24,6 @@ from lightning_clamp.clamping.output_map import (
     mapped,
     standard_error,
 )
-from lightning_clamp.clamping.quadratic import effective_parameters
 
 SIZES = (250, 500, 1000, 2500, 5000)
 SMALL = ("cifar100-densenet",)

@@ -19,7 +19,7 @@ from lightning_clamp.clamping.output_map import fit_output_map, map_space
 
 # As little as makes a minimum exist where a class has no sample, or is separated.
 UNSHRUNK = 1e-3
-# Changes of the NLL below this are those of a solver's tolerance.
+# Changes of the NLL below this are those of a method's tolerance.
 NOTHING = 1e-5
 
 
@@ -82,7 +82,7 @@ def published(cell: Cell, *, augmented: bool = False) -> Outcome | None:
     if not cell.calibration.perturbable or cell.calibration.task == "binary":
         return None
     cell = cell._replace(calibration=cell.calibration._replace(batch_size=-(-cell.size // 5)))
-    return clamped(cell, solver="sgd", augmentation=_augmented if augmented else None)
+    return clamped(cell, method="published", augmentation=_augmented if augmented else None)
 
 
 def _augmented(images: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ def _augmented(images: Tensor) -> Tensor:
 
 
 class OneBatch(list[Rows]):
-    """Rows of this process alone, as the solvers take them."""
+    """Rows of this process alone, as the methods take them."""
 
     ranks = ALONE
 
@@ -142,14 +142,14 @@ def forward(problem: Problem) -> Tensor:
 
 # Cheap enough for every calibration size; the first two are what the others are compared with.
 LIGHT: dict[str, Method] = {
-    "temperature": partial(clamped, outputs_only=True, solver="temperature"),
+    "temperature": partial(clamped, outputs_only=True, method="temperature"),
     "vector scaling": vector_scaling,
     "uncalibrated": uncalibrated,
     "default": clamped,
     "default, outputs only": partial(clamped, outputs_only=True, grids=()),
 }
 # Many passes over the images: for some of the cells.
-PERTURBATION: dict[str, Method] = {"perturbation and T": partial(clamped, outputs=("temperature",))}
+PERTURBATION: dict[str, Method] = {"perturbation and T": partial(clamped, output_maps=("temperature",))}
 PUBLISHED: dict[str, Method] = {"published": published}
 AUGMENTED: dict[str, Method] = {"published, augmented": partial(published, augmented=True)}
 

@@ -53,7 +53,7 @@ def main() -> None:
         # A Trainer in true half precision casts the batches too, before anything is added to them.
         images = (problem.inputs if mixed else problem.inputs.to(dtype))[:N]
         batches = list(zip(images.split(BATCH), problem.target[:N].split(BATCH), strict=True))
-        result = fit_clamp(network, batches, grids=(1, 2), outputs=("temperature",), max_passes=4)
+        result = fit_clamp(network, batches, grids=(1, 2), output_maps=("temperature",), max_passes=4)
         statistic = next(c.lm_statistic for c in result.candidates if c.grid == 1)
         nll = f"{result.before['nll']:.4f} → {result.after['nll']:.4f}"
         print(

@@ -409,7 +409,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     columns = min(4, len(cases))
     lines = -(-len(cases) // columns)
     figure, axes = plt.subplots(lines, columns, figsize=(3.4 * columns, 2.6 * lines + 0.8), squeeze=False)
-    # Other solvers of the temperature would all lie on the dotted line, or above it.
+    # Other methods of the temperature would all lie on the dotted line, or above it.
     hidden = ("uncalibrated", "temperature", "bisection", "LBFGS")
     methods = dict.fromkeys(row.method for row in rows)
     shown = [method for method in methods if not any(word in method for word in hidden)]

@@ -197,7 +197,7 @@ is augmented. Our fits are run before and after it: mean seconds.{scaled}
 
 def _duel(problem: Problem, held_out: Problem, epochs: int) -> str:
     """The table of one case, and what it comes to in words."""
-    fits = {'`solver="temperature"`': {"solver": "temperature"}, "default fit": {}}
+    fits = {'`method="temperature"`': {"method": "temperature"}, "default fit": {}}
     before = [_fitted(problem.network, problem.batches(), **options) for options in fits.values()]
     run = list(_published(problem, held_out, epochs))
     after = [_fitted(problem.network, problem.batches(), **options)[1] for options in fits.values()]
@@ -268,7 +268,7 @@ def _moved(network: nn.Module, perturbation: Tensor, temperature: Tensor, inputs
 def _whole_fit(logits: Tensor, target: Tensor) -> Callable[[Tensor], Tensor]:
     """The public call, with its checks, metrics and bootstrap."""
     batches = list(zip(logits.split(1000), target.split(1000), strict=True))
-    clamp = _fitted(nn.Identity(), batches, solver="temperature")[0].clamp
+    clamp = _fitted(nn.Identity(), batches, method="temperature")[0].clamp
     return lambda other: clamp.scale(other.double())
 
 
@@ -402,7 +402,7 @@ def _cost_against_size(full: bool) -> str:
     fixed = ", ".join(f"{name} {value:,}" for name, value in base.items())
     return f"""## Cost against size
 
-Two convolutions on random images in memory; `grids=(r,), outputs=("temperature",), max_passes=3`. One size at a time is
+Two convolutions on random images in memory; `grids=(r,), output_maps=("temperature",), max_passes=3`. One size at a time is
 doubled, from {fixed}. Seconds of the whole fit by its passes, the best of three, on one
 thread.
 
@@ -425,7 +425,7 @@ def _one_thread() -> Iterator[None]:
 def _seconds_per_pass(images: int, side: int, classes: int, r: int) -> float:
     network = _small_network(classes)
     batches = list(_Stream(network, images, (3, side, side)))
-    result, seconds = _fitted(network, batches, grids=(r,), outputs=("temperature",), max_passes=3)
+    result, seconds = _fitted(network, batches, grids=(r,), output_maps=("temperature",), max_passes=3)
     return seconds / result.passes
 
 
@@ -459,7 +459,7 @@ def _peak_memory(n: int) -> float:
     network = _small_network(10)
     before = held("VmRSS")
     stream = _Stream(network, n, _SHAPE)
-    _fitted(network, stream, grids=(2,), outputs=("temperature",), max_passes=3, cache_bytes=2**20)
+    _fitted(network, stream, grids=(2,), output_maps=("temperature",), max_passes=3, cache_bytes=2**20)
     return held("VmHWM") - before
 
 
@@ -473,7 +473,7 @@ def _on_an_accelerator(n: int, side: int = 224, batch: int = 250, device: str = 
     _set_batch_statistics(network, torch.rand(batch, 3, side, side, device=device) - 0.5)
     stream = _Stream(network, n, (3, side, side), batch=batch, device=device)
     # The first calls choose kernels.
-    _fitted(network, list(islice(stream, 2)), grids=(1,), outputs=("temperature",))
+    _fitted(network, list(islice(stream, 2)), grids=(1,), output_maps=("temperature",))
     counted = _Counted(network)
     result, seconds = _fitted(counted, stream)
     forwards = counted.images[_FORWARD] + 2 * counted.images[_GRADIENT]

@@ -1,4 +1,4 @@
-"""The public engine: one call that looks at the data, runs a solver, and never returns anything worse."""
+"""The public engine: one call that looks at the data, runs a method, and never returns anything worse."""
 
 import inspect
 import time
@@ -10,18 +10,19 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from typing_extensions import Unpack
 
+from lightning_clamp._batch import BatchKeys, check_batch_keys
 from lightning_clamp._rows import TASKS, Task
-from lightning_clamp.clamping.batch import BatchKeys, check_batch_keys
 from lightning_clamp.clamping.clamp import Clamp
 from lightning_clamp.clamping.frozen import frozen, module_of
-from lightning_clamp.clamping.options import SolverOptions
+from lightning_clamp.clamping.options import MethodOptions
+from lightning_clamp.clamping.outcome import MethodOutcome
 from lightning_clamp.clamping.output_map import OUTPUT_MAPS
 from lightning_clamp.clamping.passes import Batches, CalibrationSet, Logits, Network, Progress, summed
+from lightning_clamp.clamping.published import fit_published
 from lightning_clamp.clamping.ranks import Ranks
-from lightning_clamp.clamping.result import CalibrationResult, Solver
-from lightning_clamp.clamping.selection import Fit, fit_by_scoring
-from lightning_clamp.clamping.sgd import fit_by_sgd
-from lightning_clamp.clamping.survey import Survey, survey
+from lightning_clamp.clamping.result import CalibrationResult, Method
+from lightning_clamp.clamping.selection import choose_clamp
+from lightning_clamp.clamping.summary import DatasetSummary, summarize
 from lightning_clamp.clamping.temperature import NO_TEMPERATURE, TemperatureFit, fit_temperature
 from lightning_clamp.metrics.bootstrap import CalibrationScores, Scores, paired_bootstrap
 
@@ -30,7 +31,7 @@ def fit_clamp(
     network: Network,
     batches: Batches,
     *,
-    solver: Solver = "scoring",
+    method: Method = "clamp",
     task: Task = "multiclass",
     ignore_index: int | None = None,
     batch_keys: BatchKeys | None = None,
@@ -38,7 +39,7 @@ def fit_clamp(
     cache_bytes: int = 2**28,
     progress: Progress | None = None,
     process_group: ProcessGroup | None = None,
-    **options: Unpack[SolverOptions],
+    **options: Unpack[MethodOptions],
 ) -> CalibrationResult:
     r"""Fit a clamp to a frozen network.
 
@@ -50,8 +51,8 @@ def fit_clamp(
             one of its methods) and not a lambda around it: what is inside a function cannot be frozen.
         batches: Re-iterable of pairs ``(inputs, target)``, such as a DataLoader (or see ``batch_keys``); held-out data,
             not augmented.
-        solver: ``"scoring"`` (smooth perturbations by Fisher scoring and output maps, chosen by a criterion),
-            ``"sgd"`` (Neural Clamping as published) or ``"temperature"`` (T alone).
+        method: ``"clamp"`` (smooth perturbations by Fisher scoring and output maps, chosen by a criterion),
+            ``"published"`` (Neural Clamping as published) or ``"temperature"`` (T alone).
         task: ``"multiclass"`` (softmax) or ``"binary"`` (one logit, sigmoid).
         ignore_index: Target value of positions to leave out.
         batch_keys: Which entries of a batch are input and target, where batches are no pairs: keys of a mapping, names
@@ -64,9 +65,9 @@ def fit_clamp(
         progress: Called after every batch with what is being done and how many batches of this pass are done.
         process_group: Ranks that fit one clamp together, such as ``torch.distributed.group.WORLD``: each calls this
             with its own part of the set (of any size, no sample twice) and gets the same clamp as one process with all
-            of it, up to rounding. Buffers are those of the group's first rank meanwhile. Not for ``"sgd"``.
-        **options: Of the solver: see :func:`~.selection.fit_by_scoring` (``grids``, ``outputs``, ``max_passes``) and
-            :func:`~.sgd.fit_by_sgd` (``epochs``, ``lr``, ``gamma``, …).
+            of it, up to rounding. Buffers are those of the group's first rank meanwhile. Not for ``"published"``.
+        **options: Of the method: see :func:`~.selection.choose_clamp` (``grids``, ``output_maps``, ``max_passes``) and
+            :func:`~.sgd.fit_published` (``epochs``, ``lr``, ``gamma``, …).
 
     Returns:
         The clamp with everything that led to it. If calibration would not lower the NLL of the calibration set, the
@@ -82,12 +83,12 @@ def fit_clamp(
     Example:
         >>> logits = torch.randn(2000, 5)
         >>> target = torch.distributions.Categorical(logits=logits).sample()
-        >>> result = fit_clamp(lambda x: 3 * x, [(logits, target)], solver="temperature")
+        >>> result = fit_clamp(lambda x: 3 * x, [(logits, target)], method="temperature")
         >>> 2.5 < float(result.clamp.temperature) < 3.5
         True
     """
     ranks = Ranks(process_group)
-    check_options(solver, task, options, n_ranks=ranks.size)
+    check_options(method, task, options, n_ranks=ranks.size)
     check_batch_keys(batch_keys)
     started = time.perf_counter()
     data = CalibrationSet(
@@ -103,25 +104,25 @@ def fit_clamp(
     )
     with frozen(network):
         if (module := module_of(network)) is not None:
-            ranks.unify(module)
-        seen = survey(data)
-        scores_before = _scores(Clamp(), seen.logits, data)
+            ranks.broadcast_buffers(module)
+        summary = summarize(data)
+        scores_before = _scores(Clamp(), summary.logits, data)
         before = scores_before.metrics
         _warn_of_training_data(before, ranks)
-        fit = _solved(solver, data, seen, options)
+        fit = _solved(method, data, summary, options)
         scores_after = _scores(fit.clamp, fit.logits, data)
         after = scores_after.metrics
     if not fit.clamp.is_identity and not after["nll"] < before["nll"]:
         worse = (
             f"the clamp had an NLL of {after['nll']:.6g} on the calibration set, against {before['nll']:.6g} without"
         )
-        fit = Fit(Clamp(), seen.logits, worse, fit.candidates, None, fit.history)
+        fit = MethodOutcome(Clamp(), summary.logits, worse, fit.candidates, None, fit.history)
         after, scores_after = before, scores_before
     if fit.clamp.is_identity:
         ranks.warn(f"The network was left as it is: {fit.reason}.", stacklevel=2)
     return CalibrationResult(
         clamp=fit.clamp,
-        solver=solver,
+        method=method,
         before=before,
         after=after,
         change=paired_bootstrap(scores_before, scores_after),
@@ -130,42 +131,42 @@ def fit_clamp(
         chosen=fit.chosen,
         reason=fit.reason,
         history=fit.history,
-        n_samples=seen.n_samples,
+        n_samples=summary.n_samples,
         passes=data.passes,
         seconds=time.perf_counter() - started,
     )
 
 
-def _fit_temperature_alone(data: CalibrationSet, seen: Survey, base: TemperatureFit) -> Fit:
+def _fit_temperature_alone(data: CalibrationSet, summary: DatasetSummary, base: TemperatureFit) -> MethodOutcome:
     if not base.interior:
-        return Fit(Clamp(), seen.logits, NO_TEMPERATURE)
-    clamp = Clamp(log_temperature=torch.tensor(base.log_temperature, dtype=seen.parameter_dtype))
-    return Fit(clamp, seen.logits, "temperature scaling, as asked")
+        return MethodOutcome(Clamp(), summary.logits, NO_TEMPERATURE)
+    clamp = Clamp(log_temperature=torch.tensor(base.log_temperature, dtype=summary.parameter_dtype))
+    return MethodOutcome(clamp, summary.logits, "temperature scaling, as asked")
 
 
-_SOLVERS: dict[Solver, Callable[..., Fit]] = {
-    "scoring": fit_by_scoring,
-    "sgd": fit_by_sgd,
+_METHODS: dict[Method, Callable[..., MethodOutcome]] = {
+    "clamp": choose_clamp,
+    "published": fit_published,
     "temperature": _fit_temperature_alone,
 }
 
 
-def check_options(solver: Solver, task: Task, options: Mapping[str, Any], *, n_ranks: int = 1) -> None:
+def check_options(method: Method, task: Task, options: Mapping[str, Any], *, n_ranks: int = 1) -> None:
     """Refuse unknown solvers, tasks and options, and option values that cannot be, before any work is done."""
-    if solver not in _SOLVERS:
-        raise ValueError(f"`solver` must be one of {tuple(_SOLVERS)}, got {solver!r}.")
+    if method not in _METHODS:
+        raise ValueError(f"`method` must be one of {tuple(_METHODS)}, got {method!r}.")
     if task not in TASKS:
         raise ValueError(f"`task` must be one of {TASKS}, got {task!r}.")
-    if solver == "sgd" and n_ranks > 1:
+    if method == "published" and n_ranks > 1:
         raise ValueError(
-            f'solver="sgd" takes a step after every batch, so {n_ranks} ranks with a part of the set each would not do '
+            f'method="published" takes a step after every batch, so {n_ranks} ranks with a part of the set each would not do '
             "what the published method does: run it on one device."
         )
-    parameters = inspect.signature(_SOLVERS[solver]).parameters.values()
+    parameters = inspect.signature(_METHODS[method]).parameters.values()
     known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
     if unknown := set(options) - set(known):
         raise TypeError(
-            f"solver={solver!r} has no option {', '.join(sorted(unknown))}; it has {', '.join(known) or 'none'}."
+            f"method={method!r} has no option {', '.join(sorted(unknown))}; it has {', '.join(known) or 'none'}."
         )
     for name, right, must in _CHECKS:
         if name in options and not right(options[name]):
@@ -183,7 +184,7 @@ def _at_least_1(value: Any) -> bool:
 # Option, what it must fulfil, and the same in words.
 _CHECKS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("grids", _sequence_of(_at_least_1), "a sequence of whole numbers of at least 1"),
-    ("outputs", _sequence_of(lambda value: value in OUTPUT_MAPS), f"a sequence of names among {OUTPUT_MAPS}"),
+    ("output_maps", _sequence_of(lambda value: value in OUTPUT_MAPS), f"a sequence of names among {OUTPUT_MAPS}"),
     ("max_passes", _at_least_1, "a whole number of at least 1"),
     ("epochs", _at_least_1, "a whole number of at least 1"),
     ("lr", lambda value: value > 0, "positive"),
@@ -199,8 +200,8 @@ _CHECKS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )
 
 
-def _solved(solver: Solver, data: CalibrationSet, seen: Survey, options: Mapping[str, Any]) -> Fit:
-    return _SOLVERS[solver](data, seen, fit_temperature(seen.logits), **options)
+def _solved(method: Method, data: CalibrationSet, summary: DatasetSummary, options: Mapping[str, Any]) -> MethodOutcome:
+    return _METHODS[method](data, summary, fit_temperature(summary.logits), **options)
 
 
 def _scores(clamp: Clamp, logits: Logits, data: CalibrationSet) -> Scores:

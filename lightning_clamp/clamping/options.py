@@ -1,4 +1,4 @@
-"""The options of the solvers, written out so that type checkers and command lines know them."""
+"""The options of the methods, written out so that type checkers and command lines know them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -9,27 +9,27 @@ from lightning_clamp.clamping.output_map import OutputMap
 
 
 # Every key says NotRequired: command lines (jsonargparse) do not all know total=False.
-class SolverOptions(TypedDict):
-    """Options of all solvers, of which each takes its own.
+class MethodOptions(TypedDict):
+    """Options of all methods, of which each takes its own.
 
     Attributes:
-        grids: For "scoring": perturbations to consider, as sides of a grid of coefficients; an empty list for none.
-        outputs: For "scoring": output maps to consider; the temperature always takes part.
-        max_passes: For "scoring": most passes spent on one grid.
-        epochs: For "sgd": passes over the calibration set.
-        lr: For "sgd": learning rate.
-        momentum: For "sgd": momentum; unused by AdamW.
-        nesterov: For "sgd": whether the momentum is Nesterov's.
+        grids: For "clamp": perturbations to consider, as sides of a grid of coefficients; an empty list for none.
+        outputs: For "clamp": output maps to consider; the temperature always takes part.
+        max_passes: For "clamp": most passes spent on one grid.
+        epochs: For "published": passes over the calibration set.
+        lr: For "published": learning rate.
+        momentum: For "published": momentum; unused by AdamW.
+        nesterov: For "published": whether the momentum is Nesterov's.
         optimizer: For "sgd": which optimizer.
-        gamma: For "sgd": focal exponent; None for the cross-entropy.
-        loss_weight: For "sgd": weight of the focal loss.
-        norm_weight: For "sgd": weight of the perturbation's norm.
-        dropout: For "sgd": probability of dropping an entry of the perturbation in a training step.
-        initial: For "sgd": where the perturbation starts, "random", "data-driven" or a tensor.
-        initial_scale: For "sgd": standard deviation of the random start.
-        initial_temperature: For "sgd": temperature to start from.
-        augmentation: For "sgd": applied to every batch of inputs before the perturbation.
-        seed: For "sgd": seed of all that is random.
+        gamma: For "published": focal exponent; None for the cross-entropy.
+        loss_weight: For "published": weight of the focal loss.
+        norm_weight: For "published": weight of the perturbation's norm.
+        dropout: For "published": probability of dropping an entry of the perturbation in a training step.
+        initial: For "published": where the perturbation starts, "random", "data-driven" or a tensor.
+        initial_scale: For "published": standard deviation of the random start.
+        initial_temperature: For "published": temperature to start from.
+        augmentation: For "published": applied to every batch of inputs before the perturbation.
+        seed: For "published": seed of all that is random.
     """
 
     grids: NotRequired[Sequence[int]]

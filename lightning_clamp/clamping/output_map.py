@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_clamp._rows import Rows
+from lightning_clamp.clamping.newton import LossDerivatives, effective_parameters, newton_step
 from lightning_clamp.clamping.passes import RowSource, summed
-from lightning_clamp.clamping.quadratic import ScoreSums, effective_parameters, newton_step
 from lightning_clamp.clamping.temperature import TemperatureFit, fit_temperature
 
 OutputMap: TypeAlias = Literal["temperature", "bias", "vector"]
@@ -128,7 +128,7 @@ class MapFit:
     shrinkage: float
     free: Tensor
     nll: float
-    sums: ScoreSums
+    sums: LossDerivatives
 
     @property
     def point(self) -> Tensor:
@@ -173,7 +173,7 @@ def fit_output_map(rows: RowSource, space: MapSpace, shrinkage: float, start: Te
         return _fit_temperature_map(rows, space, start, dense=dense)
     ridge = shrinkage * space.weight
 
-    def derivatives(free: Tensor) -> tuple[float, float, ScoreSums]:
+    def derivatives(free: Tensor) -> tuple[float, float, LossDerivatives]:
         nll, n_rows, sums = map_derivatives(rows, space, free, dense=dense)
         return nll + 0.5 * float(ridge @ free**2) / n_rows, nll, sums
 
@@ -210,12 +210,14 @@ def temperature_fit(rows: RowSource, space: MapSpace, fit: TemperatureFit, *, de
         return scores.sum(0), (probs * (batch.logits - mean) ** 2).sum().reshape(1, 1), scores.T @ scores
 
     gradient, curvature, outer = summed((part(batch) for batch in rows), [(1,), (1, 1), (1, 1)], rows.ranks)
-    sums = ScoreSums(gradient, curvature, outer if dense else curvature)
+    sums = LossDerivatives(gradient, curvature, outer if dense else curvature)
     free = torch.tensor([scale], dtype=torch.float64)
     return MapFit(space, 0.0, free, fit.nll, sums)
 
 
-def map_derivatives(rows: RowSource, space: MapSpace, free: Tensor, *, dense: bool) -> tuple[float, int, ScoreSums]:
+def map_derivatives(
+    rows: RowSource, space: MapSpace, free: Tensor, *, dense: bool
+) -> tuple[float, int, LossDerivatives]:
     """Mean loss per row, the number of rows, and the score sums in the free parameters.
 
     The curvature is exact (that of the loss, which for these maps is also the Fisher information). It is the covariance
@@ -224,7 +226,7 @@ def map_derivatives(rows: RowSource, space: MapSpace, free: Tensor, *, dense: bo
     point = space.point(free)
 
     def part(batch: Rows) -> tuple[Tensor, ...]:
-        log_probs = mapped(batch.logits, point).log_softmax(1)
+        log_probs = apply_map(batch.logits, point).log_softmax(1)
         probs = log_probs.exp()
         scores = map_scores(probs, batch)
         nll = F.nll_loss(log_probs, batch.target, reduction="sum")
@@ -236,10 +238,10 @@ def map_derivatives(rows: RowSource, space: MapSpace, free: Tensor, *, dense: bo
     shapes = [(), (), (n,), (n, n), (n, n)][: 5 if dense else 4]
     nll, count, *sums = summed((part(batch) for batch in rows), shapes, rows.ranks)
     gradient, (curvature, *outer) = space.reduced(sums[0]), [space.reduced_twice(matrix) for matrix in sums[1:]]
-    return float(nll) / float(count), int(count), ScoreSums(gradient, curvature, outer[0] if dense else curvature)
+    return float(nll) / float(count), int(count), LossDerivatives(gradient, curvature, outer[0] if dense else curvature)
 
 
-def mapped(logits: Tensor, point: Tensor) -> Tensor:
+def apply_map(logits: Tensor, point: Tensor) -> Tensor:
     """``scale * logits + bias`` for rows of logits ``(M, C)``."""
     scale, bias = point.to(logits).chunk(2)
     return scale * logits + bias
@@ -266,7 +268,9 @@ def standard_error(rows: RowSource, point: Tensor, reference: Tensor) -> float:
     """
 
     def part(batch: Rows) -> tuple[Tensor, ...]:
-        losses = [F.cross_entropy(mapped(batch.logits, p), batch.target, reduction="none") for p in (point, reference)]
+        losses = [
+            F.cross_entropy(apply_map(batch.logits, p), batch.target, reduction="none") for p in (point, reference)
+        ]
         change = losses[0] - losses[1]
         pair = batch.per_item(torch.stack([change, torch.ones_like(change)], 1))
         return pair.sum(0), pair.T @ pair

@@ -1,6 +1,6 @@
 """Passes over the calibration set, each of which ends in additive sums.
 
-Every number the solvers use is a sum over samples, formed in :func:`summed` alone: the result does not depend on the
+Every number the methods use is a sum over samples, formed in :func:`summed` alone: the result does not depend on the
 order or the size of the batches, nor on how they are shared out to ranks.
 """
 
@@ -10,12 +10,12 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from lightning_clamp._batch import BatchKeys, Inputs, as_pair, logits_of, map_tensors, n_items
 from lightning_clamp._rows import Rows, Task, as_rows
-from lightning_clamp.clamping.batch import BatchKeys, Inputs, as_pair, changed, logits_of, n_items
-from lightning_clamp.clamping.entry import Entry
 from lightning_clamp.clamping.frozen import module_of
 from lightning_clamp.clamping.perturbation import shifted
 from lightning_clamp.clamping.ranks import ALONE, Ranks
+from lightning_clamp.clamping.site import Entry
 
 Network: TypeAlias = Callable[..., Any]
 Batches: TypeAlias = Iterable[Any]
@@ -118,7 +118,7 @@ class CalibrationSet:
         self.passes += 1
         for index, batch in enumerate(self.batches):
             inputs, target = as_pair(batch, self.batch_keys)
-            yield changed(inputs, lambda value: value.to(self.device)), target.to(self.device)
+            yield map_tensors(inputs, lambda value: value.to(self.device)), target.to(self.device)
             if self.progress is not None:
                 self.progress(what, index + 1)
 
@@ -126,7 +126,7 @@ class CalibrationSet:
         """Lay one batch out as rows."""
         return as_rows(logits, target, task=self.task, ignore_index=self.ignore_index)
 
-    def call(self, inputs: Inputs, perturbation: Tensor | None) -> Tensor:
+    def perturbed_logits(self, inputs: Inputs, perturbation: Tensor | None) -> Tensor:
         """Logits of one batch, perturbed where perturbations enter."""
         return self._logits(inputs, lambda value: shifted(value, perturbation))
 
@@ -165,7 +165,7 @@ class CalibrationSet:
         """One forward pass without gradients: logits and target, batch by batch."""
         for inputs, target in self.read(what):
             with torch.no_grad():
-                yield self.call(inputs, perturbation), target
+                yield self.perturbed_logits(inputs, perturbation), target
 
 
 class Logits:

@@ -67,7 +67,7 @@ class Ranks:
         return [value for value, _ in everyone]
 
     @contextmanager
-    def agreeing(self) -> Iterator[None]:
+    def raise_together(self) -> Iterator[None]:
         """What goes wrong inside on one rank is raised on all after; no rank may wait for another inside."""
         error = None
         try:
@@ -81,7 +81,7 @@ class Ranks:
         if self.rank == 0:
             warnings.warn(message, stacklevel=stacklevel + 1)
 
-    def unify(self, module: nn.Module) -> None:
+    def broadcast_buffers(self, module: nn.Module) -> None:
         """See that all ranks hold the same network: give them the buffers of the first, in place.
 
         Distributed training keeps parameters equal, but the statistics of a batch normalisation are those of each

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeAlias
 
+from lightning_clamp.clamping.candidate import Candidate
 from lightning_clamp.clamping.clamp import Clamp
-from lightning_clamp.clamping.selection import Candidate
 from lightning_clamp.metrics.bootstrap import Interval
 from lightning_clamp.metrics.reliability import ReliabilityCurve
 
-Solver: TypeAlias = Literal["scoring", "sgd", "temperature"]
+Method: TypeAlias = Literal["clamp", "published", "temperature"]
 
 
 @dataclass(frozen=True)
@@ -18,13 +18,13 @@ class CalibrationResult:
 
     Attributes:
         clamp: The fitted clamp: ``clamp.scale(network(clamp.perturb(x)))`` are calibrated logits.
-        solver: The solver that was run.
+        method: The method that was run.
         before: ``nll`` (nats per row), ``ece`` and ``accuracy`` (fractions) on the calibration set, uncalibrated.
         after: The same with the clamp.
         change: After minus before of the same, each with its 95 % interval (paired bootstrap over samples). The clamp
             was fitted to these samples, which flatters it by about (effective parameters) / n in the NLL.
         reliability: Reliability curves before and after.
-        candidates: Everything that was considered (solver ``"scoring"`` only). Of those that were not chosen, a result
+        candidates: Everything that was considered (method ``"clamp"`` only). Of those that were not chosen, a result
             that was saved or came from another process has no clamps.
         chosen: The candidate that was chosen, among them.
         reason: What was chosen and why, in words.
@@ -35,7 +35,7 @@ class CalibrationResult:
     """
 
     clamp: Clamp
-    solver: Solver
+    method: Method
     before: Mapping[str, float]
     after: Mapping[str, float]
     change: Mapping[str, Interval]

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_clamp.clamping.batch import Inputs, chunks
-from lightning_clamp.clamping.output_map import MapSpace, map_curvature, map_scores, mapped
+from lightning_clamp._batch import Inputs, chunks
+from lightning_clamp.clamping.newton import LossDerivatives
+from lightning_clamp.clamping.output_map import MapSpace, apply_map, map_curvature, map_scores
 from lightning_clamp.clamping.passes import CalibrationSet, Logits, summed
 from lightning_clamp.clamping.perturbation import Grid
-from lightning_clamp.clamping.quadratic import ScoreSums
 
 # Finite-difference step of the curvature of dense outputs, as a fraction of the root mean square of the inputs: small
 # enough to stay on the network's tangent, large enough to stand out of float32 rounding.
@@ -28,7 +28,7 @@ def score_pass(
     *,
     dense_scale: float | None,
     what: str,
-) -> tuple[list[ScoreSums], Logits]:
+) -> tuple[list[LossDerivatives], Logits]:
     """One forward and one backward to the input: the score sums of every grid, and the logits passed on the way.
 
     Args:
@@ -73,7 +73,7 @@ def score_pass(
     if dense_scale is not None:
         # The curvature of dense outputs took a forward pass per coefficient, and one to compare with.
         data.passes += sum(grid.n_coefficients + 1 for grid in grids)
-    return [ScoreSums(*total[3 * i : 3 * i + 3]) for i in range(len(grids))], logits_seen
+    return [LossDerivatives(*total[3 * i : 3 * i + 3]) for i in range(len(grids))], logits_seen
 
 
 def _input_scores(
@@ -84,11 +84,11 @@ def _input_scores(
     if not logits.requires_grad:
         raise RuntimeError(
             "The network's output carries no gradient to its input (a forward under `no_grad`, `detach` or rounding?): "
-            'remove it, or pass grids=() or solver="temperature" to calibrate the outputs only.'
+            'remove it, or pass grids=() or method="temperature" to calibrate the outputs only.'
         )
     rows = data.rows(logits, target)
     rows = rows._replace(logits=rows.logits.double())
-    scaled = mapped(rows.logits, point)
+    scaled = apply_map(rows.logits, point)
     loss = F.cross_entropy(scaled, rows.target, reduction="sum")
     (gradient,) = torch.autograd.grad(loss, moved)
     fixed = rows._replace(logits=rows.logits.detach())
@@ -120,15 +120,15 @@ def _gauss_newton(
     with torch.no_grad():
         chunk = max(1, most_columns // (p + 1))
         for part, labels in zip(chunks(inputs, chunk), torch.split(target, chunk), strict=True):
-            rows = data.rows(data.call(part, perturbation), labels)
+            rows = data.rows(data.perturbed_logits(part, perturbation), labels)
             logits = rows.logits.double()
             columns = []
             for image in images:
                 moved = image if perturbation is None else perturbation.cpu() + image
-                there = data.rows(data.call(part, moved), labels).logits.double()
+                there = data.rows(data.perturbed_logits(part, moved), labels).logits.double()
                 columns.append(scale * (there - logits) / step)
             jacobian = torch.stack(columns)  # (p, M, C)
-            probs = mapped(logits, point).softmax(1)
+            probs = apply_map(logits, point).softmax(1)
             centred = jacobian - (jacobian * probs).sum(2, keepdim=True)
             weighted = centred * probs
             # The map's own columns of J are the logits (scale) and 1 (bias) of one class each.

@@ -12,12 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_clamp.clamping.newton import LossDerivatives, ScoreTest, effective_parameters, newton_step, score_test
 from lightning_clamp.clamping.output_map import MapFit, fit_output_map
 from lightning_clamp.clamping.passes import CalibrationSet, Logits
 from lightning_clamp.clamping.perturbation import Grid
-from lightning_clamp.clamping.quadratic import ScoreSums, ScoreTest, effective_parameters, newton_step, score_test
 from lightning_clamp.clamping.score_pass import score_pass
-from lightning_clamp.clamping.survey import Survey
+from lightning_clamp.clamping.summary import DatasetSummary
 
 # A step that promises less than this share of a nat per parameter is lost in the fit's own error, half a nat each.
 _WORTHWHILE = 0.05
@@ -31,7 +31,7 @@ class GridFit(NamedTuple):
         n_coefficients: Number of coefficients.
         perturbation: The shape of one input, or None for none.
         logits: The network's logits there.
-        mapped: The best output map for them, of the kind and shrinkage that was found before the input was touched.
+        map_fit: The best output map for them, of the kind and shrinkage that was found before the input was touched.
         point: Where the sums were taken: coefficients, and free parameters of the map, float64.
         sums: Score sums there; None for the untouched input.
         standard_error: Of the change of the mean loss against temperature scaling, in nats per row: that of the output
@@ -48,9 +48,9 @@ class GridFit(NamedTuple):
     n_coefficients: int
     perturbation: Tensor | None
     logits: Logits
-    mapped: MapFit
+    map_fit: MapFit
     point: Tensor
-    sums: ScoreSums | None = None
+    sums: LossDerivatives | None = None
     standard_error: float = 0.0
     test: ScoreTest | None = None
     predicted_gain: float = 0.0
@@ -62,42 +62,42 @@ class GridFit(NamedTuple):
     @property
     def optimum(self) -> Tensor:
         """Coefficients, and the free parameters of the best map."""
-        return torch.cat([self.point[: self.n_coefficients], self.mapped.free])
+        return torch.cat([self.point[: self.n_coefficients], self.map_fit.free])
 
     @property
     def ridge(self) -> Tensor:
         """What shrinks each of them; the coefficients are free."""
-        return torch.cat([torch.zeros(self.n_coefficients, dtype=torch.float64), self.mapped.ridge])
+        return torch.cat([torch.zeros(self.n_coefficients, dtype=torch.float64), self.map_fit.ridge])
 
     def objective(self, n_rows: int) -> float:
         """Mean loss per row with the ridge."""
-        return self.mapped.nll + 0.5 * float(self.mapped.ridge @ self.mapped.free**2) / n_rows
+        return self.map_fit.nll + 0.5 * float(self.map_fit.ridge @ self.map_fit.free**2) / n_rows
 
     def step(self) -> tuple[Tensor, float]:
         """The next step, and the fall of the summed loss with the ridge that it promises."""
         assert self.sums is not None
         return bounded_step(self.sums.shrunk(self.point, self.ridge), float(self.point[-1]))
 
-    def price(self, *, dense: bool) -> float:
+    def effective_coefficients(self, *, dense: bool) -> float:
         """What the coefficients cost, in units of one parameter: their number, or for dense outputs their trace."""
         if self.sums is None or not dense:
             return float(self.n_coefficients)
-        return effective_parameters(self.sums, self.ridge) - self.mapped.effective_parameters
+        return effective_parameters(self.sums, self.ridge) - self.map_fit.effective_parameters
 
 
-def untouched(seen: Survey, mapped: MapFit, standard_error: float = 0.0) -> GridFit:
+def start_without_grid(summary: DatasetSummary, map_fit: MapFit, standard_error: float = 0.0) -> GridFit:
     """No perturbation, and an output map on the logits that are known already."""
-    return GridFit(0, 0, None, seen.logits, mapped, mapped.free, standard_error=standard_error)
+    return GridFit(0, 0, None, summary.logits, map_fit, map_fit.free, standard_error=standard_error)
 
 
-def first_pass(data: CalibrationSet, seen: Survey, start: GridFit, grids: Sequence[Grid]) -> list[GridFit]:
+def first_pass(data: CalibrationSet, summary: DatasetSummary, start: GridFit, grids: Sequence[Grid]) -> list[GridFit]:
     """What every grid promises beyond ``start``, from one pass that all of them share."""
     if not grids:
         return []
     started = time.perf_counter()
-    space = start.mapped.space
+    space = start.map_fit.space
     sums_of_all, logits = score_pass(
-        data, None, space, start.mapped.free, grids, dense_scale=seen.dense_scale, what="all grids, pass 1"
+        data, None, space, start.map_fit.free, grids, dense_scale=summary.dense_scale, what="all grids, pass 1"
     )
     shared = (time.perf_counter() - started) / len(grids)
     fits = []
@@ -107,50 +107,53 @@ def first_pass(data: CalibrationSet, seen: Survey, start: GridFit, grids: Sequen
             size=grid.size,
             n_coefficients=p,
             logits=logits,
-            point=torch.cat([torch.zeros(p, dtype=torch.float64), start.mapped.free]),
+            point=torch.cat([torch.zeros(p, dtype=torch.float64), start.map_fit.free]),
             sums=sums,
             passes=1,
             seconds=shared,
-            history=(_record(1, start.mapped),),
+            history=(_record(1, start.map_fit),),
         )
-        step, promise = fit.step()
-        gain, cost = promise / seen.n_rows, fit.price(dense=seen.dense) / seen.n_rows
+        step, predicted_decrease = fit.step()
+        gain, cost = (
+            predicted_decrease / summary.n_rows,
+            fit.effective_coefficients(dense=summary.dense) / summary.n_rows,
+        )
         fits.append(
             fit._replace(
                 test=score_test(sums.shrunk(fit.point, fit.ridge), p),
                 predicted_gain=gain,
-                predicted_criterion=cost - gain + _error(step, sums) / seen.n_rows,
+                predicted_criterion=cost - gain + _error(step, sums) / summary.n_rows,
             )
         )
     return fits
 
 
-def fit_grid(data: CalibrationSet, seen: Survey, grid: Grid, start: GridFit, max_passes: int) -> GridFit:
+def fit_grid(data: CalibrationSet, summary: DatasetSummary, grid: Grid, start: GridFit, max_passes: int) -> GridFit:
     """Step ``-curvature⁻¹ gradient`` in coefficients and map while it pays; halve the step when the loss rises."""
     started = time.perf_counter()
     assert start.sums is not None
     best = start
-    step, promise = start.step()
+    step, predicted_decrease = start.step()
     passes, history = 1, list(start.history)
     # The first step was promised to be worth more than it costs.
-    least = _WORTHWHILE * (start.n_coefficients + start.mapped.effective_parameters)
-    while passes < max_passes and (passes == 1 or promise > least):
+    least = _WORTHWHILE * (start.n_coefficients + start.map_fit.effective_parameters)
+    while passes < max_passes and (passes == 1 or predicted_decrease > least):
         passes += 1
-        trial = _evaluate(data, seen, grid, best.point + step, f"grid {grid.size}, pass {passes}", best)
+        trial = _evaluate(data, summary, grid, best.point + step, f"grid {grid.size}, pass {passes}", best)
         if trial is not None:
-            history.append(_record(passes, trial.mapped))
-        if trial is not None and trial.objective(seen.n_rows) < best.objective(seen.n_rows):
+            history.append(_record(passes, trial.map_fit))
+        if trial is not None and trial.objective(summary.n_rows) < best.objective(summary.n_rows):
             best = trial
-            step, promise = best.step()
+            step, predicted_decrease = best.step()
         else:
             # Half the step keeps three quarters of what the quadratic model promised.
-            step, promise = step / 2, 0.75 * promise
+            step, predicted_decrease = step / 2, 0.75 * predicted_decrease
     assert best.sums is not None
     moved = best.optimum - start.optimum
     # A sample's change is its score's, between that at the start and that at the end, times the way.
     error = math.hypot(_error(moved, start.sums), _error(moved, best.sums)) / math.sqrt(2)
     return best._replace(
-        standard_error=start.standard_error + error / seen.n_rows,
+        standard_error=start.standard_error + error / summary.n_rows,
         passes=passes,
         seconds=start.seconds + time.perf_counter() - started,
         history=tuple(history),
@@ -158,32 +161,32 @@ def fit_grid(data: CalibrationSet, seen: Survey, grid: Grid, start: GridFit, max
 
 
 def _evaluate(
-    data: CalibrationSet, seen: Survey, grid: Grid, point: Tensor, what: str, previous: GridFit
+    data: CalibrationSet, summary: DatasetSummary, grid: Grid, point: Tensor, what: str, previous: GridFit
 ) -> GridFit | None:
     """One pass at a point: its sums, and the best map of that kind and shrinkage for its logits, if there is one."""
     coefficients, free = point[: grid.n_coefficients], point[grid.n_coefficients :]
-    space = previous.mapped.space
-    perturbation = grid.image(coefficients).to(seen.parameter_dtype)
-    (sums,), logits = score_pass(data, perturbation, space, free, [grid], dense_scale=seen.dense_scale, what=what)
-    mapped = fit_output_map(logits, space, previous.mapped.shrinkage, free, dense=seen.dense)
-    if mapped is None:
+    space = previous.map_fit.space
+    perturbation = grid.image(coefficients).to(summary.parameter_dtype)
+    (sums,), logits = score_pass(data, perturbation, space, free, [grid], dense_scale=summary.dense_scale, what=what)
+    map_fit = fit_output_map(logits, space, previous.map_fit.shrinkage, free, dense=summary.dense)
+    if map_fit is None:
         return None
-    return previous._replace(perturbation=perturbation, logits=logits, mapped=mapped, point=point, sums=sums)
+    return previous._replace(perturbation=perturbation, logits=logits, map_fit=map_fit, point=point, sums=sums)
 
 
-def bounded_step(sums: ScoreSums, common_scale: float) -> tuple[Tensor, float]:
+def bounded_step(sums: LossDerivatives, common_scale: float) -> tuple[Tensor, float]:
     """Newton's step and what it promises, shortened where the temperature would change by more than a factor of e.
 
     Outputs that say next to nothing of the labels have next to no curvature in 1/T, the last parameter, and steps
     without bound.
     """
-    step, promise = newton_step(sums)
+    step, predicted_decrease = newton_step(sums)
     most = common_scale * ((math.e - 1) if float(step[-1]) > 0 else (1 - 1 / math.e))
     share = min(1.0, most / max(abs(float(step[-1])), torch.finfo(torch.float64).tiny))
-    return share * step, share * (2 - share) * promise
+    return share * step, share * (2 - share) * predicted_decrease
 
 
-def _error(step: Tensor, sums: ScoreSums) -> float:
+def _error(step: Tensor, sums: LossDerivatives) -> float:
     """Root of the summed squares of what a step changes in the samples' losses, to first order."""
     return math.sqrt(max(float(step @ sums.covariance @ step), 0.0))
 

@@ -25,9 +25,9 @@ from lightning_clamp.losses.mixins import (
     MMCEMixin,
     SCBCEMixin,
 )
-from lightning_clamp.losses.monitor import SharpnessMonitor
 from lightning_clamp.losses.regularizers import acls_loss, entropy_penalty_loss, label_smoothing_loss, mbls_loss
-from lightning_clamp.losses.sharpness import gauss_newton_sharpness
+from lightning_clamp.sharpness.gauss_newton import gauss_newton_sharpness
+from lightning_clamp.sharpness.monitor import SharpnessMonitor
 
 __all__ = [
     "ACLSMixin",

@@ -6,8 +6,8 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from lightning_clamp._checks import check_at_least, check_choice
 from lightning_clamp.losses._modes import MODES, Mode
-from lightning_clamp.losses._options import check_at_least, check_choice
 
 Norm: TypeAlias = Literal["linf", "l2"]
 _NORMS: tuple[Norm, ...] = ("linf", "l2")

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_clamp._checks import check_at_least
 from lightning_clamp._rows import Task
-from lightning_clamp.losses._batch import Batch, Reduction, as_batch
-from lightning_clamp.losses._options import check_at_least
+from lightning_clamp.losses._positions import Batch, Reduction, as_batch
 
 # Width of MMCE's Laplacian kernel.
 _WIDTH = 0.4

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_clamp._checks import check_at_least
 from lightning_clamp._rows import Task
-from lightning_clamp.losses._batch import Reduction, as_batch
-from lightning_clamp.losses._options import check_at_least
+from lightning_clamp.losses._positions import Reduction, as_batch
 
 # The bands of FLSD-53, by the probability of the target class.
 _HARDEST, _HARDEST_GAMMA = 0.2, 5.0

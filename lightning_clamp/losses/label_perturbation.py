@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_clamp.losses._batch import Reduction, as_batch
-from lightning_clamp.losses._options import check_at_least, check_between, check_choice
+from lightning_clamp._checks import check_at_least, check_between, check_choice
+from lightning_clamp.losses._positions import Reduction, as_batch
 
 Kind: TypeAlias = Literal["HI", "SI", "M", "DM"]
 Rule: TypeAlias = Literal["MC", "MEI"]

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_clamp._checks import check_at_least
 from lightning_clamp._rows import Task
-from lightning_clamp.losses._batch import Batch, Reduction, as_batch
 from lightning_clamp.losses._modes import Mode, differentiable_twice, in_mode
-from lightning_clamp.losses._options import check_at_least
+from lightning_clamp.losses._positions import Batch, Reduction, as_batch
 from lightning_clamp.losses.attack import Attack, Norm
 from lightning_clamp.metrics.margin import class_margin
 

@@ -10,8 +10,8 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lightning_clamp._checks import check_choice
 from lightning_clamp._rows import TASKS, Task
-from lightning_clamp.losses._options import check_choice
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 # torch.compile makes no graph of Lightning's log: what logs is left to Python, and what that calls is compiled.

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lightning_clamp._checks import check_at_least, check_between, check_choice
 from lightning_clamp._rows import Task
-from lightning_clamp.losses._batch import Reduction, as_batch
-from lightning_clamp.losses._options import check_at_least, check_between, check_choice
+from lightning_clamp.losses._positions import Reduction, as_batch
 
 Reference: TypeAlias = Literal["code", "paper"]
 

@@ -20,7 +20,8 @@ from lightning_clamp.metrics.calibration_error import (
 from lightning_clamp.metrics.classwise import ClasswiseCalibrationError, classwise_calibration_error
 from lightning_clamp.metrics.margin import ExponentialMarginTail, exponential_margin_tail, margin
 from lightning_clamp.metrics.picture import plot_reliability
-from lightning_clamp.metrics.proper_scores import (
+from lightning_clamp.metrics.reliability import ReliabilityCurve, ReliabilityDiagram, reliability_curve
+from lightning_clamp.metrics.scoring_rules import (
     Accuracy,
     BrierScore,
     NegativeLogLikelihood,
@@ -30,7 +31,6 @@ from lightning_clamp.metrics.proper_scores import (
     negative_log_likelihood,
     predictive_entropy,
 )
-from lightning_clamp.metrics.reliability import ReliabilityCurve, ReliabilityDiagram, reliability_curve
 from lightning_clamp.metrics.smooth import SmoothCalibrationError, smooth_calibration_error
 
 __all__ = [

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities import rank_zero_warn
 
+from lightning_clamp._checks import are_probs, check_range
 from lightning_clamp._rows import TASKS, Task, is_one_block, row_blocks
-from lightning_clamp.metrics._checks import are_probs, check_range
 
 # Below this many rows, values that add up to 1 may be chance.
 _TELLING_ROWS = 10

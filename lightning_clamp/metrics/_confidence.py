@@ -4,9 +4,9 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
+from lightning_clamp._checks import check_probs
 from lightning_clamp.metrics._base import RowMetric, top_probability
 from lightning_clamp.metrics._binning import add_to_cells, cell_count, checked_bins, merged
-from lightning_clamp.metrics._checks import check_probs
 
 Confidence: TypeAlias = Literal["top", "positive"]
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from lightning_clamp._rows import Rows, item_blocks
 from lightning_clamp.metrics._base import RowMetric
 from lightning_clamp.metrics._binning import bin_index, checked_bins
-from lightning_clamp.metrics.proper_scores import losses
 from lightning_clamp.metrics.reliability import ReliabilityCurve
+from lightning_clamp.metrics.scoring_rules import losses
 
 
 class Interval(NamedTuple):

@@ -5,9 +5,9 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from lightning_clamp._checks import check_probs
 from lightning_clamp.metrics._base import RowMetric
 from lightning_clamp.metrics._binning import bin_index, checked_bins
-from lightning_clamp.metrics._checks import check_probs
 
 Average: TypeAlias = Literal["macro", "none"]
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from lightning_clamp.metrics._checks import check_rows
-from lightning_clamp.metrics.proper_scores import MeanMetric
+from lightning_clamp._checks import check_rows
+from lightning_clamp.metrics.scoring_rules import MeanMetric
 
 
 def margin(logits: Tensor, target: Tensor) -> Tensor:

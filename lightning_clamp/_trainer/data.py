@@ -1,0 +1,217 @@
+"""Which loader is the calibration set, and its batches as the Trainer hands them out."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any, NamedTuple
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.utils.data import DataLoader, Subset
+
+from lightning_clamp._trainer.shards import Shard
+from lightning_clamp.clamping import MIN_SAMPLES, BatchKeys, Ranks, as_pair, kept_random_state
+
+_HOOK = "calibration_dataloader"
+
+
+class CalibrationSource(NamedTuple):
+    """Where the calibration set comes from.
+
+    Attributes:
+        loader: Yields pairs ``(inputs, target)``.
+        limit: Batches to read, None for all.
+        is_validation: Whether it is the validation loader, for want of anything better.
+    """
+
+    loader: Any
+    limit: int | None
+    is_validation: bool = False
+
+
+def find_calibration_set(trainer: Trainer, module: LightningModule, given: Any) -> CalibrationSource | None:
+    """Find the calibration set, in this order.
+
+    The loader given to the callback; the ``calibration_dataloader()`` of the datamodule, then of the module; the
+    validation loader, of which as many batches are read as the Trainer validates on.
+
+    Returns:
+        The set; None where it will be a validation loader that the Trainer has not loaded yet, as it does late when the
+        first epoch does not validate.
+
+    Raises:
+        MisconfigurationException: If there is none, or there are several validation loaders.
+    """
+    # A dry run reads enough batches, of whatever size, to try the calibration.
+    fast = MIN_SAMPLES if getattr(trainer, "fast_dev_run", False) else None
+    if given is not None:
+        return CalibrationSource(given, fast)
+    if (source := _of_hook((_datamodule(trainer), module), fast)) is not None:
+        return source
+    if trainer.val_dataloaders is None and trainer.enable_validation:
+        return None
+    loader = _only(trainer.val_dataloaders)
+    limit = trainer.num_val_batches[0] if trainer.num_val_batches else 0
+    if loader is None or limit == 0:
+        raise MisconfigurationException(
+            "There is no calibration set: pass NeuralClamping(calibration_dataloader=...), or give the datamodule a "
+            "`calibration_dataloader()`, or the Trainer a validation loader."
+        )
+    return CalibrationSource(loader, None if limit == float("inf") else int(limit), is_validation=True)
+
+
+def loaders_of(given: Any) -> list[Any]:
+    """The loaders that a calibration set consists of: several in a list, a dict or a CombinedLoader, else the one."""
+    if isinstance(given, CombinedLoader):
+        return list(given.flattened)
+    if isinstance(given, Mapping):
+        return list(given.values())
+    # Any other list is one loader, of batches.
+    several = isinstance(given, list | tuple) and any(isinstance(part, DataLoader) for part in given)
+    return list(given) if several else [given]
+
+
+def given_calibration_set(given: Any, module: LightningModule) -> CalibrationSource:
+    """The calibration set of a loader, or of a datamodule or, for None, a module of its own that have been set up.
+
+    Raises:
+        MisconfigurationException: If there is none, or there are several validation loaders.
+    """
+    if given is not None and not isinstance(given, LightningDataModule):
+        return CalibrationSource(given, None)
+    if (source := _of_hook((given, module), None)) is not None:
+        return source
+    for owner in (given, module):
+        if owner is not None and is_overridden("val_dataloader", owner):
+            return CalibrationSource(_only(owner.val_dataloader()), None, is_validation=True)
+    raise MisconfigurationException(
+        f"There is no calibration set: give {type(module if given is None else given).__name__} a "
+        "`calibration_dataloader()` or a validation loader, or pass a loader."
+    )
+
+
+def _of_hook(owners: Iterable[Any], limit: int | None) -> CalibrationSource | None:
+    """What the first of the owners that has the hook returns from it."""
+    hook = next((hook for owner in owners if (hook := getattr(owner, _HOOK, None))), None)
+    return None if hook is None else CalibrationSource(hook(), limit)
+
+
+def _only(loaders: Any) -> Any:
+    """The one validation loader, if it is one."""
+    if isinstance(loaders, dict):
+        loaders = list(loaders.values())
+    if isinstance(loaders, list | tuple) and len(loaders) == 1:
+        (loaders,) = loaders
+    if isinstance(loaders, list | tuple):
+        raise MisconfigurationException(
+            f"There are {len(loaders)} validation loaders, and which is the calibration set? Pass one, or a list of "
+            "them, as the calibration_dataloader."
+        )
+    return loaders
+
+
+def _datamodule(trainer: Trainer) -> LightningDataModule | None:
+    # Public, but set by a connector where mypy does not look.
+    datamodule: LightningDataModule | None = trainer.datamodule  # type: ignore[attr-defined]
+    return datamodule
+
+
+def owner_of(
+    hook: str, datamodule: LightningDataModule | None, module: LightningModule
+) -> LightningDataModule | LightningModule:
+    """Whose data hook counts, as in Lightning: the datamodule's if it overrides it, else the module's."""
+    return datamodule if datamodule is not None and is_overridden(hook, datamodule) else module
+
+
+def warn_if_training_data(loader: Any, trainer: Trainer) -> None:
+    """Warn if the calibration set is, or overlaps with, the training set."""
+    training = _dataset(trainer.train_dataloader)
+    for calibration in map(_dataset, loaders_of(loader)):
+        if calibration is None or training is None:
+            continue
+        if calibration is training:
+            shared = "is the training set itself"
+        elif overlap := _overlap(calibration, training):
+            shared = f"shares {overlap} samples with the training set"
+        else:
+            continue
+        rank_zero_warn(
+            f"The calibration set {shared}: confidences will be fitted to memory. Hold some data out for calibration."
+        )
+
+
+def _dataset(loader: Any) -> Any:
+    return getattr(loader, "dataset", None)
+
+
+def _overlap(first: Any, second: Any) -> int:
+    if isinstance(first, Subset) and isinstance(second, Subset) and first.dataset is second.dataset:
+        return len(set(first.indices) & set(second.indices))
+    return 0
+
+
+class CalibrationBatches:
+    """This rank's part of the calibration set as Lightning would hand it to a validation step: transfer hooks run.
+
+    Reads the first batch, so that a set that cannot be used is refused before training and not after.
+
+    Raises:
+        MisconfigurationException: If the set cannot be iterated again and again, is empty, or its batches are not what
+            ``batch_keys`` says.
+    """
+
+    def __init__(
+        self,
+        source: CalibrationSource,
+        trainer: Trainer,
+        module: LightningModule,
+        ranks: Ranks,
+        batch_keys: BatchKeys | None = None,
+    ) -> None:
+        loaders = loaders_of(source.loader)
+        for loader in loaders:
+            if not isinstance(loader, Iterable) or isinstance(loader, Iterator):
+                raise MisconfigurationException(
+                    f"The calibration set must be a DataLoader or a list of batches, got {type(loader).__name__}."
+                )
+        self.limit = source.limit
+        self.trainer = trainer
+        self.module = module
+        self.batch_keys = batch_keys
+        with kept_random_state():
+            self.shards = [Shard(loader, ranks) for loader in loaders]
+            self._check(ranks)
+
+    @property
+    def n_batches(self) -> int | None:
+        """Number of batches; None for loaders that do not know it."""
+        lengths = [shard.n_batches for shard in self.shards]
+        known = [length for length in lengths if length is not None]
+        if len(known) < len(lengths):
+            return None
+        return sum(known) if self.limit is None else min(self.limit, sum(known))
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the batches, on the device."""
+        batches = ((batch, index) for index, shard in enumerate(self.shards) for batch in shard)
+        return (self._transferred(batch, index) for batch, index in islice(batches, self.limit))
+
+    def _transferred(self, batch: Any, index: int) -> Any:
+        batch = self.trainer.precision_plugin.convert_input(batch)
+        owner = owner_of("on_before_batch_transfer", _datamodule(self.trainer), self.module)
+        batch = owner.on_before_batch_transfer(batch, index)
+        return self.trainer.strategy.batch_to_device(batch, dataloader_idx=index)
+
+    def _check(self, ranks: Ranks) -> None:
+        firsts = [(shard.first, index) for index, shard in enumerate(self.shards) if shard.first is not None]
+        with ranks.raise_together():
+            try:
+                for batch, index in firsts:
+                    as_pair(self._transferred(batch, index), self.batch_keys)
+            except TypeError as error:
+                raise MisconfigurationException(f"NeuralClamping cannot use the calibration set. {error}") from error
+        if not any(ranks.gather(bool(firsts))):
+            raise MisconfigurationException(
+                "The calibration set is empty: pass a loader that yields at least one batch."
+            )

@@ -1,0 +1,60 @@
+"""One combination of input grid and output map that was considered, with all its figures."""
+
+from dataclasses import dataclass, field
+
+from lightning_clamp.clamping.clamp import Clamp
+from lightning_clamp.clamping.output_map import OutputMap
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One combination of input grid and output map that was considered.
+
+    Gains and changes are in nats per row (a sample, or a pixel), against temperature scaling alone.
+
+    Attributes:
+        grid: Side r of the coefficient grid; 0 leaves the input alone.
+        output_map: ``"temperature"``, ``"bias"`` or ``"vector"``.
+        n_parameters: Free parameters, the temperature included.
+        shrinkage: Strength of the ridge that shrinks the output map towards the temperature; None without such a map.
+        effective_parameters: What the parameters are charged for. Class outputs: their number, less what the ridge
+            takes off; dense outputs: Takeuchi's trace, which counts images rather than pixels.
+        lm_statistic: Score (Lagrange multiplier) test of the grid's coefficients, the best output map without a grid
+            profiled out. None without a grid.
+        p_value: Its tail probability under chi-squared with as many degrees of freedom as coefficients.
+        predicted_gain: Gain on the calibration set that the quadratic model promised before any step of the grid, with
+            that output map and including its own gain. None without a grid.
+        achieved_gain: Gain on the calibration set that was reached.
+        expected_change: Akaike's (dense outputs: Takeuchi's) estimate of the change of the held-out NLL; negative is
+            better.
+        standard_error: Of that estimate, over draws of the calibration set; those of the steps from temperature scaling
+            to an output map, from there to a grid, and to another output map there, added up.
+        criterion: Expected change plus its standard error; the lowest is chosen.
+        passes: Passes over the calibration set spent on the grid, the first (shared by all grids) included.
+        seconds: Time spent.
+        note: Why it was not fitted or not eligible; empty otherwise. The figures above are then None, except what the
+            first pass said of a grid.
+        clamp: Its fitted clamp, None where there is a note.
+    """
+
+    grid: int
+    output_map: OutputMap
+    n_parameters: int
+    shrinkage: float | None = None
+    effective_parameters: float | None = None
+    lm_statistic: float | None = None
+    p_value: float | None = None
+    predicted_gain: float | None = None
+    achieved_gain: float | None = None
+    expected_change: float | None = None
+    standard_error: float | None = None
+    criterion: float | None = None
+    passes: int = 0
+    seconds: float = 0.0
+    note: str = ""
+    clamp: Clamp | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def name(self) -> str:
+        """Short name, such as ``"4×4 grid + vector"``."""
+        return f"{self.grid}×{self.grid} grid + {self.output_map}" if self.grid else self.output_map

@@ -1,0 +1,200 @@
+"""A first look at the calibration set: one forward pass that counts, checks, and keeps the logits."""
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_clamp._batch import Inputs
+from lightning_clamp._rows import Rows, is_dense
+from lightning_clamp.clamping.passes import CalibrationSet, Logits, summed
+from lightning_clamp.clamping.ranks import Ranks
+
+MIN_SAMPLES = 10
+
+
+class DatasetSummary(NamedTuple):
+    """What one forward pass over the calibration set tells.
+
+    Attributes:
+        logits: The network's unchanged logits.
+        shape: Shape of a perturbation; None if inputs differ in shape, or there are several and none is named.
+        dense: Whether a sample holds several positions (pixels).
+        n_samples: Items; the unit in which coefficients are counted against data.
+        n_rows: Scored positions; equal to ``n_samples`` for class outputs without ``ignore_index``.
+        n_classes: C.
+        row_elements: Most logits that one item has.
+        n_inputs: Tensors that a batch's input consists of.
+        input_scale: Root mean square of what a perturbation is added to.
+        dtype: Its floating dtype, or that of the logits for integers.
+        logit_dtype: Dtype of the network's logits.
+        float_inputs: Whether it is of floats, so that something can be added.
+    """
+
+    logits: Logits
+    shape: tuple[int, ...] | None
+    dense: bool
+    n_samples: int
+    n_rows: int
+    n_classes: int
+    row_elements: int
+    n_inputs: int
+    input_scale: float
+    dtype: torch.dtype
+    logit_dtype: torch.dtype
+    float_inputs: bool
+
+    @property
+    def parameter_dtype(self) -> torch.dtype:
+        """Dtype of what is fitted: that of the inputs, at least float32."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @property
+    def dense_scale(self) -> float | None:
+        """Scale of the inputs where the outputs are dense, as the curvature of those needs it; else None."""
+        return self.input_scale if self.dense else None
+
+
+class _Kind(NamedTuple):
+    """What a batch shows that cannot be added up; see :class:`DatasetSummary`."""
+
+    shape: tuple[int, ...] | None
+    n_inputs: int
+    n_classes: int
+    dense: bool
+    row_elements: int
+    dtype: torch.dtype
+    logit_dtype: torch.dtype
+    float_inputs: bool
+
+
+def summarize(data: CalibrationSet) -> DatasetSummary:
+    """Pass over ``data`` once without gradients.
+
+    Raises:
+        ValueError: If the set is empty or smaller than 10 samples, a logit is not finite, a label is out of range, or
+            the outputs are probabilities.
+    """
+    logits_seen = Logits(data, None)
+    kinds: set[_Kind] = set()
+
+    def parts() -> Iterator[tuple[Tensor, ...]]:
+        seen = 0
+        for inputs, target in data.read("first look"):
+            with torch.no_grad():
+                logits, value = data.observed(inputs)
+            rows = data.rows(logits, target)
+            _check_values(rows, seen, data.ranks)
+            logits_seen.keep(logits, target)
+            seen += len(logits)
+            kinds.add(_kind(inputs, value, logits, rows, data))
+            value = logits.new_zeros(0) if value is None else value
+            counts = [len(logits), len(rows.target), value.numel(), _outside_simplex(logits, data.task == "binary")]
+            yield (value.double() ** 2).sum(), torch.tensor(counts, dtype=torch.float64)
+
+    squares, counts = summed(parts(), [(), (4,)], data.ranks)
+    kinds = set().union(*data.ranks.gather(kinds))
+    kind = _of_all(kinds)
+    n_samples, n_rows, n_values, n_outside = (int(count) for count in counts)
+    _check_size(n_samples, n_rows)
+    if n_outside == 0:
+        _complain_of_probabilities(data)
+    return DatasetSummary(
+        logits=logits_seen,
+        shape=kind.shape if len({kind.shape for kind in kinds}) == 1 else None,
+        dense=kind.dense,
+        n_samples=n_samples,
+        n_rows=n_rows,
+        n_classes=kind.n_classes,
+        row_elements=kind.row_elements,
+        n_inputs=kind.n_inputs,
+        input_scale=(float(squares) / max(n_values, 1)) ** 0.5,
+        dtype=kind.dtype,
+        logit_dtype=kind.logit_dtype,
+        float_inputs=kind.float_inputs,
+    )
+
+
+def _kind(inputs: Inputs, value: Tensor | None, logits: Tensor, rows: Rows, data: CalibrationSet) -> _Kind:
+    """What a batch shows; ``value`` is what a perturbation would be added to."""
+    of_floats = value is not None and value.is_floating_point()
+    if data.entry.name is not None and not (of_floats and value is not None and len(value) == len(logits)):
+        raise ValueError(
+            f"`perturb_at` names {data.entry.name!r}, and what enters there is "
+            f"{'nothing' if value is None else f'{value.dtype} of shape {tuple(value.shape)}'}: it must be floats of "
+            f"shape ({len(logits)}, ...), one item of the batch after the other, such as embeddings."
+        )
+    return _Kind(
+        shape=None if value is None else data.entry.shape_of(value),
+        n_inputs=len(inputs) if isinstance(inputs, Mapping) else 1,
+        n_classes=rows.logits.shape[1],
+        dense=is_dense(logits, data.task),
+        row_elements=logits[:1].numel(),
+        dtype=value.dtype if value is not None and of_floats else logits.dtype,
+        logit_dtype=logits.dtype,
+        float_inputs=of_floats,
+    )
+
+
+def _of_all(kinds: set[_Kind]) -> _Kind:
+    """The one kind that all decisions go by, the same on every rank: that of the largest outputs."""
+    if not kinds:
+        raise ValueError("The calibration set is empty: pass a loader that yields at least one batch.")
+    classes = sorted({kind.n_classes for kind in kinds})
+    if len(classes) > 1:
+        raise ValueError(
+            f"The network returned logits of {classes[0]} classes for one batch and {classes[1]} for another."
+        )
+    return max(kinds, key=lambda kind: (kind.row_elements, repr(kind)))
+
+
+def _check_values(rows: Rows, offset: int, ranks: Ranks) -> None:
+    where = "the calibration set" if ranks.size == 1 else f"the part of the calibration set that rank {ranks.rank} has"
+    finite = torch.isfinite(rows.logits).all(1)
+    if not bool(finite.all()):
+        first = int(rows.item[~finite][0]) + offset
+        raise ValueError(
+            f"The network returned NaN or infinite logits for sample {first} of {where}: "
+            "find that sample, or the weights that overflow, before calibrating."
+        )
+    n_classes = rows.logits.shape[1]
+    wrong = rows.target[(rows.target < 0) | (rows.target >= n_classes)]
+    if len(wrong):
+        raise ValueError(
+            f"The calibration set has the label {int(wrong[0])}, but the network has {n_classes} classes, 0 to "
+            f"{n_classes - 1}: start the labels at 0, or name a padding label with ignore_index={int(wrong[0])}."
+        )
+
+
+def _check_size(n_samples: int, n_rows: int) -> None:
+    if n_rows == 0:
+        raise ValueError("Every label of the calibration set is `ignore_index`: nothing is left to calibrate on.")
+    if n_samples < MIN_SAMPLES:
+        raise ValueError(
+            f"The calibration set has {n_samples} samples; a temperature needs at least {MIN_SAMPLES}, "
+            "and hundreds to be worth having."
+        )
+
+
+def _outside_simplex(logits: Tensor, binary: bool) -> int:
+    """How many outputs cannot be probabilities: outside [0, 1], or in a row that does not sum to 1."""
+    outside = ((logits < 0) | (logits > 1)).sum()
+    if binary:
+        return int(outside)
+    tolerance = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 2e-2
+    return int(outside + ((logits.float().sum(1) - 1).abs() > tolerance).sum())
+
+
+def _complain_of_probabilities(data: CalibrationSet) -> None:
+    if data.task == "binary":
+        data.ranks.warn(
+            "Every output of the network lies in [0, 1]: if these are probabilities, return the logits instead "
+            "(leave the final sigmoid out).",
+            stacklevel=2,
+        )
+    else:
+        raise ValueError(
+            "The network returns probabilities (every row lies in [0, 1] and sums to 1): return the logits, that is "
+            "leave the final softmax out, or return their logarithm."
+        )

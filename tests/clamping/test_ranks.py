@@ -1,0 +1,288 @@
+"""One clamp fitted by several ranks: the same as by one, and one error on all when a part goes wrong."""
+
+import warnings
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch import nn
+
+from lightning_clamp import fit_clamp
+from lightning_clamp.clamping.ranks import ALONE
+from tests.ranks import on_ranks
+from tests.scenarios import SHIFT, SmallNet, batches, images, sampled, shifted_images
+
+
+class DenseNet(nn.Module):
+    """Three classes for every pixel."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+
+    def forward(self, x):
+        return 2 * torch.tanh(self.conv(x))
+
+
+def classes(n):
+    network, x, y = shifted_images(n)
+    return network, x, y, {}
+
+
+def dense(n):
+    network, x = DenseNet(), images(n)
+    return network, x - 0.3, sampled(network(x).detach().double() / 2), {"grids": (1, 2)}
+
+
+def binary(n):
+    network, x = nn.Sequential(nn.Flatten(), nn.Linear(192, 1, bias=False)), images(n)
+    generator = torch.Generator().manual_seed(6)
+    network.requires_grad_(False)[1].weight.copy_(torch.randn(1, 192, generator=generator))
+    p = torch.sigmoid(network(x)[:, 0] / 3)
+    return network, x, (torch.rand(n, generator=generator) < p).long(), {"task": "binary"}
+
+
+# Data, number of samples, options; where each rank's part ends.
+CASES = {
+    "clamp": (classes, 101, {}),
+    "scoring, more data": (classes, 1500, {"max_passes": 4}),
+    "nothing cached": (classes, 300, {"cache_bytes": 0, "grids": (1,), "output_maps": ("temperature",)}),
+    "temperature": (classes, 101, {"method": "temperature"}),
+    "dense": (dense, 101, {}),
+    "binary": (binary, 303, {"grids": (1,)}),
+}
+PARTS = {"51/50": (0.505, 1), "1/100": (0.01, 1), "all/none": (1, 1), "none/34/67": (0, 0.34, 1)}
+
+
+def fitted(case, parts=None):
+    """The result in figures that can be compared, of this rank's part."""
+    make, n, options = CASES[case]
+    network, x, y, more = make(n)
+    group, part = None, slice(None)
+    if parts is not None:
+        group, ends = dist.group.WORLD, [0, *(round(n * end) for end in PARTS[parts])]
+        part = slice(ends[dist.get_rank()], ends[dist.get_rank() + 1])
+    x, y = x[part], y[part]
+    data = batches(x, y, 40) if len(x) else []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = fit_clamp(network, data, process_group=group, **options, **more)
+    return {
+        "clamp": dict(result.clamp.state_dict()),
+        "before": dict(result.before),
+        "after": dict(result.after),
+        "change": {name: change.value for name, change in result.change.items()},
+        "reliability": [tuple(curve) for curve in result.reliability],
+        "n_samples": result.n_samples,
+        "passes": result.passes if options.get("cache_bytes") != 0 else None,
+        "candidates": [
+            (c.name, c.n_parameters, c.achieved_gain, c.lm_statistic, c.expected_change, c.criterion, c.passes, c.note)
+            for c in result.candidates
+        ],
+        "reason": result.reason,
+    }
+
+
+def all_cases(parts):
+    return {case: fitted(case, parts) for case in CASES}
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return {case: fitted(case) for case in CASES}
+
+
+@pytest.fixture(scope="module", params=PARTS)
+def together(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks") / "run"
+    return on_ranks(len(PARTS[request.param]), folder, all_cases, request.param)
+
+
+def assert_close(first, second, where=""):
+    if isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for name in first:
+            assert_close(first[name], second[name], f"{where} {name}")
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second)
+        for i, (a, b) in enumerate(zip(first, second, strict=True)):
+            assert_close(a, b, f"{where} {i}")
+    elif isinstance(first, float | torch.Tensor):
+        torch.testing.assert_close(
+            torch.as_tensor(first), torch.as_tensor(second), rtol=1e-6, atol=1e-6, equal_nan=True,
+            msg=lambda message: f"{where}: {message}",
+        )  # fmt: skip
+    else:
+        assert first == second, where
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_with_parts_of_any_size_agree_with_one_process(alone, together, case):
+    for theirs in together:
+        assert_close(alone[case], theirs[case], case)
+
+
+# What goes wrong on one rank
+
+
+class Poisoned(SmallNet):
+    """Fails at one of the calls on one rank."""
+
+    def __init__(self, rank, at):
+        super().__init__(2.0)
+        self.rank, self.at, self.calls = rank, at, 0
+
+    def forward(self, x):
+        self.calls += 1
+        if dist.get_rank() == self.rank and self.calls == self.at:
+            raise MemoryError("no memory left")
+        return super().forward(x)
+
+
+class Torn(list):
+    """A set whose last file is missing."""
+
+    def __iter__(self):
+        yield from super().__iter__()
+        raise FileNotFoundError("part-7.tar")
+
+
+def spoiled(kind, x, y):
+    rank = dist.get_rank()
+    if kind == "nan" and rank == 1:
+        x[3] = float("nan")
+    if kind == "label" and rank == 1:
+        y[5] = 17
+    data = batches(x, y, 50)
+    return Torn(data) if kind == "loader" and rank == 1 else data
+
+
+def failure(kind):
+    """Type, words and aftermath of what is raised on this rank."""
+    network = SmallNet(2.0 + (kind == "weights") * dist.get_rank())
+    if kind.startswith("call"):
+        network = Poisoned(1, int(kind.split()[1]))
+    if kind == "weights":
+        network.linear.weight.data += dist.get_rank()
+    if kind == "buffers" and dist.get_rank() == 1:
+        network.register_buffer("cache", torch.zeros(3))
+    true = images(100, seed=dist.get_rank())
+    # Far enough off that a grid is stepped: the fifth call is in its second pass.
+    x, y = true - 3 * SHIFT, sampled(SmallNet()(true).detach().double())
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    try:
+        fit_clamp(network, spoiled(kind, x, y), output_maps=("temperature",), process_group=dist.group.WORLD)
+    except Exception as error:  # noqa: BLE001 - of any kind
+        kept = all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+        return type(error).__name__, str(error), kept
+    return None
+
+
+FAILURES = {
+    "nan": ("ValueError", "NaN or infinite logits for sample 3 of the part of the calibration set that rank 1 has"),
+    "label": ("ValueError", "has the label 17, but the network has 4 classes"),
+    "loader": ("FileNotFoundError", "part-7.tar"),
+    "call 1": ("MemoryError", "no memory left"),
+    "call 4": ("MemoryError", "no memory left"),
+    "call 5": ("MemoryError", "no memory left"),
+}
+
+
+def all_failures():
+    return {kind: failure(kind) for kind in [*FAILURES, "weights", "buffers"]}
+
+
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory):
+    return on_ranks(2, tmp_path_factory.mktemp("failures") / "run", all_failures)
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+def test_what_goes_wrong_on_one_rank_is_raised_on_all(failures, kind):
+    name, words = FAILURES[kind]
+    other, its_own = (theirs[kind] for theirs in failures)
+    assert its_own[0] == name
+    assert words in its_own[1]
+    assert other == ("RuntimeError", f"Rank 1 failed with {name}: {its_own[1]}", True)
+    assert its_own[2]
+
+
+@pytest.mark.parametrize("kind", ["weights", "buffers"])
+def test_different_networks_are_refused_on_all_ranks(failures, kind):
+    for theirs in failures:
+        assert theirs[kind] == (
+            "RuntimeError", "The ranks hold different networks: load the same weights on all of them.", True
+        )  # fmt: skip
+
+
+def with_statistics_of_its_own():
+    """A batch normalisation whose running mean is another one on every rank."""
+    norm = nn.BatchNorm2d(3)
+    norm.running_mean += dist.get_rank() if dist.is_initialized() else 0
+    network, part = nn.Sequential(norm, SmallNet(2.0)), slice(None)
+    if dist.is_initialized():
+        part = slice(dist.get_rank(), None, 2)
+    _, x, y = shifted_images(200)
+    group = dist.group.WORLD if dist.is_initialized() else None
+    result = fit_clamp(network, batches(x[part], y[part]), method="temperature", process_group=group)
+    return float(result.clamp.log_temperature), result.change, float(norm.running_mean[0])
+
+
+def test_buffers_are_the_first_ranks_meanwhile_and_each_ranks_own_after(tmp_path):
+    temperature, change, _ = with_statistics_of_its_own()
+    for rank, (theirs, their_change, mean) in enumerate(on_ranks(2, tmp_path / "run", with_statistics_of_its_own)):
+        assert theirs == pytest.approx(temperature, abs=1e-6)
+        assert mean == rank
+        # Items dealt out in turn are resampled as in one process.
+        for name in change:
+            assert their_change[name] == pytest.approx(change[name], abs=1e-6)
+
+
+def sgd_on_ranks():
+    with pytest.raises(ValueError, match='method="published" takes a step after every batch, so 2 ranks'):
+        fit_clamp(SmallNet(), [], method="published", process_group=dist.group.WORLD)
+
+
+def test_the_published_solver_is_refused_on_several_ranks(tmp_path):
+    on_ranks(2, tmp_path / "run", sgd_on_ranks)
+
+
+def alone_among_others():
+    """The first rank alone fits, without a group: it must wait for nobody."""
+    if dist.get_rank() == 0:
+        _, x, y = shifted_images(100)
+        return fit_clamp(SmallNet(2.0), batches(x, y), method="temperature").n_samples
+    return None
+
+
+def test_without_a_group_a_rank_fits_alone(tmp_path):
+    assert on_ranks(2, tmp_path / "run", alone_among_others) == [100, None]
+
+
+def collectives():
+    """How many all-reduces a fit takes, and how many sums over samples it forms."""
+    calls = {"all_reduce": 0, "sums": 0}
+    reduce, total = dist.all_reduce, type(ALONE).total
+
+    def counted(*args, **kwargs):
+        calls["all_reduce"] += 1
+        return reduce(*args, **kwargs)
+
+    def summing(*args, **kwargs):
+        calls["sums"] += 1
+        return total(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", counted)
+        patch.setattr(type(ALONE), "total", summing)
+        fitted("clamp", "51/50")
+    return calls
+
+
+def test_every_sum_is_one_all_reduce(tmp_path):
+    for calls in on_ranks(2, tmp_path / "run", collectives):
+        assert calls["all_reduce"] == calls["sums"] > 10

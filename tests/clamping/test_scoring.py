@@ -1,0 +1,229 @@
+"""The scores, the curvature and the score test against brute force; the fit against shifts that are known."""
+
+import math
+
+import pytest
+import torch
+from scipy.stats import chi2
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_clamp import fit_clamp
+from lightning_clamp.clamping.frozen import frozen
+from lightning_clamp.clamping.newton import LossDerivatives, effective_parameters, score_test
+from lightning_clamp.clamping.output_map import map_space
+from lightning_clamp.clamping.passes import CalibrationSet, summed
+from lightning_clamp.clamping.perturbation import make_grid
+from lightning_clamp.clamping.score_pass import score_pass
+from lightning_clamp.clamping.scoring import bounded_step
+from tests.scenarios import SHIFT, SmallNet, batches, calibrated_logits, images, sampled, shifted_images
+
+
+class DenseNet(nn.Module):
+    """Per-pixel logits of three classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.Tanh(), nn.Conv2d(5, 3, 1))
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def sums_at(network, x, y, size, coefficients=None, free=(0.7,), kind="temperature"):
+    """Score sums of a grid and an output map at these coefficients and free parameters of the map."""
+    grid = make_grid(size, x.shape[1:])
+    space, free = map_space(kind, 3 if y.ndim > 1 else 4, 1.0), torch.as_tensor(free, dtype=torch.float64)
+    data = CalibrationSet(network, batches(x, y, 16), task="multiclass", ignore_index=None, cache_bytes=2**20)
+    image = None if coefficients is None else grid.image(coefficients).to(x.dtype)
+    with frozen(network):
+        (sums,), _ = score_pass(data, image, space, free, [grid], dense_scale=1e-4 if y.ndim > 1 else None, what="")
+    return sums, grid
+
+
+@pytest.mark.parametrize("kind", ["temperature", "bias", "vector"])
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("size", [1, 2])
+def test_gradient_and_curvature_are_those_of_automatic_differentiation(dense, size, kind):
+    """Curvature: for class outputs the sum of score outer products, for dense ones the exact Gauss-Newton matrix."""
+    network = DenseNet().double() if dense else SmallNet(dtype=torch.float64)
+    n = 12 if dense else 40
+    x = images(n, dtype=torch.float64)
+    y = torch.randint(3, (n, 8, 8)) if dense else torch.randint(4, (n,))
+    grid = make_grid(size, (3, 8, 8))
+    space, p = map_space(kind, 3 if dense else 4, 1.0), grid.n_coefficients
+    free = space.temperature_only(1.3) + 0.1 * torch.randn(space.n_parameters)
+    point = torch.cat([0.1 * torch.randn(p).double(), free])
+    sums, _ = sums_at(network, x, y, size, point[:p], free, kind)
+
+    def scaled(parameters):
+        scale, bias = (part.reshape(-1, *[1] * (y.ndim - 1)) for part in space.point(parameters[p:]).chunk(2))
+        return scale * network(x + grid.image(parameters[:p])) + bias
+
+    def losses(parameters):
+        return F.cross_entropy(scaled(parameters), y, reduction="none").reshape(n, -1).sum(1)
+
+    scores = torch.autograd.functional.jacobian(losses, point)
+    torch.testing.assert_close(sums.gradient, scores.sum(0))
+    torch.testing.assert_close(sums.covariance, scores.T @ scores)
+    if not dense:
+        torch.testing.assert_close(sums.curvature, scores.T @ scores)
+        return
+    jacobian = torch.autograd.functional.jacobian(scaled, point).movedim(1, 3).flatten(0, 2)
+    probs = scaled(point).detach().softmax(1).movedim(1, 3).flatten(0, 2)
+    centred = jacobian - (probs[:, :, None] * jacobian).sum(1, keepdim=True)
+    exact = torch.einsum("mcp,mc,mcq->pq", centred, probs, centred)
+    # Forward differences err by their step, 1e-6, relative to the largest entries, which output maps make larger.
+    atol = 1e-4 if kind == "temperature" else 1e-6 * float(exact.abs().max())
+    torch.testing.assert_close(sums.curvature, exact, rtol=1e-4, atol=atol)
+
+
+def test_sums_are_additive_over_any_split():
+    network, x, y = SmallNet(dtype=torch.float64), images(300, dtype=torch.float64), torch.randint(4, (300,))
+    whole, _ = sums_at(network, x, y, 2)
+    parts = [sums_at(network, a, b, 2)[0] for a, b in ((x[:7], y[:7]), (x[7:200], y[7:200]), (x[200:], y[200:]))]
+    for total, part in zip(whole, summed((tuple(p) for p in parts), [t.shape for t in whole]), strict=True):
+        torch.testing.assert_close(total, part, rtol=1e-9, atol=1e-9)
+
+
+def test_the_score_test_is_chi_squared_where_the_input_is_right():
+    """Labels drawn from the network itself: the statistic has mean p and the p-values are uniform."""
+    network = SmallNet()
+    statistics = []
+    for seed in range(150):
+        x = images(1000, seed)
+        y = sampled(network(x).detach().double(), 1000 + seed)
+        sums, _ = sums_at(network, x, y, 1, free=(1.0,))
+        statistics.append(score_test(sums, 3).statistic)
+    statistics = torch.tensor(statistics)
+    assert float(statistics.mean()) == pytest.approx(3, abs=4 * math.sqrt(6 / 150))
+    assert 0.03 < float((statistics > chi2.ppf(0.9, 3)).double().mean()) < 0.2
+
+
+def test_a_known_shift_and_temperature_are_recovered():
+    network, x, y = shifted_images(20000, temperature=2.0)
+    result = fit_clamp(network, batches(x, y, 2000), grids=(1,), output_maps=("temperature",))
+    assert result.chosen is not None
+    assert result.chosen.grid == 1
+    assert result.chosen.p_value < 1e-10
+    assert float(result.clamp.temperature) == pytest.approx(2.0, rel=0.03)
+    torch.testing.assert_close(result.clamp.perturbation, SHIFT.expand(3, 8, 8), rtol=0, atol=0.05)
+    held_x, held_y = (images(5000, 99) - SHIFT), sampled(SmallNet()(images(5000, 99)).detach().double(), 7)
+    scaled = result.clamp.scale(network(result.clamp.perturb(held_x)))
+    ideal = F.cross_entropy(SmallNet()(images(5000, 99)), held_y)
+    assert float((F.cross_entropy(scaled, held_y) - ideal).detach()) < 0.001
+
+
+def test_a_calibrated_network_is_left_alone():
+    network = SmallNet()
+    x = images(4000)
+    result = fit_clamp(network, batches(x, sampled(network(x).detach().double())))
+    assert result.chosen is not None
+    assert result.chosen.name == "temperature"
+    assert result.clamp.perturbation is None
+    assert float(result.clamp.temperature) == pytest.approx(1, abs=0.05)
+
+
+def test_the_prediction_before_the_first_step_is_close_to_what_is_achieved():
+    network, x, y = shifted_images(4000)
+    result = fit_clamp(network, batches(x, y), grids=(1,), output_maps=("temperature",))
+    assert result.chosen is not None
+    assert result.chosen.achieved_gain == pytest.approx(result.chosen.predicted_gain, rel=0.3)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_best_iterate_is_a_minimum_of_the_calibration_loss(size):
+    network, x, y = shifted_images(3000)
+    result = fit_clamp(network, batches(x, y), grids=(size,), output_maps=("temperature",))
+    grid = make_grid(size, (3, 8, 8))
+    delta = result.clamp.perturbation
+
+    def loss(moved):
+        return float(F.cross_entropy(result.clamp.scale(network(x + moved)), y).detach())
+
+    here = loss(delta)
+    for direction in torch.randn(5, grid.n_coefficients).double():
+        image = grid.image(direction / direction.norm()).float()
+        assert min(loss(delta + 0.2 * image), loss(delta - 0.2 * image)) > here - 1e-5
+
+
+@pytest.mark.parametrize("max_passes", [1, 2, 6])
+def test_passes_are_bounded(max_passes):
+    network, x, y = shifted_images(1000)
+    result = fit_clamp(network, batches(x, y), max_passes=max_passes)
+    assert max(candidate.passes for candidate in result.candidates) <= max_passes
+    # One look, one first pass for all, and what each of the fitted grids adds.
+    fitted = {candidate.grid: candidate.passes for candidate in result.candidates if candidate.passes}
+    assert result.passes == 2 + sum(passes - 1 for passes in fitted.values())
+
+
+def test_repeated_pixels_cost_and_count_what_one_would():
+    """A dense output that repeats one decision 16 times: Takeuchi's trace must charge 16 pixels as one sample."""
+    network, x, y = shifted_images(4000)
+    once = fit_clamp(network, batches(x, y), grids=(1,), output_maps=("temperature",))
+    repeated = y[:, None, None].expand(-1, 4, 4)
+    many = fit_clamp(
+        lambda inputs: network(inputs)[:, :, None, None].expand(-1, -1, 4, 4),
+        batches(x, repeated),
+        grids=(1,),
+        output_maps=("temperature",),
+    )
+    one, other = once.candidates[-1], many.candidates[-1]
+    assert one.grid == other.grid == 1
+    assert other.achieved_gain == pytest.approx(one.achieved_gain, rel=1e-3)
+    assert other.effective_parameters == pytest.approx(16 * one.effective_parameters, rel=0.15)
+    assert other.criterion == pytest.approx(one.criterion, rel=0.02)
+    assert other.lm_statistic == pytest.approx(one.lm_statistic, rel=0.15)
+
+
+def test_repeated_pixels_are_shrunk_as_one_would_be():
+    """The ridge of an output map is as strong against 16 pixels that say the same as against one."""
+    logits, y = calibrated_logits(500, 5)
+    logits = 2 * logits + torch.linspace(-1, 1, 5).double()
+    once = fit_clamp(nn.Identity(), batches(logits, y), grids=())
+    tiled = logits[:, :, None, None].expand(-1, -1, 4, 4)
+    many = fit_clamp(nn.Identity(), batches(tiled, y[:, None, None].expand(-1, 4, 4)), grids=())
+    assert once.chosen.output_map == many.chosen.output_map == "vector"
+    assert many.chosen.shrinkage == once.chosen.shrinkage
+    torch.testing.assert_close(many.clamp.class_bias, once.clamp.class_bias, rtol=0.1, atol=0.02)
+
+
+def test_a_grid_that_was_let_in_is_stepped_however_many_classes_there_are():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(3, 100, generator=generator)
+    x = torch.randn(2000, 3, 4, 4, generator=generator)
+
+    def network(inputs):
+        return 2 * inputs.mean((2, 3)) @ weight * 4
+
+    y = sampled(network(x).double() / 2)
+    result = fit_clamp(network, batches(x + 0.15, y), grids=(1,))
+    fitted = [c for c in result.candidates if c.grid and not c.note]
+    assert fitted
+    assert all(c.clamp.perturbation is not None and c.passes > 1 for c in fitted)
+
+
+def test_independent_pixels_are_counted_by_parameter():
+    """Pixels whose labels are independent given the logits: the trace is about the number of parameters."""
+    network = DenseNet()
+    x = images(600)
+    y = sampled(network(x).detach().double())
+    sums, _ = sums_at(network, x, y, 1, free=(1.0,))
+    assert effective_parameters(sums, torch.zeros(4).double()) == pytest.approx(4, rel=0.25)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_step_changes_the_temperature_by_a_factor_of_e_at_most(sign):
+    """Outputs that say next to nothing of the labels have next to no curvature in 1/T."""
+    curvature = torch.diag(torch.tensor([2.0, 1e-9], dtype=torch.float64))
+    sums = LossDerivatives(torch.tensor([0.5, sign * 1e-6], dtype=torch.float64), curvature, curvature)
+    step, promise = bounded_step(sums, common_scale=0.2)
+    assert (0.2 + float(step[-1])) / 0.2 == pytest.approx(math.exp(-sign))
+    assert float(step[0] / step[-1]) == pytest.approx(sign * 0.25e-3)
+    # What the quadratic model promises for that share of the step.
+    change = -(sums.gradient @ step + 0.5 * step @ curvature @ step)
+    assert promise == pytest.approx(float(change), rel=1e-9)

@@ -1,0 +1,419 @@
+"""CalMO: the formula's numbers, the attack in image units, the network left as it was; sharpness and its monitor."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_clamp.losses import SharpnessMonitor, gauss_newton_sharpness, margin_aware_loss
+from lightning_clamp.losses.attack import Attack
+from lightning_clamp.metrics import expected_calibration_error, exponential_margin_tail
+from tests.losses.test_losses import OFFICIAL
+from tests.scenarios import LitClassifier, loader
+
+FORMULA = OFFICIAL["calmo"]
+
+
+def formula_network() -> nn.Sequential:
+    """The network of the reference numbers: its weights are a formula."""
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 5)
+    ).double()
+    conv, linear = network[0], network[4]
+    waves = {conv.weight: (0.3, 1), conv.bias: (0.1, 0.5), linear.weight: (4, 0.3), linear.bias: (0.1, 2)}
+    for parameter, (scale, shift) in waves.items():
+        index = torch.arange(parameter.numel(), dtype=torch.float64).reshape(parameter.shape)
+        parameter.data = scale * torch.sin(index + shift)
+    return network
+
+
+def formula_batch(network: nn.Module) -> tuple[Tensor, Tensor]:
+    n, c, h, w = np.ogrid[0:40, 0:3, 0:8, 0:8]
+    inputs = torch.from_numpy(np.sin(0.13 * n + 0.7 * c + 0.21 * h * w / 8 + 0.05 * h))
+    predicted = network(inputs * 1.1 + 0.2).argmax(1)
+    return inputs, torch.where(torch.arange(40) % 5 == 0, (predicted + 1) % 5, predicted)
+
+
+def test_values_and_gradients_are_those_of_the_formula():
+    network = formula_network()
+    parts: dict[str, Tensor] = {}
+    loss = margin_aware_loss(network, *formula_batch(network), clip=None, parts=parts)
+    assert loss.item() == pytest.approx(FORMULA["total"], rel=1e-12)
+    for part, name in (("cross_entropy", "ce"), ("divergence", "kl"), ("smoothness", "smooth")):
+        assert parts[part].item() == pytest.approx(FORMULA[name], rel=1e-12)
+    loss.backward()
+    conv, linear = network[0].weight.grad, network[4].weight.grad
+    assert linear.norm() == pytest.approx(FORMULA["total_grad_fc_norm"], rel=1e-9)
+    assert conv.norm() == pytest.approx(FORMULA["total_grad_conv_norm"], rel=1e-9)
+    assert linear.flatten()[:4].tolist() == pytest.approx(FORMULA["total_grad_fc_first4"], rel=1e-9)
+
+
+def test_each_regularizer_alone():
+    network = formula_network()
+    inputs, target = formula_batch(network)
+    ce = FORMULA["ce"]
+    flat = margin_aware_loss(network, inputs, target, lambda_r=0, lambda_s=1, clip=None)
+    (gradient,) = torch.autograd.grad(flat - F.cross_entropy(network(inputs), target), network[0].weight)
+    assert flat.item() == pytest.approx(ce + FORMULA["smooth"], rel=1e-12)
+    assert gradient.norm() == pytest.approx(FORMULA["smooth_grad_conv_norm"], rel=1e-9)
+    robust = margin_aware_loss(network, inputs, target, lambda_r=1, lambda_s=0, clip=None)
+    (gradient,) = torch.autograd.grad(robust - F.cross_entropy(network(inputs), target), network[4].weight)
+    assert robust.item() == pytest.approx(ce + FORMULA["kl"], rel=1e-12)
+    # Gradients flow through p(x): detached, this would be .0202.
+    assert gradient.norm() == pytest.approx(FORMULA["kl_grad_fc_norm"], rel=1e-9)
+
+
+def test_six_steps_reach_the_ball_and_stay_inside():
+    network = formula_network()
+    inputs, target = formula_batch(network)
+    parts: dict[str, Tensor] = {}
+    margin_aware_loss(network, inputs, target, steps=6, clip=None, parts=parts)
+    assert parts["divergence"].item() == pytest.approx(FORMULA["pgd6_projection_binding"]["kl"], rel=1e-12)
+
+
+def test_per_item_losses_and_diagnostics():
+    network = formula_network()
+    inputs, target = formula_batch(network)
+    parts: dict[str, Tensor] = {}
+    rows = margin_aware_loss(network, inputs, target, clip=None, reduction="none", parts=parts)
+    assert rows.shape == target.shape
+    assert rows.mean().item() == pytest.approx(FORMULA["total"], rel=1e-12)
+    assert parts["margin_tail"] == pytest.approx(exponential_margin_tail(network(inputs), target).item())
+    assert parts["robust_margin"] < parts["margin"]
+    assert parts["robust_margin_tail"] > parts["margin_tail"]
+
+
+def attack(**options) -> Attack:
+    return Attack(**{
+        "epsilon": 8 / 255, "step_size": 2 / 255, "steps": 3, "norm": "linf", "mean": 0.0, "std": 1.0,
+        "clip": (0.0, 1.0), "mode": "eval", **options,
+    })  # fmt: skip
+
+
+def test_the_radius_is_one_of_images_whatever_the_normalisation():
+    images = torch.rand(6, 3, 4, 4, dtype=torch.float64)
+    weight = torch.randn(6, 3, 4, 4, dtype=torch.float64)
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+    shape = (3, 1, 1)
+    m, s = (torch.tensor(value, dtype=torch.float64).reshape(shape) for value in (mean, std))
+    for norm in ("linf", "l2"):
+        plain = attack(norm=norm, step_size=0.03)(lambda x: (weight * x).sum(), images)
+        moved = attack(norm=norm, step_size=0.03, mean=mean, std=std)(
+            lambda x: (weight * (x * s + m)).sum(), (images - m) / s
+        )
+        torch.testing.assert_close(moved * s + m, plain)
+        assert plain.min() >= 0
+        assert plain.max() <= 1
+        shift = (plain - images).abs()
+        assert (shift.amax() if norm == "linf" else shift.flatten(1).norm(dim=1).amax()) <= 8 / 255 + 1e-12
+        assert not moved.requires_grad
+
+
+def test_a_single_channel_may_have_numbers_for_its_normalisation():
+    images = torch.rand(3, 1, 4, 4)
+    moved = attack(mean=0.5, std=[0.25])(lambda x: x.sum(), (images - 0.5) / 0.25)
+    torch.testing.assert_close(moved * 0.25 + 0.5, (images + 6 / 255).clamp_max(1))
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"epsilon": -1}, "`epsilon` must be at least 0"),
+        ({"norm": "l1"}, r"`norm` must be one of \('linf', 'l2'\), got 'l1'"),
+        ({"attack_mode": "test"}, "`attack_mode`"),
+        ({"std": (1.0, 0.0, 1.0)}, "`std` must be positive"),
+        ({"mean": (0.1, 0.2)}, "no axis 1 of 2 channels"),
+        ({"lambda_s": -1}, "`lambda_s`"),
+        ({}, r"Inputs of the range \[-1, 1\] lie outside clip=\(0, 1\): pass the mean and std of your normalisation"),
+    ],
+)
+def test_mistakes_get_one_sentence(options, sentence):
+    network = formula_network()
+    with pytest.raises(ValueError, match=sentence):
+        margin_aware_loss(network, *formula_batch(network), **options)
+
+
+def test_inference_mode_is_refused_and_no_grad_is_not():
+    network = formula_network()
+    inputs, target = formula_batch(network)
+    with torch.no_grad():
+        loss = margin_aware_loss(network, inputs, target, clip=None)
+    assert loss.item() == pytest.approx(FORMULA["total"], rel=1e-12)
+    assert not loss.requires_grad
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="inference mode has none"):
+        margin_aware_loss(network, inputs, target, clip=None)
+
+
+class Smooth(nn.Module):
+    """A network with batch normalisation and dropout whose curvature is known to be smooth."""
+
+    def __init__(self, classes: int = 3) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        self.net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, classes)).double()
+        for parameter in self.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+def test_gradients_in_the_weights_are_those_of_the_value():
+    network = Smooth().eval()
+    inputs, target = torch.rand(5, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
+    names, values = zip(*network.named_parameters(), strict=True)
+
+    # λ_r holds its moved inputs still, and they do not move: signs of gradients are constant nearby.
+    def loss(*weights: Tensor) -> Tensor:
+        state = dict(zip(names, weights, strict=True))
+        return margin_aware_loss(
+            lambda x: torch.func.functional_call(network, state, (x,)), inputs, target, lambda_s=0.3, clip=None
+        )
+
+    assert torch.autograd.gradcheck(loss, tuple(value.detach().requires_grad_() for value in values))
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_modes_come_back_and_the_attack_moves_statistics_only_in_train_mode(mode):
+    network = Smooth().train()
+    network.net[2].eval()
+    before = {name: module.training for name, module in network.named_modules()}
+    inputs, target = torch.rand(8, 4, dtype=torch.float64), torch.arange(8) % 3
+    margin_aware_loss(network, inputs, target, attack_mode=mode, clip=None)
+    assert {name: module.training for name, module in network.named_modules()} == before
+    # The clean and the moved batch are seen in the network's own mode.
+    assert int(network.net[1].num_batches_tracked) == 2 + (3 if mode == "train" else 0)
+
+
+def test_normalised_images_in_half_precision_are_within_their_range():
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    m, s = (torch.tensor(value).reshape(3, 1, 1) for value in (mean, std))
+    images = torch.rand(4, 3, 6, 6).round(decimals=1)
+    for dtype in (torch.float16, torch.bfloat16):
+        inputs = ((images - m) / s).to(dtype)
+        moved = attack(mean=mean, std=std)(lambda x: -x.float().sum(), inputs)
+        assert moved.dtype == dtype
+        shift = (moved.float() - inputs.float()) * s
+        # Three steps of 2/255 down, to the rounding of the dtype, and not below black.
+        expected = torch.maximum(-6 / 255 * torch.ones_like(shift), -images)
+        torch.testing.assert_close(shift, expected, atol=0.5 * torch.finfo(dtype).eps, rtol=0)
+
+
+class Attending(nn.Module):
+    """A transformer's layer, whose fused attention has a first derivative only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x).mean(1))
+
+
+def test_networks_with_attention_are_differentiated_twice():
+    torch.manual_seed(0)
+    network = Attending()
+    inputs, target = torch.rand(5, 4, 8), torch.tensor([0, 1, 2, 0, 1])
+    margin_aware_loss(network, inputs, target, clip=None).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in network.parameters())
+    assert gauss_newton_sharpness(network, [(inputs, target)], max_iterations=3) > 0
+
+
+def test_the_smoothness_of_large_images_does_not_underflow():
+    torch.manual_seed(0)
+    conv = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 1, 3, padding=1))
+    images, target = torch.rand(1, 1, 512, 512), torch.ones(1, 512, 512)
+    found = {}
+    for dtype in (torch.float32, torch.float16):
+        parts: dict[str, Tensor] = {}
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.float16):
+            margin_aware_loss(conv, images, target, lambda_r=0, task="binary", parts=parts)
+        found[dtype] = parts["smoothness"].item()
+    assert found[torch.float16] == pytest.approx(found[torch.float32], rel=0.01)
+
+
+def test_images_of_integers_are_refused():
+    with pytest.raises(TypeError, match="Inputs must be float to be moved, got"):
+        margin_aware_loss(formula_network(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(2).long())
+
+
+def test_modes_come_back_after_an_error():
+    class Failing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise RuntimeError("broken")
+
+    network = Failing().train()
+    with pytest.raises(RuntimeError, match="broken"):
+        margin_aware_loss(network, torch.rand(2, 3), torch.zeros(2, dtype=torch.long))
+    assert network.training
+
+
+def test_dense_outputs_and_one_logit():
+    generator = torch.Generator().manual_seed(0)
+    conv = nn.Conv2d(1, 1, 3, padding=1).double()
+    images = torch.rand(3, 1, 5, 5, generator=generator, dtype=torch.float64)
+    target = torch.randint(2, (3, 5, 5), generator=generator)
+    marked = target.clone()
+    marked[0, :2] = 255
+    parts: dict[str, Tensor] = {}
+    loss = margin_aware_loss(conv, images, marked, task="binary", ignore_index=255, lambda_s=0.5, parts=parts)
+    images.requires_grad_()
+    sign = 2.0 * target - 1
+    keep = marked != 255
+    margin = ((sign * conv(images)[:, 0] * keep).sum((1, 2)) / keep.sum((1, 2))).sum()
+    (gradient,) = torch.autograd.grad(margin, images)
+    per_item = gradient.square().sum((1, 2, 3))
+    expected = (per_item * keep.sum((1, 2))).sum() / keep.sum()
+    assert parts["smoothness"] == pytest.approx(expected.item())
+    assert parts["cross_entropy"] == pytest.approx(
+        F.binary_cross_entropy_with_logits(conv(images)[:, 0][keep], target[keep].double()).item()
+    )
+    assert loss.isfinite()
+
+
+def test_no_attack_is_made_and_no_second_derivative_taken_where_the_weights_are_zero():
+    calls = []
+
+    def network(x: Tensor) -> Tensor:
+        calls.append(x.requires_grad)
+        return torch.cat([x, -x], 1)
+
+    inputs, target = torch.rand(3, 1), torch.tensor([0, 1, 0])
+    value = margin_aware_loss(network, inputs, target, lambda_r=0, lambda_s=0)
+    torch.testing.assert_close(value, F.cross_entropy(network(inputs), target))
+    assert calls == [False, False]
+    margin_aware_loss(network, inputs, target, lambda_s=0)
+    assert len(calls) == 2 + 1 + 3 + 1
+
+
+def slopes_of(network: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits, (N, K), and their derivatives in all weights, (N, K, P)."""
+    logits, weights = network(inputs), list(network.parameters())
+    rows = [torch.autograd.grad(z, weights, retain_graph=True) for z in logits.flatten()]
+    slopes = torch.stack([torch.cat([part.flatten() for part in row]) for row in rows]).reshape(*logits.shape, -1)
+    return logits.detach(), slopes
+
+
+def exact_sharpness(network: nn.Module, inputs: Tensor) -> float:
+    logits, slopes = slopes_of(network, inputs)
+    probs = logits.softmax(1)
+    middle = torch.diag_embed(probs) - probs[:, :, None] * probs[:, None]
+    matrix = torch.einsum("nka,nkl,nlb->ab", slopes, middle, slopes) / len(inputs)
+    return float(torch.linalg.eigvalsh(matrix)[-1])
+
+
+def test_sharpness_is_the_largest_eigenvalue():
+    network = formula_network()
+    inputs, target = formula_batch(network)
+    exact = exact_sharpness(network, inputs)
+    found = gauss_newton_sharpness(network, [(inputs, target)], tolerance=1e-10, max_iterations=500)
+    assert found == pytest.approx(exact, rel=1e-6)
+    parts = gauss_newton_sharpness(network, [(inputs[:7], target[:7]), (inputs[7:], target[7:])])
+    assert parts == pytest.approx(exact, rel=5e-3)
+    assert parts <= exact * (1 + 1e-12)
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_sharpness_and_error_are_bounded_by_the_margin_tail():
+    """Theorem 4.1, with the largest ||J|| of the data for C_J."""
+    network = formula_network()
+    inputs, target = formula_batch(network)
+    logits, slopes = slopes_of(network, inputs)
+    tail = float(exponential_margin_tail(logits, target))
+    assert float(expected_calibration_error(logits.softmax(1), target)) <= 4 * tail
+    largest = float(torch.linalg.matrix_norm(slopes, 2).amax())
+    assert gauss_newton_sharpness(network, [(inputs, target)]) <= 2 * largest**2 * 4 * tail
+
+
+def test_sharpness_of_what_is_ignored_or_frozen_does_not_count():
+    network = formula_network()
+    inputs, target = formula_batch(network)
+    marked = target.masked_fill(torch.arange(40) >= 10, -1)
+    options = {"tolerance": 1e-8, "max_iterations": 300}
+    few = gauss_newton_sharpness(network, [(inputs, marked)], ignore_index=-1, **options)
+    assert few == pytest.approx(exact_sharpness(network, inputs[:10]), rel=1e-4)
+    network[0].requires_grad_(False)
+    assert gauss_newton_sharpness(network, [(inputs, target)], **options) < exact_sharpness_of_all(network, inputs)
+    with pytest.raises(ValueError, match="no trainable parameters"):
+        gauss_newton_sharpness(network.requires_grad_(False), [(inputs, target)])
+    with pytest.raises(ValueError, match="no batch holds a position that counts"):
+        gauss_newton_sharpness(formula_network(), [])
+
+
+def exact_sharpness_of_all(network: nn.Module, inputs: Tensor) -> float:
+    copy = formula_network()
+    copy.load_state_dict(network.state_dict())
+    return exact_sharpness(copy, inputs)
+
+
+def trainer(**options) -> Trainer:
+    return Trainer(**{
+        "max_epochs": 3, "accelerator": "cpu", "logger": False, "enable_checkpointing": False,
+        "enable_progress_bar": False, "enable_model_summary": False, **options,
+    })  # fmt: skip
+
+
+def test_the_monitor_measures_and_draws_and_training_does_not_notice(tmp_path):
+    ends = []
+    for with_monitor in (True, False):
+        torch.manual_seed(0)
+        model = LitClassifier(lr=0.1)
+        monitor = SharpnessMonitor(loader(60, 3), every_n_epochs=2)
+        run = trainer(max_epochs=4, callbacks=[monitor] if with_monitor else [])
+        run.fit(model, loader(200, 1))
+        ends.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
+        if with_monitor:
+            assert [one["epoch"] for one in monitor.history] == [2, 4]
+            last = monitor.history[-1]
+            inputs, target = next(iter(loader(60, 3)))
+            logits = model(inputs).detach()
+            assert last["margin_tail"] == pytest.approx(float(exponential_margin_tail(logits, target)), rel=1e-5)
+            assert last["ece"] == pytest.approx(float(expected_calibration_error(logits.softmax(1), target)), rel=1e-5)
+            assert last["sharpness"] > 0
+            assert run.callback_metrics["monitor/sharpness"] == pytest.approx(last["sharpness"])
+            assert [panel.get_ylabel() for panel in monitor.plot().axes] == ["ECE", "margin tail", "sharpness"]
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("how", ["compiled", "bf16-true"])
+def test_the_monitor_measures_compiled_and_cast_networks(how):
+    torch.compiler.reset()
+    model, monitor = LitClassifier(), SharpnessMonitor(loader(60, 3))
+    if how == "compiled":
+        model.net = torch.compile(model.net, backend="aot_eager")
+    precision = "32-true" if how == "compiled" else how
+    trainer(max_epochs=1, precision=precision, callbacks=[monitor]).fit(model, loader(100, 1))
+    plain = SharpnessMonitor(loader(60, 3))
+    trainer(max_epochs=1, callbacks=[plain]).fit(LitClassifier(), loader(100, 1))
+    rel = 1e-4 if how == "compiled" else 0.05
+    assert monitor.history[0]["sharpness"] == pytest.approx(plain.history[0]["sharpness"], rel=rel)
+
+
+def test_a_monitor_of_nothing_is_refused_before_training():
+    with pytest.raises(MisconfigurationException, match="and one batch at least"):
+        trainer(callbacks=[SharpnessMonitor([])]).fit(LitClassifier(), loader(100, 1))
+
+
+def test_two_monitors_have_two_names():
+    monitors = [SharpnessMonitor(loader(60, seed), name=name) for seed, name in ((1, "train"), (3, "held_out"))]
+    run = trainer(max_epochs=1, callbacks=monitors)
+    run.fit(LitClassifier(), loader(100, 1))
+    assert {"train/sharpness", "held_out/sharpness"} <= set(run.callback_metrics)
+    assert len({monitor.state_key for monitor in monitors}) == 2
+
+
+def test_the_monitor_goes_on_where_it_was():
+    monitor = SharpnessMonitor(loader(60, 3))
+    with pytest.raises(ValueError, match="Nothing has been measured"):
+        monitor.plot()
+    history = [{"epoch": 1, "ece": 0.1, "margin_tail": 2.0, "sharpness": 3.0}]
+    monitor.load_state_dict(json.loads(json.dumps({"history": history})))
+    assert monitor.state_dict() == {"history": history}
+    with pytest.raises(ValueError, match="`every_n_epochs` must be at least 1"):
+        SharpnessMonitor(loader(60, 3), every_n_epochs=0)
