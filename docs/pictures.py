@@ -271,7 +271,7 @@ def print_study(name: str, grids: GridStudy, story: Story) -> None:
         cells = [p, f"{candidate.lm_statistic:.1f}", f"{candidate.p_value:.1e}", f"{candidate.predicted_gain:.4f}"]
         cells.append(f"{p / story.default.n_samples:.4f}")
         if candidate.clamp is None:
-            cells.append(f"  {candidate.note}")
+            cells.append(f"  {candidate.refusal.words}")
         else:
             kept = grids.kept(story.model, candidate)
             cells += [f"{candidate.achieved_gain:.4f}", f"{candidate.standard_error:.4f}"]

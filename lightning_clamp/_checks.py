@@ -1,5 +1,7 @@
 """What the metrics and their functions accept, and the sentences that say so."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -68,3 +70,23 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     """Refuse an option that is none of ``choices``."""
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {choices}, got {value!r}.")
+
+
+def check_whole(name: str, value: object, *, least: int) -> None:
+    """Refuse an option that is no whole number, or one below ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")
+
+
+def check_number(
+    name: str, value: object, *, above: float | None = None, least: float | None = None, below: float | None = None
+) -> None:
+    """Refuse an option that is no finite number, or one out of range."""
+    right = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, int | float):
+        right = right and (above is None or value > above) and (least is None or value >= least)
+        right = right and (below is None or value < below)
+    if not right:
+        limits = {"above": above, "at least": least, "below": below}
+        words = " and ".join(f"{word} {limit:g}" for word, limit in limits.items() if limit is not None)
+        raise ValueError(f"`{name}` must be a number{f' {words}' if words else ''}, got {value!r}.")

@@ -1,29 +1,35 @@
 """The plugin: one callback that calibrates when training ends, and lets test and predict use the result."""
 
 import copy
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import Unpack
 
-from lightning_clamp._rows import Task
+from lightning_clamp._checks import check_choice
 from lightning_clamp._trainer.data import CalibrationBatches, find_calibration_set, warn_if_training_data
 from lightning_clamp._trainer.devices import check_float64, check_strategy, ranks_of
 from lightning_clamp._trainer.hooks import ClampHooks
-from lightning_clamp._trainer.mailbox import Mailbox, Outcome
+from lightning_clamp._trainer.mailbox import Mailbox
 from lightning_clamp._trainer.run import publish, run_in_trainer
-from lightning_clamp._trainer.weights import Moment, Weights, check_best, weights_of
-from lightning_clamp.checkpoint import STATE_KEY, Calibrated, fingerprint, from_state, read_safely, to_state
-from lightning_clamp.clamping import BatchKeys, CalibrationResult, Method, check_batch_keys, check_options, submodule
-from lightning_clamp.clamping.options import MethodOptions
+from lightning_clamp._trainer.weights import Weights, averages_weights, check_best, weights_of
+from lightning_clamp.checkpoint import (
+    STATE_KEY,
+    SaveTo,
+    check_save_to,
+    fingerprint,
+    read_safely,
+    result_from_state,
+    state_of_result,
+)
+from lightning_clamp.clamping.options import ClampKeywords, Method, make_plan
+from lightning_clamp.clamping.result import CalibrationResult
+from lightning_clamp.clamping.site import submodule
 from lightning_clamp.module import CalibrationModule
-from lightning_clamp.report import table
 
 
 class NeuralClamping(Callback):
@@ -36,19 +42,12 @@ class NeuralClamping(Callback):
     model to :func:`~lightning_clamp.fit_clamp`.
 
     Args:
-        calibration_dataloader: Held-out pairs ``(inputs, target)``, not augmented; several such loaders, in a list or a
-            dict, are read one after another. By default the ``calibration_dataloader()`` of the datamodule or the
-            module, else the validation loader, with a warning.
+        dataloaders: Held-out pairs ``(inputs, target)``, not augmented; several such loaders, in a list or a dict, are
+            read one after another. By default the ``calibration_dataloader()`` of the datamodule or the module, else
+            the validation loader, with a warning.
         method: See :func:`~lightning_clamp.fit_clamp`.
-        task: ``"multiclass"`` (softmax) or ``"binary"`` (one logit, sigmoid).
-        ignore_index: Target value of positions to leave out.
-        batch_keys: Which entries of a batch are input and target, where it is no pair: ``("image", "label")``,
-            ``(0, 2)``, or ``(["input_ids", "attention_mask"], "labels")``; see :func:`~lightning_clamp.fit_clamp`.
-        perturb_at: Name of the submodule at whose input δ is added, such as the one that is fed a language model's
-            embeddings; see :func:`~lightning_clamp.fit_clamp`.
-        save: Whether to save ``…-calibrated.ckpt``.
-        dirpath: Folder to save in; by default the one the Trainer's ``ModelCheckpoint`` saves in, and nothing is saved
-            where there is none.
+        save_to: Where to save the calibrated checkpoint: ``True`` beside the files of the Trainer's ``ModelCheckpoint``
+            (nowhere, if there is none), ``False`` nowhere; or a folder, or a file that ends in ``.ckpt``.
         weights: ``"last"``, those that training ends with (averaged, under such a callback); or ``"best"``, those of
             the checkpoint that a ``ModelCheckpoint`` with a monitor found best. The model keeps its last weights;
             :meth:`calibrated_module` and the saved file have the best, and what ``trainer.test(ckpt_path="best")``
@@ -58,53 +57,39 @@ class NeuralClamping(Callback):
         cache_bytes: Logits of a pass are kept up to this size on every rank; beyond it they are recomputed.
         on_error: ``"warn"`` reports a calibration that fails and lets ``fit`` return normally, the model uncalibrated;
             ``"raise"`` raises.
-        **options: Of the method, such as ``output_maps=("temperature",)``; see :func:`~lightning_clamp.fit_clamp`.
+        **keywords: The settings of :class:`~lightning_clamp.spec.Spec`, such as ``task="binary"``, and the options of
+            the method, such as ``output_maps=("temperature",)``; see :func:`~lightning_clamp.fit_clamp`.
 
     Raises:
-        TypeError: If an option is unknown to the method.
+        TypeError: If a keyword is unknown, or an option of another method.
         ValueError: If an argument has no such value.
     """
 
     def __init__(
         self,
-        calibration_dataloader: Any = None,
+        dataloaders: Any = None,
         *,
         method: Method = "clamp",
-        task: Task = "multiclass",
-        ignore_index: int | None = None,
-        batch_keys: BatchKeys | None = None,
-        perturb_at: str | None = None,
-        save: bool = True,
-        dirpath: str | os.PathLike[str] | None = None,
+        save_to: SaveTo = True,
         weights: Weights = "last",
         other_weights: Literal["skip", "refit"] = "skip",
         cache_bytes: int = 2**28,
         on_error: Literal["warn", "raise"] = "warn",
-        **options: Unpack[MethodOptions],
+        **keywords: Unpack[ClampKeywords],
     ) -> None:
-        check_options(method, task, options)
-        check_batch_keys(batch_keys)
-        if on_error not in ("warn", "raise"):
-            raise ValueError(f"`on_error` must be 'warn' or 'raise', got {on_error!r}.")
-        if weights not in ("last", "best"):
-            raise ValueError(f"`weights` must be 'last' or 'best', got {weights!r}.")
-        if other_weights not in ("skip", "refit"):
-            raise ValueError(f"`other_weights` must be 'skip' or 'refit', got {other_weights!r}.")
-        self.calibration_dataloader = calibration_dataloader
-        self.method: Method = method
-        self.task: Task = task
-        self.ignore_index = ignore_index
-        self.batch_keys = batch_keys
-        self.perturb_at = perturb_at
-        self.save = save
-        self.dirpath = dirpath
+        self.plan = make_plan(method, keywords, NeuralClamping)
+        check_save_to(save_to)
+        check_choice("on_error", on_error, ("warn", "raise"))
+        check_choice("weights", weights, ("last", "best"))
+        check_choice("other_weights", other_weights, ("skip", "refit"))
+        self.dataloaders = dataloaders
+        self.save_to = save_to
         self.weights: Weights = weights
         self.other_weights = other_weights
         self.cache_bytes = cache_bytes
         self.on_error = on_error
-        self.options = options
         self._path: str | None = None
-        self._calibrated: Calibrated | None = None
+        self._result: CalibrationResult | None = None
         self._mailbox = Mailbox()
         self._batches: CalibrationBatches | None = None
         self._module: LightningModule | None = None
@@ -118,23 +103,10 @@ class NeuralClamping(Callback):
         return STATE_KEY
 
     @property
-    def fit_arguments(self) -> dict[str, Any]:
-        """What :func:`~lightning_clamp.fit_clamp` is called with, beside the model and its data."""
-        return {
-            "method": self.method,
-            "task": self.task,
-            "ignore_index": self.ignore_index,
-            "batch_keys": self.batch_keys,
-            "perturb_at": self.perturb_at,
-            "cache_bytes": self.cache_bytes,
-            **self.options,
-        }
-
-    @property
     def result(self) -> CalibrationResult | None:
         """What the last calibration did, or that of the checkpoint that was loaded; None before, and if it failed."""
         self._read_mail()
-        return None if self._calibrated is None else self._calibrated.result
+        return self._result
 
     @property
     def checkpoint_path(self) -> str | None:
@@ -150,32 +122,32 @@ class NeuralClamping(Callback):
                 changed since and the calibrated ones were not saved.
         """
         self._read_mail()
-        if self._calibrated is None:
+        if self._result is None:
             raise RuntimeError("Nothing has been calibrated yet: run trainer.fit first, and read what it reported.")
         if self._module is None:
             raise RuntimeError(
                 "The model was trained in other processes and this callback never saw it: use "
-                f"CalibrationModule.from_checkpoint({self._path!r}, YourModule), or CalibrationModule(model, "
-                "callback.result.clamp, ...)."
+                f"CalibrationModule.from_checkpoint({self._path!r}, YourModule), or "
+                "CalibrationModule.from_result(model, callback.result)."
             )
-        saved = self._calibrated
+        result = self._result
         with nullcontext() if self._hooks is None else self._hooks.off():
             network = copy.deepcopy(self._module)
-        belongs = fingerprint(network) == saved.fingerprint
+        belongs = fingerprint(network) == result.fingerprint
         if not belongs and self._path is not None:
             network.load_state_dict(read_safely(self._path)["state_dict"])
-            belongs = fingerprint(network) == saved.fingerprint
+            belongs = fingerprint(network) == result.fingerprint
         if not belongs:
             raise RuntimeError(
                 "The model's weights are no longer the calibrated ones (another checkpoint was loaded, or it was "
-                "trained on), and those were not saved: give the Trainer a ModelCheckpoint, or the callback a dirpath."
+                "trained on), and those were not saved: give the Trainer a ModelCheckpoint, or the callback `save_to`."
             )
-        return CalibrationModule.of(network, copy.deepcopy(saved))
+        return CalibrationModule.from_result(network, copy.deepcopy(result))
 
     def _read_mail(self) -> None:
         """Take over what worker processes left, where the Trainer started some."""
-        if (outcome := self._mailbox.receive()) is not None:
-            self._calibrated, self._path = outcome
+        if (left := self._mailbox.receive()) is not None:
+            self._result, self._path = left
 
     # Fit
 
@@ -189,8 +161,8 @@ class NeuralClamping(Callback):
         if stage != "fit":
             return
         check_float64(trainer)
-        check_options(self.method, self.task, self.options, n_ranks=trainer.world_size)
-        if self.weights == "best" and not getattr(trainer, "fast_dev_run", False):
+        self.plan.check_ranks(trainer.world_size)
+        if self.weights == "best":
             check_best(trainer)
         self._move_to_the_end(trainer)
 
@@ -206,11 +178,10 @@ class NeuralClamping(Callback):
             return
         # A new list: the Trainer is iterating over the old one.
         trainer.callbacks = [*(c for c in callbacks if c is not self), self]  # type: ignore[attr-defined]
-        for averaging in behind:
-            if isinstance(averaging, WeightAveraging | StochasticWeightAveraging):
-                rank_zero_info(
-                    f"NeuralClamping moved behind {type(averaging).__name__}, to calibrate the averaged weights."
-                )
+        for averaging in filter(averages_weights, behind):
+            rank_zero_info(
+                f"NeuralClamping moved behind {type(averaging).__name__}, to calibrate the averaged weights."
+            )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget that an earlier fit ended."""
@@ -223,30 +194,30 @@ class NeuralClamping(Callback):
 
     def _find_batches(self, trainer: Trainer, pl_module: LightningModule) -> CalibrationBatches | None:
         """The calibration set, with the warnings it deserves; None if it will be loaded later."""
-        source = find_calibration_set(trainer, pl_module, self.calibration_dataloader)
+        source = find_calibration_set(trainer, pl_module, self.dataloaders)
         if source is None:
             return None
         if source.is_validation:
             rank_zero_warn(
                 "NeuralClamping will calibrate on the validation set, which also served to choose the model: pass a "
-                "`calibration_dataloader` for confidences that owe it nothing."
+                "loader, NeuralClamping(dataloaders=...), for confidences that owe it nothing."
             )
         warn_if_training_data(source.loader, trainer)
-        if self.perturb_at is not None:
-            submodule(pl_module, self.perturb_at)
-        return CalibrationBatches(source, trainer, pl_module, ranks_of(trainer), self.batch_keys)
+        spec = self.plan.spec
+        if spec.perturb_at is not None:
+            submodule(pl_module, spec.perturb_at)
+        return CalibrationBatches(source, trainer, pl_module, ranks_of(trainer), spec)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Calibrate, report and save; a failure is reported and never loses the finished training."""
         self._ended = True
-        self._calibrated = self._path = None
+        self._result = self._path = None
         with (
             self._failures_reported(),
             weights_of(self.weights, trainer, pl_module, ranks_of(trainer)) as moment,
         ):
-            outcome = self._calibrate(trainer, pl_module)
-            path = self._path_for(trainer, moment)
-            self._path = publish(trainer, pl_module, outcome, path, moment, self._mailbox).path
+            result = self._calibrate(trainer, pl_module)
+            self._path = publish(trainer, pl_module, result, self.save_to, moment, self._mailbox)
 
     @contextmanager
     def _failures_reported(self) -> Iterator[None]:
@@ -256,44 +227,28 @@ class NeuralClamping(Callback):
             if self.on_error == "raise":
                 raise
             state = (
-                "stays uncalibrated"
-                if self._calibrated is None
-                else "is calibrated, but not all of it is saved and logged"
+                "stays uncalibrated" if self._result is None else "is calibrated, but not all of it is saved and logged"
             )
             rank_zero_warn(f"NeuralClamping failed: the model {state}. {type(error).__name__}: {error}")
 
-    def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> Outcome:
+    def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> CalibrationResult:
         batches = self._batches or self._find_batches(trainer, pl_module)
         self._batches = None
         if batches is None:
             raise MisconfigurationException(
                 "The Trainer never loaded its validation set, which was to be the calibration set: pass "
-                "NeuralClamping(calibration_dataloader=...)."
+                "NeuralClamping(dataloaders=...)."
             )
-        outcome = run_in_trainer(
-            trainer,
-            pl_module,
-            batches,
-            **self.fit_arguments,
-        )
-        self._done, self._calibrated = True, outcome.calibrated
-        return outcome
-
-    def _path_for(self, trainer: Trainer, moment: Moment) -> str | None:
-        """Where to save; None for nowhere."""
-        if not self.save or getattr(trainer, "fast_dev_run", False):
-            return None
-        folder = self.dirpath or getattr(trainer.checkpoint_callback, "dirpath", None)
-        if folder is None:
-            return None
-        return os.path.join(folder, f"epoch={moment.epoch}-step={moment.step}-calibrated.ckpt")
+        self._result = run_in_trainer(trainer, pl_module, batches, self.plan, self.cache_bytes)
+        self._done = True
+        return self._result
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if training never ran, for then nothing was calibrated."""
         if not self._ended:
             rank_zero_warn(
                 "Training had nothing left to do, so NeuralClamping did not run: raise max_epochs; or calibrate what "
-                "was trained with lightning_clamp.calibrate(trainer, model, calibration_dataloader); or use the clamp "
+                "was trained with lightning_clamp.calibrate(trainer, model, dataloader); or use the clamp "
                 "of an earlier fit, if this callback has one."
             )
 
@@ -303,7 +258,7 @@ class NeuralClamping(Callback):
         if trainer.state.fn == "fit" and not self._done:
             rank_zero_info(
                 f"The fit stopped with {type(exception).__name__}: the model was not calibrated. To calibrate what was "
-                "trained so far: lightning_clamp.calibrate(Trainer(), model, calibration_dataloader)."
+                "trained so far: lightning_clamp.calibrate(Trainer(), model, dataloader)."
             )
 
     # Test and predict
@@ -323,9 +278,9 @@ class NeuralClamping(Callback):
         self._read_mail()
         if self.other_weights == "refit" and not self._belongs(trainer, pl_module):
             with self._failures_reported():
-                self._calibrated = self._path = None
-                rank_zero_info(table(self._calibrate(trainer, pl_module).calibrated.result))
-        if self._calibrated is None:
+                self._result = self._path = None
+                rank_zero_info(str(self._calibrate(trainer, pl_module)))
+        if self._result is None:
             rank_zero_warn("NeuralClamping has calibrated nothing yet: these are the outputs of the bare model.")
         elif not self._belongs(trainer, pl_module):
             rank_zero_warn(
@@ -333,13 +288,13 @@ class NeuralClamping(Callback):
                 "training): these are the outputs of the bare model. NeuralClamping(other_weights='refit') would "
                 "calibrate them."
             )
-        elif not self._calibrated.clamp.is_identity:
-            clamp = copy.deepcopy(self._calibrated.clamp).to(pl_module.device)
-            self._hooks = ClampHooks(pl_module, clamp, self._calibrated.perturb_at)
+        elif not self._result.clamp.is_identity:
+            clamp = copy.deepcopy(self._result.clamp).to(pl_module.device)
+            self._hooks = ClampHooks(pl_module, clamp, self._result.spec.perturb_at)
 
     def _belongs(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         """Whether the clamp was fitted to these weights: those of the first rank, as when they were calibrated."""
-        own = self._calibrated is not None and fingerprint(pl_module) == self._calibrated.fingerprint
+        own = self._result is not None and fingerprint(pl_module) == self._result.fingerprint
         return bool(trainer.strategy.broadcast(own))
 
     def _remove_hooks(self) -> None:
@@ -375,8 +330,8 @@ class NeuralClamping(Callback):
     def state_dict(self) -> dict[str, Any]:
         """The clamp, as tensors, numbers and strings; empty before calibration."""
         self._read_mail()
-        return {} if self._calibrated is None else to_state(self._calibrated)
+        return {} if self._result is None else state_of_result(self._result)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the clamp."""
-        self._calibrated = from_state(state_dict)
+        self._result = result_from_state(state_dict)

@@ -10,7 +10,7 @@ import os
 import pickle
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import lightning
 import torch
@@ -18,37 +18,38 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_clamp._rows import Task
-from lightning_clamp.clamping import BatchKeys, CalibrationResult, Clamp
+from lightning_clamp.clamping.result import CalibrationResult
 
-FORMAT = 2
+FORMAT = 3
 # Key of the callback's state in every checkpoint, this one and Lightning's own.
 STATE_KEY = "NeuralClamping"
+_MARK, _SUFFIX = "-calibrated", ".ckpt"
 
 
-class Calibrated(NamedTuple):
-    """What a calibration leaves behind, and what it belongs to.
+# Where to save: True beside the checkpoints that are there, False nowhere; or a folder, or a file that ends in .ckpt.
+SaveTo: TypeAlias = str | os.PathLike[str] | bool
 
-    Attributes:
-        result: What was done; the clamp is part of it.
-        fingerprint: :func:`fingerprint` of the network it was fitted to.
-        task: How the logits are read.
-        ignore_index: Target value left out.
-        batch_keys: Which entries of a batch are input and target.
-        perturb_at: The submodule at whose input the perturbation is added; None for the network's own.
+
+def check_save_to(save_to: object) -> None:
+    """Refuse what is neither a path nor a bool."""
+    if not isinstance(save_to, str | os.PathLike | bool):
+        raise ValueError(f"`save_to` must be a folder, a file that ends in .ckpt, True or False, got {save_to!r}.")
+
+
+def calibrated_path(save_to: SaveTo, folder: str | os.PathLike[str] | None, stem: str) -> str | None:
+    """Path of the calibrated checkpoint: ``…-calibrated.ckpt``, unless a file was named; None for nowhere.
+
+    Args:
+        save_to: What the user asked for.
+        folder: Where the checkpoints are that True means, None where there are none.
+        stem: What the name begins with.
     """
-
-    result: CalibrationResult
-    fingerprint: str
-    task: Task = "multiclass"
-    ignore_index: int | None = None
-    batch_keys: BatchKeys | None = None
-    perturb_at: str | None = None
-
-    @property
-    def clamp(self) -> Clamp:
-        """The clamp."""
-        return self.result.clamp
+    if save_to is False or (save_to is True and folder is None):
+        return None
+    place = os.fspath(folder or "") if save_to is True else os.fspath(save_to)
+    if save_to is not True and place.endswith(_SUFFIX):
+        return place
+    return os.path.join(place, f"{stem.removesuffix(_MARK)}{_MARK}{_SUFFIX}")
 
 
 def fingerprint(network: nn.Module) -> str:
@@ -61,28 +62,27 @@ def fingerprint(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def to_state(calibrated: Calibrated) -> dict[str, Any]:
+def state_of_result(result: CalibrationResult) -> dict[str, Any]:
     """A plain dict that ``weights_only=True`` loads."""
-    return {**calibrated._asdict(), "format": FORMAT, "result": calibrated.result.to_state()}
+    return {"format": FORMAT, **result.to_state()}
 
 
-def from_state(state: Mapping[str, Any]) -> Calibrated:
-    """The inverse of :func:`to_state`."""
+def result_from_state(state: Mapping[str, Any]) -> CalibrationResult:
+    """The inverse of :func:`state_of_result`."""
     if state.get("format") != FORMAT:
         raise ValueError(
             f"The saved clamp has format {state.get('format')!r}, and this version reads format {FORMAT}: "
             "use the version of lightning_clamp that wrote it."
         )
-    kept = {name: state[name] for name in Calibrated._fields}
-    return Calibrated(**{**kept, "result": CalibrationResult.from_state(state["result"])})
+    return CalibrationResult.from_state({name: value for name, value in state.items() if name != "format"})
 
 
-def calibrated_checkpoint(module: LightningModule, calibrated: Calibrated, epoch: int, step: int) -> dict[str, Any]:
-    """A checkpoint for ``load_from_checkpoint``, :func:`read_calibrated`, and ``ckpt_path`` of test and predict.
+def calibrated_checkpoint(module: LightningModule, result: CalibrationResult, epoch: int, step: int) -> dict[str, Any]:
+    """A checkpoint for ``load_from_checkpoint``, :func:`read_result`, and ``ckpt_path`` of test and predict.
 
     Args:
         module: Holds the calibrated weights.
-        calibrated: What was fitted to them.
+        result: What was fitted to them.
         epoch: Index of the epoch that they are from, as in Lightning's checkpoints.
         step: Optimizer steps until then.
     """
@@ -91,7 +91,7 @@ def calibrated_checkpoint(module: LightningModule, calibrated: Calibrated, epoch
         "global_step": step,
         "pytorch-lightning_version": lightning.__version__,
         "state_dict": module.state_dict(),
-        "callbacks": {STATE_KEY: to_state(calibrated)},
+        "callbacks": {STATE_KEY: state_of_result(result)},
     }
     if hparams := _plain(dict(module.hparams)):
         checkpoint[module.CHECKPOINT_HYPER_PARAMS_KEY] = hparams
@@ -153,7 +153,7 @@ def _loads_safely(value: Any) -> bool:
     return True
 
 
-def read_calibrated(path: str | os.PathLike[str]) -> Calibrated:
+def read_result(path: str | os.PathLike[str]) -> CalibrationResult:
     """Read the clamp, to the CPU, from a calibrated checkpoint or any that Lightning saved after calibration.
 
     Raises:
@@ -167,11 +167,11 @@ def read_calibrated(path: str | os.PathLike[str]) -> Calibrated:
             f"{os.fspath(path)!r} holds no clamp: pass the file whose name ends in -calibrated.ckpt, "
             "or calibrate this one first."
         )
-    return from_state(states[STATE_KEY])
+    return result_from_state(states[STATE_KEY])
 
 
 def read_safely(path: str | os.PathLike[str]) -> Any:
-    """``torch.load`` to the CPU, of tensors and plain values only; errors as in :func:`read_calibrated`."""
+    """``torch.load`` to the CPU, of tensors and plain values only; errors as in :func:`read_result`."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:

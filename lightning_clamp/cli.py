@@ -17,11 +17,12 @@ from lightning_utilities.core.imports import RequirementCache
 
 from lightning_clamp import __version__
 from lightning_clamp.callback import NeuralClamping
-from lightning_clamp.checkpoint import Calibrated, read_calibrated, read_safely
-from lightning_clamp.clamping import submodule
+from lightning_clamp.checkpoint import calibrated_path, read_result, read_safely
+from lightning_clamp.clamping.result import CalibrationResult
+from lightning_clamp.clamping.site import submodule
 from lightning_clamp.module import CalibrationModule
-from lightning_clamp.report import figures, table
-from lightning_clamp.standalone import calibrate
+from lightning_clamp.report import figures
+from lightning_clamp.standalone import calibrate_by_plan
 
 _PROGRAM = "lightning-clamp"
 _JSONARGPARSE = "jsonargparse[signatures]>=4.39,<5"
@@ -62,7 +63,7 @@ class CalibratingTrainer(Trainer):
         datamodule: LightningDataModule | None = None,
         *,
         ckpt_path: str,
-        save_to: str | None = None,
+        save_to: str | bool | None = None,
         weights_only: bool | None = None,
     ) -> CalibrationModule:
         """Calibrate a checkpoint, and save it with its clamp.
@@ -72,8 +73,9 @@ class CalibratingTrainer(Trainer):
             datamodule: With a ``calibration_dataloader()``, or for want of it a validation loader; by default the
                 model's own.
             ckpt_path: The checkpoint to calibrate.
-            save_to: File to save the calibrated model in. By default ``NAME-calibrated.ckpt``, in the callback's
-                ``dirpath`` or beside the checkpoint.
+            save_to: File (ending in ``.ckpt``) or folder to save the calibrated model in; true for beside the
+                checkpoint, as ``NAME-calibrated.ckpt``, and false for nowhere. By default what ``calibration.save_to``
+                says.
             weights_only: Without effect, so that the config of a fit will do: checkpoints are always loaded safely.
 
         Returns:
@@ -85,15 +87,13 @@ class CalibratingTrainer(Trainer):
         callbacks: list[Any] = self.callbacks  # type: ignore[attr-defined]
         (clamping,) = (callback for callback in callbacks if isinstance(callback, NeuralClamping))
         load_weights(model, ckpt_path)
-        if clamping.perturb_at is not None:
+        plan, where = clamping.plan, clamping.save_to if save_to is None else save_to
+        if plan.spec.perturb_at is not None:
             with _refusals(ckpt_path):
-                submodule(model, clamping.perturb_at)
-        return calibrate(
-            self,
-            model,
-            datamodule,
-            save_to=save_to or _path_beside(ckpt_path, clamping),
-            **clamping.fit_arguments,
+                submodule(model, plan.spec.perturb_at)
+        path = calibrated_path(where, Path(ckpt_path).parent, Path(ckpt_path).stem)
+        return calibrate_by_plan(
+            self, model, None, datamodule, plan, save_to=path or False, cache_bytes=clamping.cache_bytes
         )
 
 
@@ -131,12 +131,6 @@ def _refusals(path: str) -> Iterator[None]:
         raise MisconfigurationException(f"{path!r} cannot be read: {error.strerror}.") from error
     except ValueError as error:
         raise MisconfigurationException(str(error)) from error
-
-
-def _path_beside(ckpt_path: str, clamping: NeuralClamping) -> str | None:
-    """Where a calibrated checkpoint goes that was given no path; None for nowhere."""
-    path = Path(ckpt_path)
-    return str(Path(clamping.dirpath or path.parent, f"{path.stem}-calibrated.ckpt")) if clamping.save else None
 
 
 class SaveConfig(SaveConfigCallback):
@@ -288,23 +282,23 @@ def report(args: list[str]) -> None:
     """
     options = report_parser().parse_args(args)
     with _refusals(options.path):
-        saved = read_calibrated(options.path)
-    sys.stdout.write(f"{table(saved.result)}\n")
+        result = read_result(options.path)
+    sys.stdout.write(f"{result}\n")
     path = Path(options.path)
     folder = Path(options.out or path.parent)
     if folder.exists() and not folder.is_dir():
         raise MisconfigurationException(f"--out must be a folder, and {str(folder)!r} is a file.")
-    for picture in _draw(saved, folder, path.stem):
+    for picture in _draw(result, folder, path.stem):
         sys.stdout.write(f"drawn: {picture}\n")
 
 
-def _draw(saved: Calibrated, folder: Path, stem: str) -> list[Path]:
+def _draw(result: CalibrationResult, folder: Path, stem: str) -> list[Path]:
     """Write the pictures, and return their paths."""
     try:
         from matplotlib import pyplot as plt
     except ModuleNotFoundError:
         raise MisconfigurationException("The pictures need matplotlib: pip install matplotlib.") from None
-    drawn = figures(saved.result)
+    drawn = figures(result)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{stem}-{name}.png" for name in drawn]
     for path, figure in zip(paths, drawn.values(), strict=True):

@@ -6,22 +6,37 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from io import BytesIO
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from lightning_clamp._batch import map_tensors
-from lightning_clamp.clamping import Clamp, Inputs
+from lightning_clamp._batch import Inputs, map_tensors
+from lightning_clamp.clamping.clamp import Clamp
+from lightning_clamp.spec import Spec
 
 if TYPE_CHECKING:
     from torch.onnx import ONNXProgram
 
-    from lightning_clamp.module import CalibrationModule
-
 # What an export may differ from the module by, as a fraction of the largest logit: float32 rounds in another order.
 TOLERANCE = 1e-5
+
+
+class Calibrated(Protocol):
+    """What is exported: a module from inputs to calibrated logits, such as a ``CalibrationModule``."""
+
+    network: nn.Module
+    clamp: Clamp
+    spec: Spec
+
+    def __call__(self, inputs: Inputs) -> Tensor:
+        """Calibrated logits."""
+        ...
+
+    def cpu(self) -> Any:
+        """Itself, moved to the CPU."""
+        ...
 
 
 class Folded(NamedTuple):
@@ -36,7 +51,7 @@ class Folded(NamedTuple):
     perturbation: Tensor | None
 
 
-def to_exported_program(module: "CalibrationModule", example: Any = None, **options: Any) -> ExportedProgram:
+def to_exported_program(module: Calibrated, example: Any = None, **options: Any) -> ExportedProgram:
     """Capture the calibrated model with ``torch.export``; the batch axis takes any size.
 
     Args:
@@ -61,11 +76,11 @@ def to_exported_program(module: "CalibrationModule", example: Any = None, **opti
         rows = {0: Dim("batch", max=2**31 - 1)}
         options["dynamic_shapes"] = (dict.fromkeys(inputs, rows) if isinstance(inputs, dict) else rows,)
     # strict=False runs the network's Python with symbolic tensors, where strict=True would have to understand it.
-    return torch.export.export(module, (inputs,), **{"strict": False, **options})
+    return torch.export.export(cast(nn.Module, module), (inputs,), **{"strict": False, **options})
 
 
 def to_onnx(
-    module: "CalibrationModule",
+    module: Calibrated,
     path: str | os.PathLike[str] | BytesIO | None = None,
     example: Any = None,
     **options: Any,
@@ -107,7 +122,7 @@ def to_onnx(
     return program
 
 
-def fold(module: "CalibrationModule", example: Any = None) -> Folded:
+def fold(module: Calibrated, example: Any = None) -> Folded:
     r"""Move the output map into the weights of the network's last layer.
 
     A linear layer or convolution with one output per class that ends the network takes it exactly:
@@ -122,10 +137,10 @@ def fold(module: "CalibrationModule", example: Any = None) -> Folded:
         ValueError: If no layer takes the output map, or the perturbation is not added to the network's own input.
         TypeError: If the example is neither a tensor nor a dict of tensors.
     """
-    if module.clamp.perturbation is not None and module.perturb_at is not None:
+    if module.clamp.perturbation is not None and module.spec.perturb_at is not None:
         raise ValueError(
-            f"The perturbation is added inside the network, at {module.perturb_at!r}, where no state dict can hold it: "
-            "export with to_exported_program or to_onnx."
+            f"The perturbation is added inside the network, at {module.spec.perturb_at!r}, where no state dict can "
+            "hold it: export with to_exported_program or to_onnx."
         )
     # On the CPU, where matrix products are of full precision unless asked otherwise.
     folded = copy.deepcopy(module).cpu()
@@ -136,7 +151,7 @@ def fold(module: "CalibrationModule", example: Any = None) -> Folded:
         if torch.equal(folded(inputs), expected):
             return Folded(folded.network, perturbation)
         refusals = []
-        for name in _last_layers(module.network, 1 if module.task == "binary" else expected.shape[1]):
+        for name in _last_layers(module.network, 1 if module.spec.binary else expected.shape[1]):
             refusal = _refusal(module.network, name, output_map) or _tried(folded, name, output_map, inputs, expected)
             if refusal is None:
                 return Folded(folded.network, perturbation)
@@ -148,7 +163,7 @@ def fold(module: "CalibrationModule", example: Any = None) -> Folded:
     )
 
 
-def _inputs(module: "CalibrationModule", example: Any) -> Inputs:
+def _inputs(module: Calibrated, example: Any) -> Inputs:
     """The example on the module's device, a tensor or a plain dict of tensors."""
     if example is None:
         example = getattr(module.network, "example_input_array", None)
@@ -203,7 +218,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _tried(
-    module: "CalibrationModule", name: str, output_map: tuple[Tensor, Tensor], inputs: Inputs, expected: Tensor
+    module: Calibrated, name: str, output_map: tuple[Tensor, Tensor], inputs: Inputs, expected: Tensor
 ) -> str | None:
     """Put the map into a layer; if the logits are not as expected, take it back and say so."""
     layer = module.network.get_submodule(name)

@@ -3,34 +3,27 @@
 import os
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torchmetrics import Metric, MetricCollection
+from typing_extensions import Unpack
 
 from lightning_clamp import export
-from lightning_clamp._rows import Task
-from lightning_clamp._trainer.hooks import Perturbing
-from lightning_clamp.checkpoint import Calibrated, read_calibrated
-from lightning_clamp.clamping import (
-    BatchKeys,
-    CalibrationResult,
-    Clamp,
-    Inputs,
-    as_pair,
-    call_network,
-    check_batch_keys,
-    input_of,
-    logits_of,
-    map_single_tensor,
-)
+from lightning_clamp._batch import Inputs, call_network, logits_of
+from lightning_clamp.checkpoint import read_result
+from lightning_clamp.clamping.clamp import Clamp
+from lightning_clamp.clamping.options import names_of, unknown_keyword
+from lightning_clamp.clamping.result import CalibrationResult
+from lightning_clamp.clamping.site import InputHook, PerturbationSite, map_single_tensor
+from lightning_clamp.metrics import Accuracy, ExpectedCalibrationError, NegativeLogLikelihood
+from lightning_clamp.spec import Spec, SpecKeywords
 
 if TYPE_CHECKING:
     from torch.onnx import ONNXProgram
-from lightning_clamp.metrics import Accuracy, ExpectedCalibrationError, NegativeLogLikelihood
 
 
 class CalibrationModule(LightningModule):
@@ -42,62 +35,67 @@ class CalibrationModule(LightningModule):
     Args:
         network: Module from inputs to logits. It is frozen in place: pass a copy to go on training the original.
         clamp: What was fitted to it.
-        task: ``"multiclass"`` or ``"binary"``; what the metrics and :meth:`predict_proba` take the logits for.
-        ignore_index: Target value that the metrics leave out.
-        batch_keys: Which entries of a batch are input and target, as in :func:`~lightning_clamp.fit_clamp`.
-        perturb_at: Submodule at whose input the perturbation is added. A hook does it, which stays on that submodule:
-            pass a copy to go on using the original. Compile this module, not the network before.
+        **settings: Those of :class:`~lightning_clamp.spec.Spec`: ``task``, ``ignore_index``, ``batch_keys`` and
+            ``perturb_at``, as it was fitted. A hook adds the perturbation inside a network, and stays on that
+            submodule: pass a copy to go on using the original. Compile this module, not the network before.
+
+    Raises:
+        TypeError: If a keyword is unknown.
+        ValueError: If a setting has no such value; when it is called, if the network has one logit per position and
+            ``task="binary"`` was not said.
 
     Attributes:
+        spec: How batches are read and what the outputs mean.
         result: What the calibration did; None for a module that was put together by hand.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        clamp: Clamp,
-        *,
-        task: Task = "multiclass",
-        ignore_index: int | None = None,
-        batch_keys: BatchKeys | None = None,
-        perturb_at: str | None = None,
-    ) -> None:
+    def __init__(self, network: nn.Module, clamp: Clamp, **settings: Unpack[SpecKeywords]) -> None:
         super().__init__()
+        for name in settings:
+            if name not in names_of(Spec):
+                raise TypeError(unknown_keyword(name, ["network", "clamp", *names_of(Spec)], CalibrationModule))
         self.network = network.requires_grad_(False)
         self.clamp = clamp
-        self.task: Task = task
-        self.ignore_index = ignore_index
-        check_batch_keys(batch_keys)
-        self.batch_keys = batch_keys
-        self.perturb_at = perturb_at
-        self._perturbing: Perturbing | None = None
-        if perturb_at is not None and clamp.perturbation is not None:
-            self._perturbing = Perturbing(self.network, self.clamp, perturb_at)
-            self._perturbing.install()
+        self.spec = Spec(**settings)
+        self._perturbing: InputHook | None = None
+        if self.spec.perturb_at is not None and clamp.perturbation is not None:
+            self._perturbing = PerturbationSite(network, self.spec.perturb_at).hook(clamp.perturb)
+            self._perturbing.installed()
         self.result: CalibrationResult | None = None
-        options: dict[str, Any] = {"task": task, "ignore_index": ignore_index}
         metrics: dict[str, Metric | MetricCollection] = {
-            "nll": NegativeLogLikelihood(**options),
-            "ece": ExpectedCalibrationError(**options),
-            "accuracy": Accuracy(**options),
+            "nll": NegativeLogLikelihood(**self.spec.of_metrics),
+            "ece": ExpectedCalibrationError(**self.spec.of_metrics),
+            "accuracy": Accuracy(**self.spec.of_metrics),
         }
         # The prefix is our own: a Trainer refuses a second module that logs a known name in another way.
         self.metrics = MetricCollection(metrics, prefix="calibrated/")
         self.eval()
 
     @classmethod
-    def of(cls, network: LightningModule, calibrated: Calibrated) -> "CalibrationModule":
-        """Put a network together with what was fitted to it."""
-        module = cls(
-            network,
-            calibrated.clamp,
-            task=calibrated.task,
-            ignore_index=calibrated.ignore_index,
-            batch_keys=calibrated.batch_keys,
-            perturb_at=calibrated.perturb_at,
+    def from_result(cls, network: nn.Module, result: CalibrationResult) -> "CalibrationModule":
+        """Put a network together with what was fitted to it, on the device of its parameters.
+
+        Args:
+            network: The network that ``result`` belongs to. It is frozen in place: pass a copy to go on training it.
+            result: What :func:`~lightning_clamp.fit_clamp` returned, or a callback's ``result``.
+        """
+        settings: Any = {name: getattr(result.spec, name) for name in names_of(Spec)}
+        module = cls(network, result.clamp, **settings)
+        module.result = result
+        device = next((parameter.device for parameter in network.parameters()), None)
+        return module if device is None else module.to(device)
+
+    @classmethod
+    def load_from_checkpoint(cls, *_: Any, **__: Any) -> NoReturn:
+        """Say what to call instead.
+
+        Raises:
+            TypeError: Always: a checkpoint does not say of which class the network is.
+        """
+        raise TypeError(
+            "A CalibrationModule is restored with the class of the network that was trained: "
+            "CalibrationModule.from_checkpoint(path, YourModule)."
         )
-        module.result = calibrated.result
-        return module.to(network.device)
 
     @classmethod
     def from_checkpoint(
@@ -121,7 +119,7 @@ class CalibrationModule(LightningModule):
             ValueError: If the file is no calibrated checkpoint, is damaged, or is of a newer format.
             TypeError: If ``network_class`` needs arguments that are neither saved nor given.
         """
-        saved = read_calibrated(path)
+        result = read_result(path)
         try:
             network = network_class.load_from_checkpoint(
                 os.fspath(path), map_location=map_location, weights_only=True, **init_arguments
@@ -131,26 +129,26 @@ class CalibrationModule(LightningModule):
                 f"{network_class.__name__} could not be built from {os.fspath(path)!r} ({error}): pass its arguments "
                 "to from_checkpoint, or call self.save_hyperparameters() in its __init__ before training."
             ) from error
-        return cls.of(network, saved)
+        return cls.from_result(network, result)
 
     def forward(self, inputs: Inputs) -> Tensor:
         """Calibrated logits, of the network's shape, at least float32; a dict is the network's keyword arguments."""
         # Read first, also where a hook adds it, so that torch.compile knows whether there is a perturbation: hooks it
         # takes no notice of.
-        if self.clamp.perturbation is not None and self.perturb_at is None:
+        if self.clamp.perturbation is not None and self.spec.perturb_at is None:
             inputs = map_single_tensor(inputs, self.clamp.perturb)
-        logits: Tensor = self.clamp.scale(logits_of(call_network(self.network, inputs)))
-        if self._perturbing is not None and not self._perturbing.used and not torch.compiler.is_compiling():
+        logits = logits_of(call_network(self.network, inputs))
+        self.spec.check_logits(logits)
+        if self._perturbing is not None and not self._perturbing.calls and not torch.compiler.is_compiling():
             raise RuntimeError(
-                f"The network did not run what adds the perturbation at {self.perturb_at!r}: if it is compiled, pass "
-                "the one before torch.compile, and compile the CalibrationModule."
+                f"The network did not run what adds the perturbation at {self.spec.perturb_at!r}: if it is compiled, "
+                "pass the one before torch.compile, and compile the CalibrationModule."
             )
-        return logits
+        return self.clamp.scale(logits)
 
     def predict_proba(self, inputs: Inputs) -> Tensor:
         """Calibrated probabilities: a softmax over axis 1, or for a one-logit head the sigmoid."""
-        logits = self(inputs)
-        return torch.sigmoid(logits) if self.task == "binary" else logits.softmax(1)
+        return self.spec.probs(self(inputs))
 
     def to_exported_program(self, example: Any = None, **options: Any) -> ExportedProgram:
         """Capture this module for use without this package; see :func:`.export.to_exported_program`."""
@@ -185,15 +183,11 @@ class CalibrationModule(LightningModule):
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Update and log the metrics of a batch ``(inputs, target)``, or with the entries that ``batch_keys`` names."""
-        inputs, target = as_pair(batch, self.batch_keys)
+        inputs, target = self.spec.pair(batch)
         self.metrics.update(self(inputs), target)
         self.log_dict(self.metrics, on_step=False, on_epoch=True, batch_size=len(target))
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Calibrated logits of a batch of inputs, of ``(inputs, …)``, or of the entries that ``batch_keys`` names."""
-        if isinstance(batch, tuple | list) and (self.batch_keys is None or len(batch) == 1):
-            batch = batch[0]
-        elif self.batch_keys is not None and not isinstance(batch, Tensor):
-            batch = input_of(batch, self.batch_keys)
-        logits: Tensor = self(batch)
+        logits: Tensor = self(self.spec.inputs(batch))
         return logits

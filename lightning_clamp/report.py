@@ -1,4 +1,4 @@
-"""Before and after: names and numbers, a text table, pictures, and every logger the Trainer has."""
+"""Before and after: names and numbers, pictures, and every logger the Trainer has."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -9,7 +9,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_clamp.clamping import CalibrationResult, Clamp
+from lightning_clamp.clamping.clamp import Clamp
+from lightning_clamp.clamping.result import CalibrationResult
 from lightning_clamp.metrics import plot_reliability
 
 if TYPE_CHECKING:
@@ -33,21 +34,6 @@ def scalars(result: CalibrationResult) -> dict[str, float]:
         "seconds": result.seconds,
     }
     return {f"calibration/{name}": value for name, value in numbers.items()}
-
-
-def table(result: CalibrationResult) -> str:
-    """A few lines of text: the metrics before and after, and what was chosen and why."""
-    lines = [f"{'calibration set':<16}{'before':>10}{'after':>10}    change [95 % interval]"]
-    for name, form in (("nll", ".4f"), ("ece", ".2%"), ("accuracy", ".2%")):
-        change, low, high = (f"{number:+{form}}" for number in result.change[name])
-        row = f"{name:<16}{result.before[name]:>10{form}}{result.after[name]:>10{form}}"
-        lines.append(f"{row}    {change} [{low}, {high}]")
-    lines.append(
-        f"T = {float(result.clamp.temperature):.3f}, |δ| = {result.clamp.perturbation_norm:.3g}, "
-        f"{result.n_samples} samples, {result.passes} passes, {result.seconds:.1f} s"
-    )
-    lines.append(f"chosen: {result.reason}")
-    return "\n".join(lines)
 
 
 def log_result(trainer: Trainer, result: CalibrationResult) -> None:

@@ -1,7 +1,6 @@
 """Calibrate a model that was trained earlier, with the devices, precision and loggers of any Trainer."""
 
 import copy
-import os
 from typing import Any
 
 import torch
@@ -10,30 +9,28 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import Unpack
 
-from lightning_clamp._rows import Task
 from lightning_clamp._trainer.data import CalibrationBatches, given_calibration_set, owner_of
 from lightning_clamp._trainer.devices import check_float64, check_strategy, ranks_of
-from lightning_clamp._trainer.mailbox import Mailbox, Outcome
+from lightning_clamp._trainer.mailbox import Mailbox
 from lightning_clamp._trainer.run import publish, run_in_trainer
 from lightning_clamp._trainer.weights import Moment
-from lightning_clamp.clamping import BatchKeys, Method, check_batch_keys, check_options, submodule
-from lightning_clamp.clamping.options import MethodOptions
+from lightning_clamp.checkpoint import SaveTo, check_save_to
+from lightning_clamp.clamping.options import ClampKeywords, Method, Plan, make_plan
+from lightning_clamp.clamping.result import CalibrationResult
+from lightning_clamp.clamping.site import submodule
 from lightning_clamp.module import CalibrationModule
 
 
 def calibrate(
     trainer: Trainer,
     model: LightningModule,
-    dataloader_or_datamodule: Any = None,
+    dataloaders: Any = None,
+    datamodule: LightningDataModule | None = None,
     *,
     method: Method = "clamp",
-    task: Task = "multiclass",
-    ignore_index: int | None = None,
-    batch_keys: BatchKeys | None = None,
-    perturb_at: str | None = None,
+    save_to: SaveTo = False,
     cache_bytes: int = 2**28,
-    save_to: str | os.PathLike[str] | None = None,
-    **options: Unpack[MethodOptions],
+    **keywords: Unpack[ClampKeywords],
 ) -> CalibrationModule:
     """Calibrate a trained model, on the devices of a Trainer, and return it as a calibrated module.
 
@@ -43,55 +40,65 @@ def calibrate(
     Args:
         trainer: Any Trainer that has the whole network on every device: one device, or ``strategy="ddp"``.
         model: Whose ``forward`` returns logits, with the weights to calibrate.
-        dataloader_or_datamodule: Held-out pairs ``(inputs, target)``, not augmented, or a list or dict of several such
-            loaders; or a datamodule; None for a model that comes with its data. Of those the
+        dataloaders: Held-out pairs ``(inputs, target)``, not augmented, or a list or dict of several such loaders.
+        datamodule: Or a datamodule; without either, the model itself, if it comes with its data. Of those the
             ``calibration_dataloader()`` is taken after ``setup("fit")``, or for want of it the validation loader.
         method: See :func:`~lightning_clamp.fit_clamp`.
-        task: ``"multiclass"`` (softmax) or ``"binary"`` (one logit, sigmoid).
-        ignore_index: Target value of positions to leave out.
-        batch_keys: Which entries of a batch are input and target, where it is no pair; see
-            :func:`~lightning_clamp.fit_clamp`.
-        perturb_at: Submodule at whose input δ is added; see :func:`~lightning_clamp.fit_clamp`.
+        save_to: Where to save the calibrated model for :meth:`.CalibrationModule.from_checkpoint`: a file that ends in
+            ``.ckpt``, or a folder; ``True`` beside the files of the Trainer's ``ModelCheckpoint``; ``False`` nowhere.
         cache_bytes: Logits of a pass are kept up to this size on every rank; beyond it they are recomputed.
-        save_to: File to save the calibrated model in, for :meth:`.CalibrationModule.from_checkpoint`.
-        **options: Of the method; see :func:`~lightning_clamp.fit_clamp`.
+        **keywords: The settings of :class:`~lightning_clamp.spec.Spec` and the options of the method; see
+            :func:`~lightning_clamp.fit_clamp`.
 
     Returns:
         The calibrated module, on the CPU, with what was done in its ``result``.
 
     Raises:
-        TypeError: If the model is no LightningModule, or an option is unknown to the method.
-        ValueError: If an option has no such value, or for the reasons of :func:`~lightning_clamp.fit_clamp`.
+        TypeError: If the model is no LightningModule, or a keyword is unknown.
+        ValueError: If an argument has no such value, or for the reasons of :func:`~lightning_clamp.fit_clamp`.
         MisconfigurationException: If the Trainer's strategy cannot do this, or the calibration set cannot be read.
     """
+    plan = make_plan(method, keywords, calibrate)
+    return calibrate_by_plan(trainer, model, dataloaders, datamodule, plan, save_to=save_to, cache_bytes=cache_bytes)
+
+
+def calibrate_by_plan(
+    trainer: Trainer,
+    model: LightningModule,
+    dataloaders: Any,
+    datamodule: LightningDataModule | None,
+    plan: Plan,
+    *,
+    save_to: SaveTo,
+    cache_bytes: int,
+) -> CalibrationModule:
+    """:func:`calibrate` with its keywords sorted."""
     if not isinstance(model, LightningModule) or isinstance(model, CalibrationModule):
         raise TypeError(
             f"`calibrate` takes the LightningModule that was trained, before torch.compile, got {type(model).__name__}."
         )
+    check_save_to(save_to)
     check_strategy(trainer)
     check_float64(trainer)
-    check_options(method, task, options, n_ranks=trainer.world_size)
-    check_batch_keys(batch_keys)
-    if perturb_at is not None:
-        submodule(model, perturb_at)
-    arguments = {
-        "method": method,
-        "task": task,
-        "ignore_index": ignore_index,
-        "batch_keys": batch_keys,
-        "perturb_at": perturb_at,
-        "cache_bytes": cache_bytes,
-        **options,
-    }
-    save_path = None if save_to is None else os.fspath(save_to)
-    run = _Run(copy.deepcopy(model), dataloader_or_datamodule, arguments, save_path)
+    plan.check_ranks(trainer.world_size)
+    if plan.spec.perturb_at is not None:
+        submodule(model, plan.spec.perturb_at)
+    run = _Run(copy.deepcopy(model), _one_source(dataloaders, datamodule), plan, save_to, cache_bytes)
     trainer.validate(run, dataloaders=[_NoBatches()], verbose=False)
-    outcome = run.mailbox.receive() or run.outcome
-    if outcome is None:
+    left = run.mailbox.receive()
+    result = run.result if left is None else left[0]
+    if result is None:
         raise MisconfigurationException(
             "calibrate() runs inside trainer.validate, which this Trainer skips: remove limit_val_batches=0."
         )
-    return CalibrationModule.of(run.network, outcome.calibrated).cpu()
+    return CalibrationModule.from_result(run.network, result).cpu()
+
+
+def _one_source(dataloaders: Any, datamodule: LightningDataModule | None) -> Any:
+    """The loaders or the datamodule, which may be passed as the loaders as in ``trainer.validate``; not both."""
+    if dataloaders is not None and datamodule is not None:
+        raise MisconfigurationException("Pass `dataloaders` or a `datamodule` to calibrate on, not both.")
+    return datamodule if dataloaders is None else dataloaders
 
 
 class _NoBatches:
@@ -107,14 +114,15 @@ class _NoBatches:
 class _Run(LightningModule):
     """Calibrates a network when the Trainer starts to validate, with the data hooks of the network or a datamodule."""
 
-    def __init__(self, network: LightningModule, data: Any, options: dict[str, Any], save_to: str | None) -> None:
+    def __init__(self, network: LightningModule, data: Any, plan: Plan, save_to: SaveTo, cache_bytes: int) -> None:
         super().__init__()
         self.network = network
         self.data = data
-        self.options = options
+        self.plan = plan
         self.save_to = save_to
+        self.cache_bytes = cache_bytes
         self.mailbox = Mailbox()
-        self.outcome: Outcome | None = None
+        self.result: CalibrationResult | None = None
 
     @property
     def datamodule(self) -> LightningDataModule | None:
@@ -171,10 +179,10 @@ class _Run(LightningModule):
                 f"{type(self._provider).__name__} has no calibration_dataloader(), so its validation set serves, which "
                 "also served to choose the model."
             )
-        batches = CalibrationBatches(source, trainer, self, ranks_of(trainer), self.options["batch_keys"])
-        outcome = run_in_trainer(trainer, self.network, batches, **self.options)
+        batches = CalibrationBatches(source, trainer, self, ranks_of(trainer), self.plan.spec)
+        self.result = run_in_trainer(trainer, self.network, batches, self.plan, self.cache_bytes)
         moment = Moment(trainer.current_epoch, trainer.global_step)
-        self.outcome = publish(trainer, self.network, outcome, self.save_to, moment, self.mailbox)
+        publish(trainer, self.network, self.result, self.save_to, moment, self.mailbox)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Nothing: all was done at the start."""

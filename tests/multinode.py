@@ -12,7 +12,7 @@ from tests.scenarios import LitClassifier, loader
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    callback = NeuralClamping(loader(301, seed=30), output_maps=("temperature",), grids=(1,), save=False)
+    callback = NeuralClamping(loader(301, seed=30), output_maps=("temperature",), grids=(1,), save_to=False)
     trainer = Trainer(
         num_nodes=2, devices=1, accelerator="cpu", strategy="ddp", callbacks=[callback], max_epochs=1, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_clamp import CalibrationModule, NeuralClamping, calibrate, fit_clamp
-from lightning_clamp.clamping import as_pair, check_batch_keys, input_of, logits_of, with_logits
+from lightning_clamp._batch import as_pair, check_batch_keys, input_of, logits_of, with_logits
 from tests.scenarios import LitClassifier, SmallNet, batches, loader, shifted_images
 from tests.test_callback import train_loader, trainer
 
@@ -151,13 +151,13 @@ def test_a_module_of_dicts_comes_out_as_one_of_pairs_does(tmp_path):
     held_out, test = loader(1000, seed=30), loader(200, seed=40)
     expected = NeuralClamping(held_out, **OPTIONS)
     trainer(tmp_path, expected).fit(LitClassifier(lr=0.0), train_loader())
-    callback = NeuralClamping(dicts(held_out), batch_keys=KEYS, dirpath=tmp_path, **OPTIONS)
+    callback = NeuralClamping(dicts(held_out), batch_keys=KEYS, save_to=tmp_path, **OPTIONS)
     run, model = trainer(tmp_path, callback), LitDict(lr=0.0)
     run.fit(model, dicts(train_loader()))
     for name, value in expected.result.clamp.state_dict().items():
         assert torch.equal(callback.result.clamp.state_dict()[name], value)
     module = CalibrationModule.from_checkpoint(callback.checkpoint_path, LitDict)
-    assert module.batch_keys == KEYS
+    assert module.spec.batch_keys == KEYS
     assert module.result.after == callback.result.after
     (hooked,) = run.test(model, dicts(test), verbose=False)
     (own,) = run.test(module, dicts(test), verbose=False)

@@ -151,7 +151,7 @@ def test_a_failure_of_the_report_keeps_the_clamp(tmp_path, calibration_set, monk
 
     callback = NeuralClamping(calibration_set)
     run = trainer(tmp_path, callback, ModelCheckpoint(tmp_path))
-    monkeypatch.setattr("lightning_clamp.fitting.calibrated_checkpoint", full)
+    monkeypatch.setattr("lightning_clamp._trainer.run.calibrated_checkpoint", full)
     with pytest.warns(
         UserWarning, match="the model is calibrated, but not all of it is saved and logged. OSError: disk full"
     ):
@@ -503,10 +503,10 @@ def test_fast_dev_run_tries_it_on_a_few_batches_and_saves_nothing(tmp_path, cali
     [
         ({"method": "lbfgs"}, ValueError, "`method` must be one of"),
         ({"task": "multilabel"}, ValueError, "`task` must be one of"),
-        ({"on_error": "ignore"}, ValueError, "`on_error` must be 'warn' or 'raise'"),
-        ({"weights": "first"}, ValueError, "`weights` must be 'last' or 'best', got 'first'"),
-        ({"other_weights": "warn"}, ValueError, "`other_weights` must be 'skip' or 'refit', got 'warn'"),
-        ({"epochs": 5}, TypeError, "method='clamp' has no option epochs"),
+        ({"on_error": "ignore"}, ValueError, "`on_error` must be one of"),
+        ({"weights": "first"}, ValueError, "`weights` must be one of .* got 'first'"),
+        ({"other_weights": "warn"}, ValueError, "`other_weights` must be one of .* got 'warn'"),
+        ({"epochs": 5}, TypeError, '`epochs` is an option of method="published"'),
         ({"output_maps": ("beta",)}, ValueError, "`output_maps` must be a sequence of names among"),
         ({"method": "published", "epochs": 0}, ValueError, "`epochs` must be a whole number of at least 1, got 0"),
     ],

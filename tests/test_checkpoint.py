@@ -1,5 +1,5 @@
 import os
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,24 +9,24 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lightning_clamp import CalibrationModule, Clamp, NeuralClamping, fit_clamp
+from lightning_clamp import CalibrationModule, CalibrationResult, Clamp, NeuralClamping, fit_clamp
 from lightning_clamp.checkpoint import (
-    Calibrated,
     calibrated_checkpoint,
     fingerprint,
-    from_state,
-    read_calibrated,
-    to_state,
+    read_result,
+    result_from_state,
+    state_of_result,
 )
+from lightning_clamp.spec import Spec
 from tests.scenarios import LitClassifier, SmallNet, batches, images, loader, shifted_images
 from tests.test_callback import train_loader, trainer
 
 
-def calibrated(clamp=None, network=None) -> Calibrated:
+def calibrated(clamp=None, network=None) -> CalibrationResult:
     clamp = clamp or Clamp(torch.randn(3, 8, 8), 0.5, torch.randn(4), torch.rand(4))
     network, x, y = network or SmallNet(), *shifted_images(200)[1:]
     result = replace(fit_clamp(SmallNet(2.0), batches(x, y), grids=(1,)), clamp=clamp)
-    return Calibrated(result, fingerprint(network), "multiclass", None, (["a", "b"], 2))
+    return replace(result, fingerprint=fingerprint(network), spec=Spec(batch_keys=(["a", "b"], 2)))
 
 
 @pytest.fixture
@@ -53,9 +53,8 @@ def test_the_saved_file_is_a_checkpoint_of_the_network_and_loads_safely(saved):
     callback, model = saved
     content = torch.load(callback.checkpoint_path, weights_only=True)
     state = content["callbacks"][callback.state_key]
-    assert set(state) == {
-        "format", "result", "fingerprint", "task", "ignore_index", "batch_keys", "perturb_at",
-    }  # fmt: skip
+    assert set(state) == {"format", *(field.name for field in fields(CalibrationResult))}
+    assert set(state["spec"]) == {"task", "ignore_index", "batch_keys", "perturb_at"}
     again = LitClassifier.load_from_checkpoint(callback.checkpoint_path, weights_only=True)
     assert fingerprint(again) == fingerprint(model) == state["fingerprint"]
 
@@ -70,25 +69,36 @@ def test_no_half_written_file_is_left(saved, tmp_path):
 def test_nothing_is_saved_where_the_user_saves_nothing_or_says_so(tmp_path):
     for callback, others in (
         (NeuralClamping(loader(200, 1)), []),
-        (NeuralClamping(loader(200, 1), save=False), [ModelCheckpoint(tmp_path)]),
+        (NeuralClamping(loader(200, 1), save_to=False), [ModelCheckpoint(tmp_path)]),
     ):
         trainer(tmp_path, callback, *others).fit(LitClassifier(), train_loader())
         assert callback.checkpoint_path is None
-    elsewhere = NeuralClamping(loader(200, 1), dirpath=tmp_path / "there")
+    elsewhere = NeuralClamping(loader(200, 1), save_to=tmp_path / "there")
     trainer(tmp_path, elsewhere).fit(LitClassifier(), train_loader())
     assert [path.name for path in (tmp_path / "there").iterdir()] == ["epoch=0-step=2-calibrated.ckpt"]
 
 
 def test_state_is_plain_and_round_trips(tmp_path):
     first = calibrated()
-    torch.save(to_state(first), tmp_path / "state.pt")
-    again = from_state(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert again[1:] == first[1:]
-    for name in ("before", "after", "change", "candidates", "chosen", "reason", "history", "n_samples", "method"):
-        assert getattr(again.result, name) == getattr(first.result, name), name
-    for curve, expected in zip(again.result.reliability, first.result.reliability, strict=True):
+    torch.save(state_of_result(first), tmp_path / "state.pt")
+    again = result_from_state(torch.load(tmp_path / "state.pt", weights_only=True))
+    for name in (
+        "spec",
+        "fingerprint",
+        "before",
+        "after",
+        "change",
+        "candidates",
+        "chosen",
+        "reason",
+        "history",
+        "n_samples",
+        "method",
+    ):
+        assert getattr(again, name) == getattr(first, name), name
+    for curve, expected in zip(again.reliability, first.reliability, strict=True):
         torch.testing.assert_close(curve, expected, rtol=0, atol=0, equal_nan=True)
-    assert again.result.chosen.clamp is again.clamp
+    assert again.chosen.clamp is again.clamp
     x = torch.randn(5, 4)
     assert torch.equal(again.clamp.scale(x), first.clamp.scale(x))
 
@@ -117,7 +127,7 @@ def test_the_fingerprint_covers_scalars_buffers_and_bfloat16():
         (b"not a checkpoint at all", "is damaged, or no checkpoint"),
         ({"state_dict": {}}, "holds no clamp: pass the file whose name ends in -calibrated.ckpt"),
         ([1, 2], "holds no clamp"),
-        ({"callbacks": {"NeuralClamping": {"format": 99}}}, "has format 99, and this version reads format 2"),
+        ({"callbacks": {"NeuralClamping": {"format": 99}}}, "has format 99, and this version reads format 3"),
         ({"callbacks": {}, "evil": SimpleNamespace()}, "is damaged, or no checkpoint that can be loaded safely"),
     ],
 )
@@ -125,7 +135,7 @@ def test_a_foreign_or_damaged_file_costs_one_sentence(tmp_path, content, message
     path = tmp_path / "file.ckpt"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     with pytest.raises(ValueError, match=message) as caught:
-        read_calibrated(path)
+        read_result(path)
     assert "\n" not in str(caught.value)
 
 
@@ -139,9 +149,9 @@ def test_a_truncated_file_costs_one_sentence(saved, tmp_path):
 
 def test_a_missing_file_is_a_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError):
-        read_calibrated(tmp_path / "nowhere.ckpt")
+        read_result(tmp_path / "nowhere.ckpt")
     with pytest.raises(IsADirectoryError):
-        read_calibrated(tmp_path)
+        read_result(tmp_path)
 
 
 class Needy(LightningModule):
@@ -217,7 +227,7 @@ def test_the_clamp_is_read_to_the_cpu_wherever_it_was_saved(tmp_path, monkeypatc
     seen = {}
     load = torch.load
     monkeypatch.setattr(torch, "load", lambda *a, **k: seen.update(k) or load(*a, **k))
-    torch.save({"callbacks": {"NeuralClamping": to_state(calibrated())}}, tmp_path / "x.ckpt")
-    read_calibrated(tmp_path / "x.ckpt")
+    torch.save({"callbacks": {"NeuralClamping": state_of_result(calibrated())}}, tmp_path / "x.ckpt")
+    read_result(tmp_path / "x.ckpt")
     assert seen["map_location"] == "cpu"
     assert seen["weights_only"] is True

@@ -17,10 +17,10 @@ from lightning.pytorch.cli import LightningCLI
 
 import lightning_clamp
 from lightning_clamp import CalibrationModule, NeuralClamping, calibrate, cli
-from lightning_clamp.checkpoint import fingerprint, read_calibrated
-from lightning_clamp.clamping.published import fit_published
-from lightning_clamp.clamping.selection import choose_clamp
+from lightning_clamp.checkpoint import fingerprint, read_result
+from lightning_clamp.clamping.options import ClampOptions, PublishedOptions, make_plan, names_of
 from lightning_clamp.cli import ClampCLI, main
+from lightning_clamp.spec import Spec
 from tests.scenarios import LitClassifier, Validating, loader
 
 # Lightning 2.6 uses what newer jsonargparse calls deprecated.
@@ -132,8 +132,8 @@ def test_calibrate_does_what_the_function_does(checkpoint, here):
     model = DigitsClassifier.load_from_checkpoint(checkpoint)
     chosen = {"grids": [1, 2, 4], "output_maps": ["temperature"]}
     other = calibrate(trainer, model, DigitsData(n_calibration=300), **chosen)
-    saved = read_calibrated("one.ckpt")
-    assert saved.result.reason == other.result.reason
+    saved = read_result("one.ckpt")
+    assert saved.reason == other.result.reason
     assert saved.fingerprint == fingerprint(model)
     torch.testing.assert_close(saved.clamp.state_dict(), other.clamp.state_dict())
 
@@ -142,7 +142,7 @@ def test_calibrate_does_what_the_function_does(checkpoint, here):
 def recorded(monkeypatch):
     """What the command passes to `calibrate`, which is not run."""
     seen = []
-    monkeypatch.setattr(cli, "calibrate", lambda *given, **options: seen.append((*given, options)))
+    monkeypatch.setattr(cli, "calibrate_by_plan", lambda *given, **options: seen.append((*given, options)))
     return seen
 
 
@@ -154,21 +154,25 @@ def test_every_option_of_calibrate_is_that_of_the_callback(checkpoint, recorded,
     options = [f"--calibration.{name}={'null' if value is None else value}" for name, value in given.items()]
     options[5] = "--calibration.batch_keys=[image,label]"
     main(["calibrate", *DIGITS, *PLAIN, "--ckpt_path", checkpoint, *options])
-    ((_, model, data, passed),) = recorded
-    assert passed.pop("save_to") == checkpoint.replace(".ckpt", "-calibrated.ckpt")
-    assert passed == given
+    ((_, model, loaders, data, plan, passed),) = recorded
+    assert passed == {
+        "save_to": checkpoint.replace(".ckpt", "-calibrated.ckpt"),
+        "cache_bytes": given.pop("cache_bytes"),
+    }
+    assert plan == make_plan(given.pop("method"), given, calibrate)
+    assert loaders is None
     assert model.hparams["width"] == 8
     assert type(data).__name__ == "DigitsData"
     named = {one.name for one in inspect.signature(calibrate).parameters.values() if one.kind is one.KEYWORD_ONLY}
-    assert named - {"save_to"} <= set(given)
+    assert named - {"method"} == set(passed)
 
 
 @pytest.mark.parametrize(
     ("options", "path"),
     [
-        (["--calibration.dirpath=elsewhere"], "elsewhere/epoch=9-step=40-calibrated.ckpt"),
-        (["--calibration.save=false"], None),
-        (["--calibration.save=false", "--save_to=mine.ckpt"], "mine.ckpt"),
+        (["--calibration.save_to=elsewhere"], "elsewhere/epoch=9-step=40-calibrated.ckpt"),
+        (["--calibration.save_to=false"], False),
+        (["--calibration.save_to=false", "--save_to=mine.ckpt"], "mine.ckpt"),
     ],
 )
 def test_where_calibrate_saves(options, path, checkpoint, recorded, here):
@@ -209,7 +213,7 @@ def test_a_model_trained_elsewhere_is_built_with_its_own_hyperparameters(here):
     path = plain_checkpoint(temperature=3.0, lr=0.0)
     command = ["calibrate", "--model=tests.test_cli.OwnCalibrationData", *PLAIN, "--ckpt_path", path]
     main([*command, "--calibration.method=temperature"])
-    saved = read_calibrated("plain-calibrated.ckpt").result
+    saved = read_result("plain-calibrated.ckpt")
     assert saved.n_samples == 1000
     assert float(saved.clamp.temperature) == pytest.approx(3.0, rel=0.1)
 
@@ -219,7 +223,7 @@ def test_a_model_may_come_with_its_validation_set(here):
     command = ["calibrate", "--model=tests.test_cli.OwnData", *PLAIN, "--ckpt_path", path]
     with pytest.warns(UserWarning, match=r"OwnData has no calibration_dataloader\(\), so its validation set serves"):
         main([*command, "--calibration.method=temperature"])
-    assert read_calibrated("plain-calibrated.ckpt").result.n_samples == 200
+    assert read_result("plain-calibrated.ckpt").n_samples == 200
 
 
 def test_pictures_are_drawn_into_folders(calibrated, here, capsys):
@@ -275,7 +279,7 @@ def test_a_saved_config_serves_again(trained, checkpoint, recorded, here, capsys
     again = printed(capsys, "fit", "--config", str(saved))
     assert yaml.safe_load(again) == yaml.safe_load(saved.read_text())
     main(["calibrate", "--config", str(saved), "--ckpt_path", checkpoint])
-    assert recorded[0][2].hparams["n_calibration"] == 300
+    assert recorded[0][3].hparams["n_calibration"] == 300
 
 
 def test_a_config_that_is_there_is_not_overwritten(here):
@@ -296,11 +300,10 @@ def test_without_a_logger_no_config_is_saved(here):
     assert not list(Path().glob("*.yaml"))
 
 
-def test_command_lines_know_every_option_of_the_solvers():
+def test_command_lines_know_every_setting_and_option():
     parser = ArgumentParser()
     known = {name.removeprefix("it.") for name in parser.add_class_arguments(NeuralClamping, "it", fail_untyped=False)}
-    methods = [inspect.signature(method).parameters.values() for method in (choose_clamp, fit_published)]
-    assert {one.name for several in methods for one in several if one.kind is one.KEYWORD_ONLY} <= known
+    assert {*names_of(Spec), *names_of(ClampOptions), *names_of(PublishedOptions)} <= known
 
 
 def test_ones_own_command_line_sets_the_options(here):
@@ -310,23 +313,24 @@ def test_ones_own_command_line_sets_the_options(here):
         Validating, run=False, args=["--config=own.yaml", *PLAIN], save_config_callback=None, seed_everything_default=0
     )
     (clamping,) = (callback for callback in run.trainer.callbacks if isinstance(callback, NeuralClamping))
-    assert clamping.options == {"grids": [1, 2], "output_maps": ["temperature"]}
-    sgd = {
+    assert clamping.plan.options == ClampOptions(grids=[1, 2], output_maps=["temperature"])
+    published = {
         "method": "published",
         "epochs": 3,
         "gamma": None,
         "augmentation": "torch.nn.Identity",
         "initial": "data-driven",
     }
-    own = {"class_path": "lightning_clamp.NeuralClamping", "init_args": {**sgd, "batch_keys": [["a", "b"], 1]}}
+    own = {"class_path": "lightning_clamp.NeuralClamping", "init_args": {**published, "batch_keys": [["a", "b"], 1]}}
     config.write_text(yaml.safe_dump({"trainer": {"callbacks": [own]}}))
     run = LightningCLI(
         Validating, run=False, args=["--config=own.yaml", *PLAIN], save_config_callback=None, seed_everything_default=0
     )
     (clamping,) = (callback for callback in run.trainer.callbacks if isinstance(callback, NeuralClamping))
-    assert isinstance(clamping.options.pop("augmentation"), torch.nn.Identity)
-    assert clamping.options == {"epochs": 3, "gamma": None, "initial": "data-driven"}
-    assert clamping.batch_keys == (["a", "b"], 1)
+    options = clamping.plan.options
+    assert isinstance(options.augmentation, torch.nn.Identity)
+    assert options == PublishedOptions(3, gamma=None, initial="data-driven", augmentation=options.augmentation)
+    assert clamping.plan.spec.batch_keys == (["a", "b"], 1)
 
 
 @pytest.mark.parametrize(
@@ -335,7 +339,7 @@ def test_ones_own_command_line_sets_the_options(here):
         ([], "expected .subcommand. to be one of {fit,validate,test,predict,calibrate"),
         (["fit", "--model=nowhere.Net"], "nowhere"),
         (["fit", *OURS, "--optoin=3"], "(?i)unrecognized arguments: --optoin=3"),
-        (["fit", *OURS, "--calibration.epochs=3"], "method='clamp' has no option epochs; it has grids"),
+        (["fit", *OURS, "--calibration.epochs=3"], '`epochs` is an option of method="published"'),
         (["fit", *OURS, "--calibration.max_passes=0"], "--calibration: `max_passes` must be a whole number"),
         (["fit", *OURS, "--trainer.callbacks=lightning_clamp.NeuralClamping"], "NeuralClamping is attached already"),
         (["test", *OURS, "--ckpt_path=nowhere.ckpt"], "There is no checkpoint 'nowhere.ckpt'"),
@@ -397,7 +401,7 @@ def test_two_processes_calibrate_like_one(two_processes, here):
     (both,) = checkpoints.glob("*-calibrated.ckpt")
     (path,) = set(checkpoints.glob("*.ckpt")) - {both}
     main(["calibrate", "--config", f"{CONFIGS}/digits.yaml", "--ckpt_path", str(path), "--save_to=one.ckpt", *SMALL])
-    first, second = (read_calibrated(saved).result for saved in (both, "one.ckpt"))
+    first, second = (read_result(saved) for saved in (both, "one.ckpt"))
     assert first.n_samples == second.n_samples == 200
     torch.testing.assert_close(first.clamp.state_dict(), second.clamp.state_dict(), rtol=1e-3, atol=1e-4)
 

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_clamp import Clamp, NeuralClamping, fit_clamp
-from lightning_clamp.report import plot_perturbation, scalars, table
+from lightning_clamp.report import plot_perturbation, scalars
 from tests.scenarios import LitClassifier, batches, loader, shifted_images
 from tests.test_callback import train_loader, trainer
 
@@ -39,7 +39,7 @@ def test_the_numbers_have_their_log_keys(result):
 
 
 def test_the_table_shows_before_after_and_why(result):
-    lines = table(result).splitlines()
+    lines = str(result).splitlines()
     assert lines[0].split() == ["calibration", "set", "before", "after", "change", "[95", "%", "interval]"]
     change, low, high = (f"{number:+.4f}" for number in result.change["nll"])
     numbers = [f"{result.before['nll']:.4f}", f"{result.after['nll']:.4f}", change]

@@ -100,7 +100,7 @@ class Failing(LitClassifier):
     [
         (torch.nn.Linear(2, 2), HELD_OUT, {}, TypeError, "takes the LightningModule that was trained, .* got Linear"),
         (CalibrationModule(LitClassifier(), Clamp()), HELD_OUT, {}, TypeError, "got CalibrationModule"),
-        (LitClassifier(), HELD_OUT, {"epochs": 3}, TypeError, "method='clamp' has no option epochs"),
+        (LitClassifier(), HELD_OUT, {"epochs": 3}, TypeError, '`epochs` is an option of method="published"'),
         (LitClassifier(), [], {}, MisconfigurationException, "The calibration set is empty"),
         (LitClassifier(), iter([]), {}, MisconfigurationException, "must be a DataLoader or a list of batches"),
         (Failing(), HELD_OUT, {}, OSError, "no disk"),

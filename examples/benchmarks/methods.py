@@ -14,8 +14,8 @@ from torchvision.transforms import v2
 
 from lightning_clamp import CalibrationResult, fit_clamp
 from lightning_clamp._rows import Rows, as_rows
-from lightning_clamp.clamping import ALONE
 from lightning_clamp.clamping.output_map import fit_output_map, map_space
+from lightning_clamp.clamping.ranks import ALONE
 
 # As little as makes a minimum exist where a class has no sample, or is separated.
 UNSHRUNK = 1e-3

@@ -10,8 +10,12 @@ from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader, Subset
 
+from lightning_clamp._trainer.devices import is_dry_run
 from lightning_clamp._trainer.shards import Shard
-from lightning_clamp.clamping import MIN_SAMPLES, BatchKeys, Ranks, as_pair, kept_random_state
+from lightning_clamp.clamping.frozen import kept_random_state
+from lightning_clamp.clamping.ranks import Ranks
+from lightning_clamp.clamping.summary import MIN_SAMPLES
+from lightning_clamp.spec import Spec
 
 _HOOK = "calibration_dataloader"
 
@@ -44,7 +48,7 @@ def find_calibration_set(trainer: Trainer, module: LightningModule, given: Any) 
         MisconfigurationException: If there is none, or there are several validation loaders.
     """
     # A dry run reads enough batches, of whatever size, to try the calibration.
-    fast = MIN_SAMPLES if getattr(trainer, "fast_dev_run", False) else None
+    fast = MIN_SAMPLES if is_dry_run(trainer) else None
     if given is not None:
         return CalibrationSource(given, fast)
     if (source := _of_hook((_datamodule(trainer), module), fast)) is not None:
@@ -55,7 +59,7 @@ def find_calibration_set(trainer: Trainer, module: LightningModule, given: Any) 
     limit = trainer.num_val_batches[0] if trainer.num_val_batches else 0
     if loader is None or limit == 0:
         raise MisconfigurationException(
-            "There is no calibration set: pass NeuralClamping(calibration_dataloader=...), or give the datamodule a "
+            "There is no calibration set: pass NeuralClamping(dataloaders=...), or give the datamodule a "
             "`calibration_dataloader()`, or the Trainer a validation loader."
         )
     return CalibrationSource(loader, None if limit == float("inf") else int(limit), is_validation=True)
@@ -106,7 +110,7 @@ def _only(loaders: Any) -> Any:
     if isinstance(loaders, list | tuple):
         raise MisconfigurationException(
             f"There are {len(loaders)} validation loaders, and which is the calibration set? Pass one, or a list of "
-            "them, as the calibration_dataloader."
+            "them, as `dataloaders`."
         )
     return loaders
 
@@ -167,7 +171,7 @@ class CalibrationBatches:
         trainer: Trainer,
         module: LightningModule,
         ranks: Ranks,
-        batch_keys: BatchKeys | None = None,
+        spec: Spec,
     ) -> None:
         loaders = loaders_of(source.loader)
         for loader in loaders:
@@ -178,7 +182,7 @@ class CalibrationBatches:
         self.limit = source.limit
         self.trainer = trainer
         self.module = module
-        self.batch_keys = batch_keys
+        self.spec = spec
         with kept_random_state():
             self.shards = [Shard(loader, ranks) for loader in loaders]
             self._check(ranks)
@@ -208,7 +212,7 @@ class CalibrationBatches:
         with ranks.raise_together():
             try:
                 for batch, index in firsts:
-                    as_pair(self._transferred(batch, index), self.batch_keys)
+                    self.spec.pair(self._transferred(batch, index))
             except TypeError as error:
                 raise MisconfigurationException(f"NeuralClamping cannot use the calibration set. {error}") from error
         if not any(ranks.gather(bool(firsts))):

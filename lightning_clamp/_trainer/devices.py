@@ -1,4 +1,4 @@
-"""What the Trainer runs on: which strategies a calibration can use, and the ranks it has there."""
+"""What the Trainer runs on: which strategies a calibration can use, the ranks it has there, and dry runs."""
 
 import atexit
 import multiprocessing
@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from torch import distributed as dist
 
-from lightning_clamp.clamping import ALONE, Ranks
+from lightning_clamp.clamping.ranks import ALONE, Ranks
 
 
 def check_strategy(trainer: Trainer) -> None:
@@ -23,7 +23,7 @@ def check_strategy(trainer: Trainer) -> None:
         raise MisconfigurationException(
             f"NeuralClamping calls the network on every device by itself, which {type(strategy).__name__} does not "
             "allow: train without the callback and save; then run lightning_clamp.calibrate(Trainer(devices=1), model, "
-            "calibration_dataloader) on the model, loaded from the consolidated checkpoint. One device and "
+            "dataloader) on the model, loaded from the consolidated checkpoint. One device and "
             "strategy='ddp' work with the callback."
         )
 
@@ -37,7 +37,7 @@ def check_float64(trainer: Trainer) -> None:
     if trainer.strategy.root_device.type == "mps":
         raise MisconfigurationException(
             "NeuralClamping sums in float64, which MPS does not have: use Trainer(accelerator='cpu'), or train without "
-            "it and run lightning_clamp.calibrate(Trainer(accelerator='cpu'), model, calibration_dataloader)."
+            "it and run lightning_clamp.calibrate(Trainer(accelerator='cpu'), model, dataloader)."
         )
 
 
@@ -55,6 +55,11 @@ def take_group_down_at_exit() -> None:
 def _take_group_down() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def is_dry_run(trainer: Trainer) -> bool:
+    """Whether the Trainer only tries everything once (``fast_dev_run``)."""
+    return bool(getattr(trainer, "fast_dev_run", False))
 
 
 def ranks_of(trainer: Trainer) -> Ranks:

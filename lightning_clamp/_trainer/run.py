@@ -1,33 +1,27 @@
 """The engine as a Trainer runs it: in its precision and stage, with its progress bar and loggers, on all its ranks."""
 
+from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
-from lightning_clamp._rows import Task
 from lightning_clamp._trainer.data import CalibrationBatches
-from lightning_clamp._trainer.devices import ranks_of, take_group_down_at_exit
-from lightning_clamp._trainer.mailbox import Mailbox, Outcome
+from lightning_clamp._trainer.devices import is_dry_run, ranks_of, take_group_down_at_exit
+from lightning_clamp._trainer.mailbox import Mailbox
 from lightning_clamp._trainer.progress import shown_progress
 from lightning_clamp._trainer.weights import Moment
-from lightning_clamp.checkpoint import Calibrated, calibrated_checkpoint, fingerprint, save
-from lightning_clamp.clamping import BatchKeys, fit_clamp
-from lightning_clamp.report import log_result, table
+from lightning_clamp.checkpoint import SaveTo, calibrated_checkpoint, calibrated_path, fingerprint, save
+from lightning_clamp.clamping.fit import fit_by_plan
+from lightning_clamp.clamping.options import Plan
+from lightning_clamp.clamping.result import CalibrationResult
+from lightning_clamp.report import log_result
 
 
 def run_in_trainer(
-    trainer: Trainer,
-    module: LightningModule,
-    batches: CalibrationBatches,
-    *,
-    task: Task,
-    ignore_index: int | None,
-    batch_keys: BatchKeys | None,
-    perturb_at: str | None,
-    **options: Any,
-) -> Outcome:
+    trainer: Trainer, module: LightningModule, batches: CalibrationBatches, plan: Plan, cache_bytes: int
+) -> CalibrationResult:
     """:func:`~lightning_clamp.fit_clamp` of a module of a running Trainer, on all ranks."""
     take_group_down_at_exit()
     ranks, stage = ranks_of(trainer), trainer.state.stage
@@ -35,42 +29,54 @@ def run_in_trainer(
     trainer.validating = True
     try:
         with shown_progress(trainer, batches.n_batches) as progress:
-            result = fit_clamp(
+            result = fit_by_plan(
                 TrainedNetwork(trainer, module),
                 batches,
-                task=task,
-                ignore_index=ignore_index,
-                batch_keys=batch_keys,
-                perturb_at=perturb_at,
+                plan,
+                cache_bytes=cache_bytes,
                 progress=progress,
-                process_group=ranks.group,
-                **options,
+                ranks=ranks,
             )
     finally:
         trainer.state.stage = stage
     # Statistics of a batch normalisation differ from rank to rank; the first rank's are calibrated, and saved.
-    belongs_to = ranks.gather(fingerprint(module))[0]
-    return Outcome(Calibrated(result, belongs_to, task, ignore_index, batch_keys, perturb_at), None)
+    return replace(result, fingerprint=ranks.gather(fingerprint(module))[0])
 
 
 def publish(
-    trainer: Trainer, module: LightningModule, outcome: Outcome, path: str | None, moment: Moment, mailbox: Mailbox
-) -> Outcome:
-    """Show the outcome, save it (None for nowhere), post it to the process that started this one, and log it."""
-    result = outcome.calibrated.result
-    rank_zero_info(table(result))
+    trainer: Trainer,
+    module: LightningModule,
+    result: CalibrationResult,
+    save_to: SaveTo,
+    moment: Moment,
+    mailbox: Mailbox,
+) -> str | None:
+    """Show the result, save it, post it to the process that started this one, and log it.
+
+    Returns:
+        The path where it was saved, None for nowhere.
+    """
+    rank_zero_info(str(result))
+    path = _path_for(trainer, save_to, moment)
     if path is not None:
         with ranks_of(trainer).raise_together():
             # All ranks take part in making it: a module's own hook may want that.
-            checkpoint = calibrated_checkpoint(module, outcome.calibrated, *moment)
+            checkpoint = calibrated_checkpoint(module, result, *moment)
             if trainer.is_global_zero:
                 save(trainer, checkpoint, path)
-        outcome = outcome._replace(path=path)
         rank_zero_info(f"saved: {path}")
     if trainer.local_rank == 0:
-        mailbox.send(outcome)
+        mailbox.send(result, path)
     log_result(trainer, result)
-    return outcome
+    return path
+
+
+def _path_for(trainer: Trainer, save_to: SaveTo, moment: Moment) -> str | None:
+    """Where to save, beside the files of the Trainer's ModelCheckpoint unless a place was named; None for nowhere."""
+    if is_dry_run(trainer):
+        return None
+    folder = getattr(trainer.checkpoint_callback, "dirpath", None)
+    return calibrated_path(save_to, folder, f"epoch={moment.epoch}-step={moment.step}")
 
 
 class TrainedNetwork(nn.Module):

@@ -18,7 +18,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_clamp.clamping import Ranks
+from lightning_clamp.clamping.ranks import Ranks
 
 
 class Shard:

@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from torch import Tensor
 
-from lightning_clamp.clamping import Ranks
+from lightning_clamp._trainer.devices import is_dry_run
+from lightning_clamp.clamping.ranks import Ranks
 
 Weights: TypeAlias = Literal["last", "best"]
 
@@ -29,16 +30,21 @@ class Moment(NamedTuple):
 
 
 def check_best(trainer: Trainer) -> None:
-    """Refuse ``weights="best"`` where no callback keeps them.
+    """Refuse ``weights="best"`` where no callback keeps them; a dry run has none to keep.
 
     Raises:
         MisconfigurationException: If there is no ``ModelCheckpoint`` with a monitor, or it keeps nothing.
     """
-    if _keeper(trainer) is None:
+    if _keeper(trainer) is None and not is_dry_run(trainer):
         raise MisconfigurationException(
             "weights='best' calibrates the checkpoint that a ModelCheckpoint found best, and this Trainer has none "
             "that says by what: add ModelCheckpoint(monitor='val_loss'), or use weights='last'."
         )
+
+
+def averages_weights(callback: Callback) -> bool:
+    """Whether a callback replaces the weights by an average of those of training (EMA, SWA)."""
+    return isinstance(callback, WeightAveraging | StochasticWeightAveraging)
 
 
 @contextmanager
@@ -48,7 +54,7 @@ def weights_of(which: Weights, trainer: Trainer, module: LightningModule, ranks:
     Raises:
         MisconfigurationException: If the best checkpoint was never saved, or holds objects that a safe load refuses.
     """
-    if which == "last" or getattr(trainer, "fast_dev_run", False):
+    if which == "last" or is_dry_run(trainer):
         yield Moment(trainer.current_epoch - 1, trainer.global_step)
         return
     best: dict[str, Any] = {}

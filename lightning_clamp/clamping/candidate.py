@@ -1,9 +1,45 @@
 """One combination of input grid and output map that was considered, with all its figures."""
 
+import math
 from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, TypeAlias
 
 from lightning_clamp.clamping.clamp import Clamp
 from lightning_clamp.clamping.output_map import OutputMap
+
+# Why a candidate was left out. The first six are said of a grid before anything is fitted on it.
+RefusalCode: TypeAlias = Literal[
+    "several inputs",
+    "integer inputs",
+    "inputs differ in shape",
+    "no such grid",
+    "too few samples for the grid",
+    "too large or too coarse",
+    "costs more than it promises",
+    "no step helps",
+    "no temperature",
+    "too few samples for the map",
+    "too many classes",
+    "no usable map",
+]
+_OF_THE_MAP: tuple[RefusalCode, ...] = (
+    "no temperature",
+    "too few samples for the map",
+    "too many classes",
+    "no usable map",
+)
+
+
+class Refusal(NamedTuple):
+    """Why a candidate was left out: a code to decide by, and words to read."""
+
+    code: RefusalCode
+    words: str
+
+    @property
+    def of_the_map(self) -> bool:
+        """Whether the output map is to blame, rather than the grid."""
+        return self.code in _OF_THE_MAP
 
 
 @dataclass(frozen=True)
@@ -32,9 +68,9 @@ class Candidate:
         criterion: Expected change plus its standard error; the lowest is chosen.
         passes: Passes over the calibration set spent on the grid, the first (shared by all grids) included.
         seconds: Time spent.
-        note: Why it was not fitted or not eligible; empty otherwise. The figures above are then None, except what the
+        refusal: Why it was not fitted or not eligible; None otherwise. The figures above are then None, except what the
             first pass said of a grid.
-        clamp: Its fitted clamp, None where there is a note.
+        clamp: Its fitted clamp, None where there is a refusal.
     """
 
     grid: int
@@ -51,10 +87,21 @@ class Candidate:
     criterion: float | None = None
     passes: int = 0
     seconds: float = 0.0
-    note: str = ""
+    refusal: Refusal | None = None
     clamp: Clamp | None = field(default=None, repr=False, compare=False)
 
     @property
     def name(self) -> str:
         """Short name, such as ``"4×4 grid + vector"``."""
         return f"{self.grid}×{self.grid} grid + {self.output_map}" if self.grid else self.output_map
+
+    @property
+    def left_out(self) -> str:
+        """Short name of what was refused: the grid, or the output map on it."""
+        alone = self.refusal is not None and self.grid and not self.refusal.of_the_map
+        return f"{self.grid}×{self.grid} grid" if alone else self.name
+
+    @property
+    def rank(self) -> float:
+        """The criterion to compare by: infinite where there is none."""
+        return math.inf if self.criterion is None or math.isnan(self.criterion) else self.criterion

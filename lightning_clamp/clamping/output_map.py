@@ -203,13 +203,13 @@ def temperature_fit(rows: RowSource, space: MapSpace, fit: TemperatureFit, *, de
     """A temperature that was fitted to rows, as an output map."""
     scale = math.exp(-fit.log_temperature)
 
-    def part(batch: Rows) -> tuple[Tensor, ...]:
+    def batch_sums(batch: Rows) -> tuple[Tensor, ...]:
         probs = (scale * batch.logits).softmax(1)
         mean = (probs * batch.logits).sum(1, keepdim=True)
         scores = batch.per_item(mean - batch.logits.gather(1, batch.target[:, None]))
         return scores.sum(0), (probs * (batch.logits - mean) ** 2).sum().reshape(1, 1), scores.T @ scores
 
-    gradient, curvature, outer = summed((part(batch) for batch in rows), [(1,), (1, 1), (1, 1)], rows.ranks)
+    gradient, curvature, outer = summed((batch_sums(batch) for batch in rows), [(1,), (1, 1), (1, 1)], rows.ranks)
     sums = LossDerivatives(gradient, curvature, outer if dense else curvature)
     free = torch.tensor([scale], dtype=torch.float64)
     return MapFit(space, 0.0, free, fit.nll, sums)
@@ -225,7 +225,7 @@ def map_derivatives(
     """
     point = space.point(free)
 
-    def part(batch: Rows) -> tuple[Tensor, ...]:
+    def batch_sums(batch: Rows) -> tuple[Tensor, ...]:
         log_probs = apply_map(batch.logits, point).log_softmax(1)
         probs = log_probs.exp()
         scores = map_scores(probs, batch)
@@ -236,7 +236,7 @@ def map_derivatives(
 
     n = len(point)
     shapes = [(), (), (n,), (n, n), (n, n)][: 5 if dense else 4]
-    nll, count, *sums = summed((part(batch) for batch in rows), shapes, rows.ranks)
+    nll, count, *sums = summed((batch_sums(batch) for batch in rows), shapes, rows.ranks)
     gradient, (curvature, *outer) = space.reduced(sums[0]), [space.reduced_twice(matrix) for matrix in sums[1:]]
     return float(nll) / float(count), int(count), LossDerivatives(gradient, curvature, outer[0] if dense else curvature)
 
@@ -267,7 +267,7 @@ def standard_error(rows: RowSource, point: Tensor, reference: Tensor) -> float:
     Items are the independent draws: the rows of one (the pixels of an image) go together.
     """
 
-    def part(batch: Rows) -> tuple[Tensor, ...]:
+    def batch_sums(batch: Rows) -> tuple[Tensor, ...]:
         losses = [
             F.cross_entropy(apply_map(batch.logits, p), batch.target, reduction="none") for p in (point, reference)
         ]
@@ -275,7 +275,7 @@ def standard_error(rows: RowSource, point: Tensor, reference: Tensor) -> float:
         pair = batch.per_item(torch.stack([change, torch.ones_like(change)], 1))
         return pair.sum(0), pair.T @ pair
 
-    total, products = summed((part(batch) for batch in rows), [(2,), (2, 2)], rows.ranks)
+    total, products = summed((batch_sums(batch) for batch in rows), [(2,), (2, 2)], rows.ranks)
     # Of a ratio of sums: items have different numbers of rows, and some none.
     residual = torch.stack([torch.ones_like(total[0]), -total[0] / total[1]])
     return math.sqrt(max(float(residual @ products @ residual), 0.0)) / float(total[1])
@@ -284,10 +284,10 @@ def standard_error(rows: RowSource, point: Tensor, reference: Tensor) -> float:
 def logit_square(rows: RowSource) -> float:
     """Mean square of the logits about the mean of their row."""
 
-    def parts() -> Iterator[tuple[Tensor, ...]]:
+    def batch_sums() -> Iterator[tuple[Tensor, ...]]:
         for batch in rows:
             centred = batch.logits - batch.logits.mean(1, keepdim=True)
             yield (centred**2).sum(), torch.tensor(float(centred.numel()))
 
-    total, count = summed(parts(), [(), ()], rows.ranks)
+    total, count = summed(batch_sums(), [(), ()], rows.ranks)
     return float(total) / float(count)

@@ -10,12 +10,13 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_clamp._batch import BatchKeys, Inputs, as_pair, logits_of, map_tensors, n_items
-from lightning_clamp._rows import Rows, Task, as_rows
+from lightning_clamp._batch import Inputs, logits_of, map_tensors, n_items
+from lightning_clamp._rows import Rows
 from lightning_clamp.clamping.frozen import module_of
 from lightning_clamp.clamping.perturbation import shifted
 from lightning_clamp.clamping.ranks import ALONE, Ranks
-from lightning_clamp.clamping.site import Entry
+from lightning_clamp.clamping.site import PerturbationSite
+from lightning_clamp.spec import Spec
 
 Network: TypeAlias = Callable[..., Any]
 Batches: TypeAlias = Iterable[Any]
@@ -23,30 +24,30 @@ Progress: TypeAlias = Callable[[str, int], None]
 
 
 def summed(
-    parts: Iterable[tuple[Tensor, ...]], shapes: Sequence[Sequence[int]], ranks: Ranks = ALONE
+    batch_sums: Iterable[tuple[Tensor, ...]], shapes: Sequence[Sequence[int]], ranks: Ranks = ALONE
 ) -> tuple[Tensor, ...]:
     """Sum tuples of tensors position by position, over batches and ranks. The one place where such sums are formed.
 
     Args:
-        parts: One tuple per batch of this rank, which may have none.
+        batch_sums: One tuple per batch of this rank, which may have none.
         shapes: The shapes of a tuple's tensors.
         ranks: The ranks that take part, all of which call this; an error of one is raised on all.
 
     Returns:
         The sums, float64 on the CPU.
     """
-    total, error = _accumulated(parts)
+    total, error = _accumulated(batch_sums)
     return ranks.total(total or [torch.zeros(tuple(shape), dtype=torch.float64) for shape in shapes], error)
 
 
-def _accumulated(parts: Iterable[tuple[Tensor, ...]]) -> tuple[list[Tensor], Exception | None]:
-    """Sums over this rank's parts alone, empty if there are none; and what went wrong, for the ranks to agree on."""
+def _accumulated(batch_sums: Iterable[tuple[Tensor, ...]]) -> tuple[list[Tensor], Exception | None]:
+    """Sums over this rank's batches alone, empty if there are none; and what went wrong, for the ranks to agree on."""
     total: list[Tensor] = []
     try:
-        for part in parts:
+        for sums in batch_sums:
             if not total:
-                total = [torch.zeros(term.shape, dtype=torch.float64, device=term.device) for term in part]
-            for accumulated, term in zip(total, part, strict=True):
+                total = [torch.zeros(term.shape, dtype=torch.float64, device=term.device) for term in sums]
+            for accumulated, term in zip(total, sums, strict=True):
                 accumulated += term
     except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must hear of it; it is raised again
         return total, error
@@ -72,10 +73,7 @@ class CalibrationSet:
     Args:
         network: Callable from inputs to logits. Freezing it is the caller's business (:func:`.frozen`).
         batches: Re-iterable of batches.
-        batch_keys: Which of their entries are input and target; see :func:`~.batch.as_pair`.
-        perturb_at: Submodule at whose input perturbations are added; None for the network's own.
-        task: See :func:`lightning_clamp._rows.as_rows`.
-        ignore_index: See :func:`lightning_clamp._rows.as_rows`.
+        spec: How they are read, and where perturbations are added.
         cache_bytes: Logits of a pass are kept in memory up to this size, and recomputed when needed beyond it.
         progress: Called after every batch with what is being done and the number of batches done in this pass.
         ranks: The ranks that share the set; ``batches`` are this one's part, and may be none.
@@ -89,23 +87,18 @@ class CalibrationSet:
         self,
         network: Network,
         batches: Batches,
+        spec: Spec,
         *,
-        task: Task,
-        ignore_index: int | None,
         cache_bytes: int,
-        batch_keys: BatchKeys | None = None,
-        perturb_at: str | None = None,
         progress: Progress | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
         if isinstance(batches, Iterator):
-            raise TypeError("`batches` is read several times: pass a DataLoader or a list, not a generator.")
+            raise TypeError("The calibration set is read several times: pass a DataLoader or a list, not a generator.")
         self.network = network
         self.batches = batches
-        self.batch_keys = batch_keys
-        self.entry = Entry(network, perturb_at)
-        self.task: Task = task
-        self.ignore_index = ignore_index
+        self.spec = spec
+        self.site = PerturbationSite(network, spec.perturb_at)
         self.cache_bytes = cache_bytes
         self.progress = progress
         self.ranks = ranks
@@ -117,14 +110,14 @@ class CalibrationSet:
         """One pass over the batches, on the network's device; ``what`` is shown as progress."""
         self.passes += 1
         for index, batch in enumerate(self.batches):
-            inputs, target = as_pair(batch, self.batch_keys)
+            inputs, target = self.spec.pair(batch)
             yield map_tensors(inputs, lambda value: value.to(self.device)), target.to(self.device)
             if self.progress is not None:
                 self.progress(what, index + 1)
 
     def rows(self, logits: Tensor, target: Tensor) -> Rows:
         """Lay one batch out as rows."""
-        return as_rows(logits, target, task=self.task, ignore_index=self.ignore_index)
+        return self.spec.rows(logits, target)
 
     def perturbed_logits(self, inputs: Inputs, perturbation: Tensor | None) -> Tensor:
         """Logits of one batch, perturbed where perturbations enter."""
@@ -153,7 +146,7 @@ class CalibrationSet:
 
     def _logits(self, inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Tensor:
         """Logits of one batch; says what to do if the network does not return one row of them per input."""
-        logits = logits_of(self.entry.run(inputs, change))
+        logits = logits_of(self.site.run(inputs, change))
         if len(logits.shape[:1]) == 0 or len(logits) != n_items(inputs):
             raise ValueError(
                 f"The network returned logits of shape {tuple(logits.shape)} for a batch of {n_items(inputs)} inputs: "

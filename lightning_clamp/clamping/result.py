@@ -2,23 +2,24 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
-from lightning_clamp.clamping.candidate import Candidate
+from lightning_clamp.clamping.candidate import Candidate, Refusal
 from lightning_clamp.clamping.clamp import Clamp
+from lightning_clamp.clamping.options import Method
 from lightning_clamp.metrics.bootstrap import Interval
 from lightning_clamp.metrics.reliability import ReliabilityCurve
+from lightning_clamp.spec import Spec
 
-Method: TypeAlias = Literal["clamp", "published", "temperature"]
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CalibrationResult:
-    """What a calibration did.
+    """What a calibration did; printed, it is a table of the metrics before and after.
 
     Attributes:
         clamp: The fitted clamp: ``clamp.scale(network(clamp.perturb(x)))`` are calibrated logits.
         method: The method that was run.
+        spec: How batches were read and what the outputs mean.
         before: ``nll`` (nats per row), ``ece`` and ``accuracy`` (fractions) on the calibration set, uncalibrated.
         after: The same with the clamp.
         change: After minus before of the same, each with its 95 % interval (paired bootstrap over samples). The clamp
@@ -32,10 +33,13 @@ class CalibrationResult:
         n_samples: Size of the calibration set.
         passes: Passes over the calibration set, forward only or with a backward to the input.
         seconds: Time taken, reading the data included.
+        fingerprint: Of the weights that it belongs to, where a Trainer ran it (see
+            :func:`lightning_clamp.checkpoint.fingerprint`); empty elsewhere.
     """
 
     clamp: Clamp
     method: Method
+    spec: Spec
     before: Mapping[str, float]
     after: Mapping[str, float]
     change: Mapping[str, Interval]
@@ -47,18 +51,33 @@ class CalibrationResult:
     n_samples: int
     passes: int
     seconds: float
+    fingerprint: str = ""
+
+    def __repr__(self) -> str:
+        """A few lines of text: the metrics before and after, and what was chosen and why."""
+        lines = [f"{'calibration set':<16}{'before':>10}{'after':>10}    change [95 % interval]"]
+        for name, form in (("nll", ".4f"), ("ece", ".2%"), ("accuracy", ".2%")):
+            change, low, high = (f"{number:+{form}}" for number in self.change[name])
+            row = f"{name:<16}{self.before[name]:>10{form}}{self.after[name]:>10{form}}"
+            lines.append(f"{row}    {change} [{low}, {high}]")
+        lines.append(
+            f"T = {float(self.clamp.temperature):.3f}, |δ| = {self.clamp.perturbation_norm:.3g}, "
+            f"{self.n_samples} samples, {self.passes} passes, {self.seconds:.1f} s"
+        )
+        lines.append(f"chosen: {self.reason}")
+        return "\n".join(lines)
 
     def to_state(self) -> dict[str, Any]:
         """Numbers, strings and tensors on the CPU, which ``torch.load(weights_only=True)`` reads."""
         return {
             **_fields_of(self),
+            "spec": _fields_of(self.spec),
             "clamp": {name: tensor.cpu() for name, tensor in self.clamp.state_dict().items()},
             "before": dict(self.before),
             "after": dict(self.after),
             "change": {name: tuple(interval) for name, interval in self.change.items()},
             "reliability": [tuple(part.cpu() for part in curve) for curve in self.reliability],
-            # Each clamp may hold an image.
-            "candidates": [_fields_of(replace(candidate, clamp=None)) for candidate in self.candidates],
+            "candidates": [_state_of(candidate) for candidate in self.candidates],
             "chosen": None if self.chosen is None else self.candidates.index(self.chosen),
         }
 
@@ -68,11 +87,12 @@ class CalibrationResult:
         clamp, chosen = Clamp.from_state(state["clamp"]), state["chosen"]
         before, after = (ReliabilityCurve(*curve) for curve in state["reliability"])
         candidates = [
-            Candidate(**{**record, "clamp": clamp if index == chosen else None})
+            _candidate_from(record, clamp if index == chosen else None)
             for index, record in enumerate(state["candidates"])
         ]
         rebuilt = {
             "clamp": clamp,
+            "spec": Spec(**state["spec"]),
             "change": {name: Interval(*interval) for name, interval in state["change"].items()},
             "reliability": (before, after),
             "candidates": tuple(candidates),
@@ -81,5 +101,16 @@ class CalibrationResult:
         return cls(**{**state, **rebuilt})
 
 
-def _fields_of(record: CalibrationResult | Candidate) -> dict[str, Any]:
+def _state_of(candidate: Candidate) -> dict[str, Any]:
+    # Not its clamp: each may hold an image.
+    refusal = None if candidate.refusal is None else tuple(candidate.refusal)
+    return {**_fields_of(replace(candidate, clamp=None)), "refusal": refusal}
+
+
+def _candidate_from(state: Mapping[str, Any], clamp: Clamp | None) -> Candidate:
+    refusal = None if state["refusal"] is None else Refusal(*state["refusal"])
+    return Candidate(**{**state, "refusal": refusal, "clamp": clamp})
+
+
+def _fields_of(record: CalibrationResult | Candidate | Spec) -> dict[str, Any]:
     return {field.name: getattr(record, field.name) for field in fields(record)}

@@ -51,7 +51,7 @@ def score_pass(
     logits_seen = Logits(data, perturbation)
     point = space.point(free)
 
-    def parts() -> Iterator[tuple[Tensor, ...]]:
+    def batch_sums() -> Iterator[tuple[Tensor, ...]]:
         for inputs, target in data.read(what):
             logits, gradient, of_map = _input_scores(data, inputs, target, perturbation, point)
             logits_seen.keep(logits, target)
@@ -69,7 +69,7 @@ def score_pass(
 
     sizes = [grid.n_coefficients + space.n_parameters for grid in grids]
     shapes = [shape for size in sizes for shape in ((size,), (size, size), (size, size))]
-    total = summed(parts(), shapes, data.ranks)
+    total = summed(batch_sums(), shapes, data.ranks)
     if dense_scale is not None:
         # The curvature of dense outputs took a forward pass per coefficient, and one to compare with.
         data.passes += sum(grid.n_coefficients + 1 for grid in grids)

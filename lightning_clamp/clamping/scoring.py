@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_clamp.clamping.criterion import Estimate, estimate
 from lightning_clamp.clamping.newton import LossDerivatives, ScoreTest, effective_parameters, newton_step, score_test
 from lightning_clamp.clamping.output_map import MapFit, fit_output_map
 from lightning_clamp.clamping.passes import CalibrationSet, Logits
@@ -38,7 +39,7 @@ class GridFit(NamedTuple):
             map the grid started from, and that of the steps since.
         test: Score test of the coefficients at zero, None for the untouched input.
         predicted_gain: Gain per row that the quadratic model promised at zero.
-        predicted_criterion: What it promised of the criterion, against the start.
+        predicted: What that is expected to be worth on new data, against the start.
         passes: Passes spent, the first (shared) one included.
         seconds: Time spent.
         history: NLL per row and temperature after every pass.
@@ -54,7 +55,7 @@ class GridFit(NamedTuple):
     standard_error: float = 0.0
     test: ScoreTest | None = None
     predicted_gain: float = 0.0
-    predicted_criterion: float = 0.0
+    predicted: Estimate = Estimate(0.0, 0.0)
     passes: int = 0
     seconds: float = 0.0
     history: tuple[dict[str, float], ...] = ()
@@ -114,15 +115,12 @@ def first_pass(data: CalibrationSet, summary: DatasetSummary, start: GridFit, gr
             history=(_record(1, start.map_fit),),
         )
         step, predicted_decrease = fit.step()
-        gain, cost = (
-            predicted_decrease / summary.n_rows,
-            fit.effective_coefficients(dense=summary.dense) / summary.n_rows,
-        )
+        gain, error = predicted_decrease / summary.n_rows, _error(step, sums) / summary.n_rows
         fits.append(
             fit._replace(
                 test=score_test(sums.shrunk(fit.point, fit.ridge), p),
                 predicted_gain=gain,
-                predicted_criterion=cost - gain + _error(step, sums) / summary.n_rows,
+                predicted=estimate(gain, fit.effective_coefficients(dense=summary.dense), summary.n_rows, error),
             )
         )
     return fits

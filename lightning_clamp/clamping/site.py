@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_clamp._batch import Inputs, call_network, map_tensors
 from lightning_clamp.clamping.frozen import module_of
@@ -13,12 +14,15 @@ from lightning_clamp.clamping.frozen import module_of
 Change = Callable[[Tensor], Tensor]
 
 
-class Entry:
-    """Calls a network with a change to what enters it, or one of its submodules.
+class PerturbationSite:
+    """Where a perturbation enters a network: at its own input, or at that of one of its submodules.
 
     Args:
         network: Any callable; a module, or a module's method, where a submodule is named.
         perturb_at: Name of the submodule, as in ``named_modules``; None for the network's own input.
+
+    Attributes:
+        name: Name of the submodule, None for the network's own input.
 
     Raises:
         ValueError: If there is no such submodule.
@@ -27,11 +31,10 @@ class Entry:
     def __init__(self, network: Callable[..., Any], perturb_at: str | None) -> None:
         self.network = network
         self.name = perturb_at
-        self.module = None if perturb_at is None else submodule(network, perturb_at)
-        self._first = None if self.module is None else first_parameter(self.module)
+        self._submodule = None if perturb_at is None else submodule(network, perturb_at)
 
     def run(self, inputs: Inputs, change: Change) -> Any:
-        """The network's output with ``change`` applied to what enters.
+        """The network's output for a batch, with ``change`` applied to what enters.
 
         Where there are several inputs and no submodule is named, nothing is changed.
 
@@ -39,28 +42,35 @@ class Entry:
             ValueError: If the submodule is not called exactly once.
             TypeError: If what enters it is no tensor.
         """
-        if self.module is None:
+        if self._submodule is None:
             return call_network(self.network, map_single_tensor(inputs, change))
-        calls = 0
-
-        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            nonlocal calls
-            calls += 1
-            return map_first_argument(args, kwargs, self._first, change)
-
-        handle = self.module.register_forward_pre_hook(enter, with_kwargs=True)
-        try:
-            # What torch.compile has traced knows nothing of later hooks.
-            with torch.compiler.set_stance("force_eager"):
-                output = call_network(self.network, inputs)
-        finally:
-            handle.remove()
-        if calls != 1:
+        hook = InputHook(self._submodule, change)
+        # What torch.compile has traced knows nothing of later hooks.
+        with hook.installed(), torch.compiler.set_stance("force_eager"):
+            output = call_network(self.network, inputs)
+        if hook.calls != 1:
             raise ValueError(
-                f"The submodule {self.name!r} was called {calls} times in one forward, and `perturb_at` needs one that "
-                "is called once; a ModuleList or ModuleDict never is."
+                f"The submodule {self.name!r} was called {hook.calls} times in one forward, and `perturb_at` needs one "
+                "that is called once; a ModuleList or ModuleDict never is."
             )
         return output
+
+    def hook(self, change: Change) -> "InputHook":
+        """A hook that applies ``change`` there in every call, once it is installed; of a module.
+
+        Raises:
+            ValueError: If there is one already.
+        """
+        module = self.network if self._submodule is None else self._submodule
+        assert isinstance(module, nn.Module)
+        # Private, and the only place that tells which hooks a module has; a test holds it.
+        if any(isinstance(hook, InputHook) for hook in module._forward_pre_hooks.values()):  # noqa: SLF001
+            where = "the network" if self.name is None else f"{self.name!r}"
+            raise ValueError(
+                f"A perturbation is added at {where} already, by a CalibrationModule around the same network: give "
+                "each its own, by copy.deepcopy before the first."
+            )
+        return InputHook(module, change)
 
     def shape_of(self, value: Tensor) -> tuple[int, ...]:
         """Shape of the perturbation for what enters, ``(N, ...)``.
@@ -68,7 +78,36 @@ class Entry:
         That of one item, channels first; but sequences ``(N, length, features)`` that enter a submodule have one value
         per feature, so that their length is free.
         """
-        return tuple(value.shape[2:] if self.module is not None and value.ndim == 3 else value.shape[1:])
+        return tuple(value.shape[2:] if self._submodule is not None and value.ndim == 3 else value.shape[1:])
+
+
+class InputHook:
+    """Changes the first argument of a module's calls, once it is installed.
+
+    Args:
+        module: The module.
+        change: What is done to the argument.
+
+    Attributes:
+        calls: How often it has run.
+    """
+
+    def __init__(self, module: nn.Module, change: Change) -> None:
+        self.calls = 0
+        self._module = module
+        self._change = change
+        self._first = first_parameter(module)
+
+    def installed(self) -> RemovableHandle:
+        """Let it run before every call; the handle takes it off, also as a context manager."""
+        return self._module.register_forward_pre_hook(self, with_kwargs=True)
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Change the first argument of the call."""
+        self.calls += 1
+        return map_first_argument(args, kwargs, self._first, self._change)
 
 
 def submodule(network: Callable[..., Any], name: str) -> nn.Module:

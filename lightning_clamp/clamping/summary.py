@@ -79,7 +79,7 @@ def summarize(data: CalibrationSet) -> DatasetSummary:
     logits_seen = Logits(data, None)
     kinds: set[_Kind] = set()
 
-    def parts() -> Iterator[tuple[Tensor, ...]]:
+    def batch_sums() -> Iterator[tuple[Tensor, ...]]:
         seen = 0
         for inputs, target in data.read("first look"):
             with torch.no_grad():
@@ -90,10 +90,10 @@ def summarize(data: CalibrationSet) -> DatasetSummary:
             seen += len(logits)
             kinds.add(_kind(inputs, value, logits, rows, data))
             value = logits.new_zeros(0) if value is None else value
-            counts = [len(logits), len(rows.target), value.numel(), _outside_simplex(logits, data.task == "binary")]
+            counts = [len(logits), len(rows.target), value.numel(), _outside_simplex(logits, data.spec.binary)]
             yield (value.double() ** 2).sum(), torch.tensor(counts, dtype=torch.float64)
 
-    squares, counts = summed(parts(), [(), (4,)], data.ranks)
+    squares, counts = summed(batch_sums(), [(), (4,)], data.ranks)
     kinds = set().union(*data.ranks.gather(kinds))
     kind = _of_all(kinds)
     n_samples, n_rows, n_values, n_outside = (int(count) for count in counts)
@@ -119,17 +119,17 @@ def summarize(data: CalibrationSet) -> DatasetSummary:
 def _kind(inputs: Inputs, value: Tensor | None, logits: Tensor, rows: Rows, data: CalibrationSet) -> _Kind:
     """What a batch shows; ``value`` is what a perturbation would be added to."""
     of_floats = value is not None and value.is_floating_point()
-    if data.entry.name is not None and not (of_floats and value is not None and len(value) == len(logits)):
+    if data.site.name is not None and not (of_floats and value is not None and len(value) == len(logits)):
         raise ValueError(
-            f"`perturb_at` names {data.entry.name!r}, and what enters there is "
+            f"`perturb_at` names {data.site.name!r}, and what enters there is "
             f"{'nothing' if value is None else f'{value.dtype} of shape {tuple(value.shape)}'}: it must be floats of "
             f"shape ({len(logits)}, ...), one item of the batch after the other, such as embeddings."
         )
     return _Kind(
-        shape=None if value is None else data.entry.shape_of(value),
+        shape=None if value is None else data.site.shape_of(value),
         n_inputs=len(inputs) if isinstance(inputs, Mapping) else 1,
         n_classes=rows.logits.shape[1],
-        dense=is_dense(logits, data.task),
+        dense=is_dense(logits, data.spec.task),
         row_elements=logits[:1].numel(),
         dtype=value.dtype if value is not None and of_floats else logits.dtype,
         logit_dtype=logits.dtype,
@@ -187,7 +187,7 @@ def _outside_simplex(logits: Tensor, binary: bool) -> int:
 
 
 def _complain_of_probabilities(data: CalibrationSet) -> None:
-    if data.task == "binary":
+    if data.spec.binary:
         data.ranks.warn(
             "Every output of the network lies in [0, 1]: if these are probabilities, return the logits instead "
             "(leave the final sigmoid out).",

@@ -65,7 +65,7 @@ def fit_temperature(rows: RowSource, start: float = 0.0) -> TemperatureFit:
 def _temperature_derivatives(rows: RowSource, log_temperature: float) -> tuple[float, float, float]:
     """Mean loss per row, and its first and second derivative in log T."""
 
-    def part(batch: Rows) -> tuple[Tensor, ...]:
+    def batch_sums(batch: Rows) -> tuple[Tensor, ...]:
         scaled = batch.logits * math.exp(-log_temperature)
         log_probs = scaled.log_softmax(1)
         probs = log_probs.exp()
@@ -75,6 +75,6 @@ def _temperature_derivatives(rows: RowSource, log_temperature: float) -> tuple[f
         nll = F.nll_loss(log_probs, batch.target, reduction="sum")
         return nll, slope, variance - slope, torch.tensor(float(len(batch.target)))
 
-    total = summed((part(batch) for batch in rows), [()] * 4, rows.ranks)
+    total = summed((batch_sums(batch) for batch in rows), [()] * 4, rows.ranks)
     nll, slope, curvature, count = (float(term) for term in total)
     return nll / count, slope / count, curvature / count

@@ -36,8 +36,8 @@ def test_the_clamp_is_what_the_result_says():
 def test_every_candidate_is_on_record_with_its_figures():
     network, x, y = shifted_images(2000)
     result = fit_clamp(network, batches(x, y))
-    fitted = [c for c in result.candidates if not c.note]
-    ruled_out = {c.grid: c.note for c in result.candidates if c.note}
+    fitted = [c for c in result.candidates if not c.refusal]
+    ruled_out = {c.grid: c.refusal.words for c in result.candidates if c.refusal}
     assert ruled_out == dict.fromkeys((2, 4, 8), "the first pass promises less than it costs")
     assert [(c.grid, c.output_map) for c in fitted] == [(g, o) for g in (0, 1) for o in ("temperature", "vector")]
     for candidate in result.candidates:
@@ -133,7 +133,7 @@ def test_inputs_that_are_no_images_have_one_coefficient_per_channel(shape):
     one = next(c for c in result.candidates if c.grid == 1)
     assert one.n_parameters == (shape[0] if shape else 1) + (1 if one.output_map == "temperature" else 5)
     assert one.predicted_gain > 0
-    assert {c.note for c in result.candidates if c.grid > 1} == {f"inputs of shape {shape} have no such grid"}
+    assert {c.refusal.words for c in result.candidates if c.grid > 1} == {f"inputs of shape {shape} have no such grid"}
 
 
 def dense_problem(n=400, temperature=2.0):
@@ -216,8 +216,8 @@ def test_a_bias_helps_where_no_temperature_does():
         assert fit_clamp(IDENTITY, [(z + 2, y)], task="binary", method="temperature").clamp.is_identity
     result = fit_clamp(IDENTITY, [(z + 2, y)], task="binary")
     assert result.chosen.output_map == "bias"
-    assert {c.output_map: c.note for c in result.candidates if c.grid == 0} == {
-        "temperature": "no finite temperature is best", "bias": "",
+    assert {c.output_map: c.refusal and c.refusal.words for c in result.candidates if c.grid == 0} == {
+        "temperature": "no finite temperature is best", "bias": None,
     }  # fmt: skip
     assert float(result.clamp.temperature) == pytest.approx(2, rel=0.15)
     ideal = float(F.binary_cross_entropy_with_logits(z / 2 - 3, y.float()))
@@ -246,8 +246,8 @@ def test_data_that_are_known_by_heart_raise_a_warning():
 def test_a_batch_that_no_longer_fits_its_grid_is_said():
     network, x, y = shifted_images(100)
     result = fit_clamp(network, batches(x, y))
-    notes = {c.grid: c.note for c in result.candidates if c.output_map == "temperature"}
-    assert notes[1] == ""
+    notes = {c.grid: c.refusal and c.refusal.words for c in result.candidates if c.output_map == "temperature"}
+    assert notes[1] is None
     assert notes[2] == notes[8] == "100 samples are fewer than 10 per coefficient"
     assert "100 samples are fewer than 10 per coefficient" in result.reason
 
@@ -256,7 +256,7 @@ def test_inputs_of_several_sizes_keep_the_output_maps():
     layer = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4))
     parts = [(5 * torch.randn(100, 3, side, side), torch.randint(4, (100,))) for side in (8, 12)]
     result = fit_clamp(layer, parts)
-    assert {c.note for c in result.candidates if c.grid} == {"the inputs differ in shape"}
+    assert {c.refusal.words for c in result.candidates if c.grid} == {"the inputs differ in shape"}
 
 
 class Stateful(nn.Module):
@@ -346,7 +346,20 @@ BAD = {
     "squeezed": (bad(network=lambda x: SmallNet()(x).sum()), ValueError, r"logits of shape \(\) for a batch of 100"),
     "method": (bad(method="adam"), ValueError, "must be one of .*'clamp'.*got 'adam'"),
     "task": (bad(task="regression"), ValueError, "`task` must be one of"),
-    "option": (bad(lr=0.1), TypeError, "method='clamp' has no option lr; it has grids, outputs, max_passes"),
+    "option": (bad(lr=0.1), TypeError, '`lr` is an option of method="published", and the method is "clamp"'),
+    "unknown": (bad(gridz=(1,)), TypeError, "fit_clamp has no argument `gridz`: did you mean `grids`"),
+    "old name": (bad(batch_key=(0, 1)), TypeError, "did you mean `batch_keys`"),
+    "label": (bad(ignore_index="x"), ValueError, "`ignore_index` must be a label, .* got 'x'"),
+    "momentum": (
+        bad(method="published", momentum=-3),
+        ValueError,
+        "`momentum` must be a number at least 0 and",
+    ),
+    "weight": (bad(method="published", loss_weight="a"), ValueError, "`loss_weight` must be a number .* got 'a'"),
+    "text": (bad(method="published", lr="0.1"), ValueError, "`lr` must be a number above 0, got '0.1'"),
+    "seed": (bad(method="published", seed=1.5), ValueError, "`seed` must be a whole number of at least 0, got 1.5"),
+    "nesterov": (bad(method="published", nesterov=True, momentum=0), ValueError, "`nesterov` needs a `momentum`"),
+    "augmentation": (bad(method="published", augmentation=3), ValueError, "`augmentation` must be callable, or None"),
     "output": (bad(output_maps=("matrix",)), ValueError, r"`output_maps` must be .* got \('matrix',\)"),
     "outputs as text": (
         bad(output_maps="temperature"),
@@ -356,10 +369,10 @@ BAD = {
     "grid": (bad(grids=(0,)), ValueError, r"`grids` must be a sequence of whole numbers of at least 1, got \(0,\)"),
     "grids as number": (bad(grids=4), ValueError, "`grids` must be a sequence .* got 4"),
     "passes": (bad(max_passes=0), ValueError, "`max_passes` must be a whole number of at least 1, got 0"),
-    "optimizer": (bad(solver="sgd", optimizer="adam"), ValueError, "`optimizer` must be 'sgd' or 'adamw', got 'adam'"),
+    "optimizer": (bad(method="published", optimizer="adam"), ValueError, "`optimizer` must be one of .* got 'adam'"),
     "start": (bad(method="published", initial="datadriven"), ValueError, "`initial` must be 'random', 'data-driven'"),
     "start's shape": (bad(method="published", initial=torch.zeros(1, 3, 8, 8)), ValueError, "the shape of one input"),
-    "learning rate": (bad(method="published", lr=-3.0), ValueError, "`lr` must be positive, got -3.0"),
+    "learning rate": (bad(method="published", lr=-3.0), ValueError, "`lr` must be a number above 0, got -3.0"),
     "tokens": (
         bad(method="published", network=lambda x: SmallNet()(x.float()), batches=[(T, Y)]),
         TypeError,
@@ -447,7 +460,7 @@ def test_a_handful_of_samples_gets_little_more_than_a_temperature(classes, n):
             warnings.simplefilter("ignore")
             result = fit_clamp(IDENTITY, [(logits[:n], y[:n])], grids=())
             alone = fit_clamp(IDENTITY, [(logits[:n], y[:n])], method="temperature")
-        assert all(c.note or (c.effective_parameters - 1) * 4 <= n for c in result.candidates)
+        assert all(c.refusal or (c.effective_parameters - 1) * 4 <= n for c in result.candidates)
         held = [float(F.cross_entropy(r.clamp.scale(logits[n:]), y[n:])) for r in (result, alone)]
         worst = max(worst, held[0] - held[1])
     assert worst < 0.05

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification
 
 from lightning_clamp import CalibrationModule, NeuralClamping, fit_clamp
-from lightning_clamp.clamping import logits_of, with_logits
+from lightning_clamp._batch import logits_of, with_logits
 from tests.scenarios import batches, sampled
 from tests.test_callback import trainer
 
@@ -67,7 +67,7 @@ def sentences(n: int, seed: int) -> DataLoader:
 def test_a_huggingface_model_is_clamped_at_its_embeddings(tmp_path):
     options = {"batch_keys": (["input_ids", "attention_mask"], "labels"), "perturb_at": "bert.bert.encoder"}
     held_out, test = sentences(1500, 1), sentences(1000, 2)
-    callback = NeuralClamping(held_out, **options, dirpath=tmp_path, output_maps=("temperature",))
+    callback = NeuralClamping(held_out, **options, save_to=tmp_path, output_maps=("temperature",))
     run, model = trainer(tmp_path, callback), LitBert()
     (before,) = trainer(tmp_path).test(model, test, verbose=False)
     run.fit(model, sentences(50, 3))

@@ -10,6 +10,7 @@ from torch import nn
 from lightning_clamp import fit_clamp
 from lightning_clamp.clamping.passes import CalibrationSet
 from lightning_clamp.clamping.published import data_driven_perturbation
+from lightning_clamp.spec import Spec
 from tests.scenarios import batches, shifted_images
 
 OFFICIAL = json.loads((Path(__file__).parents[1] / "reference" / "neural_clamping.json").read_text())
@@ -69,7 +70,7 @@ def test_the_trajectory_is_the_official_one(problem, name):
 )
 def test_the_data_driven_start_is_the_official_one(problem, key, temperature, scale):
     network, x, y = problem
-    data = CalibrationSet(network, batches(x, y, 20), task="multiclass", ignore_index=None, cache_bytes=0)
+    data = CalibrationSet(network, batches(x, y, 20), Spec(), cache_bytes=0)
     point = scale * torch.cos(torch.arange(192.0, dtype=torch.float64)).reshape(3, 8, 8)
     start = data_driven_perturbation(data, point, temperature)
     assert float(start.norm()) == pytest.approx(OFFICIAL[key]["norm"], rel=1e-9)
@@ -97,7 +98,7 @@ def test_the_data_driven_start_is_an_option():
 
 def test_a_temperature_that_crosses_zero_changes_nothing():
     network, x, y = shifted_images(100)
-    options = {"solver": "sgd", "epochs": 1, "optimizer": "adamw", "lr": 6.0, "initial_temperature": 5.0}
+    options = {"method": "published", "epochs": 1, "optimizer": "adamw", "lr": 6.0, "initial_temperature": 5.0}
     with pytest.warns(UserWarning, match="left as it is: after 1 epochs T = -.*, which is no temperature"):
         result = fit_clamp(network, batches(x, y), **options)
     assert result.clamp.is_identity

@@ -80,7 +80,16 @@ def fitted(case, parts=None):
         "n_samples": result.n_samples,
         "passes": result.passes if options.get("cache_bytes") != 0 else None,
         "candidates": [
-            (c.name, c.n_parameters, c.achieved_gain, c.lm_statistic, c.expected_change, c.criterion, c.passes, c.note)
+            (
+                c.name,
+                c.n_parameters,
+                c.achieved_gain,
+                c.lm_statistic,
+                c.expected_change,
+                c.criterion,
+                c.passes,
+                c.refusal,
+            )
             for c in result.candidates
         ],
         "reason": result.reason,

@@ -16,6 +16,7 @@ from lightning_clamp.clamping.passes import CalibrationSet, summed
 from lightning_clamp.clamping.perturbation import make_grid
 from lightning_clamp.clamping.score_pass import score_pass
 from lightning_clamp.clamping.scoring import bounded_step
+from lightning_clamp.spec import Spec
 from tests.scenarios import SHIFT, SmallNet, batches, calibrated_logits, images, sampled, shifted_images
 
 
@@ -38,7 +39,7 @@ def sums_at(network, x, y, size, coefficients=None, free=(0.7,), kind="temperatu
     """Score sums of a grid and an output map at these coefficients and free parameters of the map."""
     grid = make_grid(size, x.shape[1:])
     space, free = map_space(kind, 3 if y.ndim > 1 else 4, 1.0), torch.as_tensor(free, dtype=torch.float64)
-    data = CalibrationSet(network, batches(x, y, 16), task="multiclass", ignore_index=None, cache_bytes=2**20)
+    data = CalibrationSet(network, batches(x, y, 16), Spec(), cache_bytes=2**20)
     image = None if coefficients is None else grid.image(coefficients).to(x.dtype)
     with frozen(network):
         (sums,), _ = score_pass(data, image, space, free, [grid], dense_scale=1e-4 if y.ndim > 1 else None, what="")
@@ -202,7 +203,7 @@ def test_a_grid_that_was_let_in_is_stepped_however_many_classes_there_are():
 
     y = sampled(network(x).double() / 2)
     result = fit_clamp(network, batches(x + 0.15, y), grids=(1,))
-    fitted = [c for c in result.candidates if c.grid and not c.note]
+    fitted = [c for c in result.candidates if c.grid and not c.refusal]
     assert fitted
     assert all(c.clamp.perturbation is not None and c.passes > 1 for c in fitted)
 

@@ -120,13 +120,13 @@ def test_tokens_without_a_place_to_perturb_have_their_outputs_calibrated():
 def test_a_trainer_tests_predicts_saves_and_restores_with_the_submodule(tmp_path):
     data = DataLoader(token_batches(1200, shift=0.15), batch_size=None)
     callback = NeuralClamping(
-        data, perturb_at="net.encoder", dirpath=tmp_path, grids=(1,), output_maps=("temperature",)
+        data, perturb_at="net.encoder", save_to=tmp_path, grids=(1,), output_maps=("temperature",)
     )
     run, model = trainer(tmp_path, callback), LitTransformer()
     run.fit(model, DataLoader(token_batches(40), batch_size=None))
     assert callback.result.clamp.perturbation.shape == (8,)
     module = CalibrationModule.from_checkpoint(callback.checkpoint_path, LitTransformer)
-    assert module.perturb_at == "net.encoder"
+    assert module.spec.perturb_at == "net.encoder"
     expected = [module(tokens) for tokens, _ in data]
     torch.testing.assert_close(run.predict(model, data), expected)
     torch.testing.assert_close([callback.calibrated_module()(tokens) for tokens, _ in data], expected)
@@ -154,7 +154,7 @@ def test_tabular_features_are_clamped_at_the_input():
     shift = torch.tensor([0.4, -0.3, 0.2, 0.0, -0.5, 0.3])
     result = fit_clamp(network, batches(features - shift, target), output_maps=("temperature",))
     assert result.clamp.perturbation.shape == (6,)
-    assert [c.note for c in result.candidates if c.grid > 1] == 3 * ["inputs of shape (6,) have no such grid"]
+    assert [c.refusal.words for c in result.candidates if c.grid > 1] == 3 * ["inputs of shape (6,) have no such grid"]
     assert "2×2" not in result.reason
     # Three classes do not tell six features apart, but the probabilities are those of the unshifted table.
     assert result.after["nll"] == pytest.approx(float(right), abs=0.005)

@@ -22,7 +22,7 @@ OPTIONS = {"output_maps": ("temperature",), "grids": (1,)}
 
 
 def fitted(path, *, model=None, **options):
-    callback = NeuralClamping(HELD_OUT, dirpath=path, **OPTIONS)
+    callback = NeuralClamping(HELD_OUT, save_to=path, **OPTIONS)
     run, model = trainer(path, callback, **options), model or LitClassifier(lr=0.0)
     run.fit(model, train_loader())
     return run, model, callback
@@ -57,8 +57,8 @@ def test_every_candidate_is_that_of_the_cpu(kind):
     expected = fit_clamp(network, batches(x, y), task=task)
     there = fit_clamp(network.cuda(), [(a.cuda(), b.cuda()) for a, b in batches(x, y)], task=task)
     for one, other in zip(expected.candidates, there.candidates, strict=True):
-        assert (one.name, one.note) == (other.name, other.note)
-        if not one.note:
+        assert (one.name, one.refusal) == (other.name, other.refusal)
+        if not one.refusal:
             assert other.criterion == pytest.approx(one.criterion, abs=1e-4)
 
 

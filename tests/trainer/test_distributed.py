@@ -140,7 +140,7 @@ def test_two_nodes_fit_the_clamp_of_one(tmp_path):
     ]  # fmt: skip
     said = [agent.communicate(timeout=180)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], "\n".join(said)
-    callback = NeuralClamping(loader(301, seed=30), output_maps=("temperature",), grids=(1,), save=False)
+    callback = NeuralClamping(loader(301, seed=30), output_maps=("temperature",), grids=(1,), save_to=False)
     _, _, alone = fitted(tmp_path / "alone", 1, callback=callback)
     for rank in (0, 1):
         theirs = torch.load(tmp_path / f"{rank}.pt", weights_only=True)

@@ -18,7 +18,7 @@ from torch.utils.data import (
 )
 
 from lightning_clamp._trainer.shards import Shard
-from lightning_clamp.clamping import ALONE, Ranks
+from lightning_clamp.clamping.ranks import ALONE, Ranks
 from tests.ranks import on_ranks
 
 N = 101

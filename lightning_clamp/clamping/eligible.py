@@ -1,0 +1,72 @@
+"""Which grids and output maps the inputs have and the data can feed; the others are refused, with a reason."""
+
+from collections.abc import Iterable
+
+import torch
+
+from lightning_clamp.clamping.candidate import Candidate, Refusal
+from lightning_clamp.clamping.output_map import MapSpace
+from lightning_clamp.clamping.perturbation import Grid, available_sizes, make_grid
+from lightning_clamp.clamping.summary import MIN_SAMPLES, DatasetSummary
+
+# Derivatives of one item's logits that are held at once for dense outputs: half a gigabyte in float64.
+_MOST_ELEMENTS = 2**26
+# Entries of an output map's curvature; some eight such matrices are held at once, 2 GB in all.
+_MOST_CURVATURE = 2**25
+# Below this many samples the estimate of the held-out change is itself too uncertain, for a map of ten parameters.
+_FEWEST = 100
+
+
+def eligible_grids(sizes: Iterable[int], summary: DatasetSummary) -> tuple[list[Grid], list[Candidate]]:
+    """The grids to consider, and a record of each that was refused."""
+    eligible: list[Grid] = []
+    refused: list[Candidate] = []
+    for size in sorted(set(sizes)):
+        if refusal := _refuse_inputs(size, summary):
+            refused.append(Candidate(size, "temperature", 0, refusal=refusal))
+            continue
+        assert summary.shape is not None
+        grid = make_grid(size, summary.shape)
+        if refusal := _refuse_grid(grid, summary):
+            refused.append(Candidate(size, "temperature", grid.n_coefficients + 1, refusal=refusal))
+        else:
+            eligible.append(grid)
+    return eligible, refused
+
+
+def refuse_map(space: MapSpace, summary: DatasetSummary) -> Refusal | None:
+    """Why an output map of this kind is not fitted; None if it is."""
+    if (2 * summary.n_classes) ** 2 > _MOST_CURVATURE:
+        return Refusal("too many classes", "the curvature of so many classes would not fit in memory")
+    needed = min(_FEWEST, MIN_SAMPLES * (space.n_parameters - 1))
+    if summary.n_samples < needed:
+        return Refusal("too few samples for the map", f"{summary.n_samples} samples are fewer than {needed}")
+    return None
+
+
+def _refuse_inputs(size: int, summary: DatasetSummary) -> Refusal | None:
+    if summary.n_inputs > 1 and summary.shape is None:
+        return Refusal("several inputs", "there are several inputs, and perturb_at names no submodule")
+    if not summary.float_inputs:
+        return Refusal(
+            "integer inputs",
+            "nothing can be added to integer inputs: perturb_at can name the submodule that is fed the embeddings",
+        )
+    if summary.shape is None:
+        return Refusal("inputs differ in shape", "the inputs differ in shape")
+    if not available_sizes([size], summary.shape):
+        return Refusal("no such grid", f"inputs of shape {summary.shape} have no such grid")
+    return None
+
+
+def _refuse_grid(grid: Grid, summary: DatasetSummary) -> Refusal | None:
+    if grid.n_coefficients * MIN_SAMPLES > summary.n_samples:
+        return Refusal(
+            "too few samples for the grid",
+            f"{summary.n_samples} samples are fewer than {MIN_SAMPLES} per coefficient",
+        )
+    if summary.dense and {summary.dtype, summary.logit_dtype} & {torch.float16, torch.bfloat16}:
+        return Refusal("too large or too coarse", "the curvature of dense outputs drowns in half precision")
+    if summary.dense and (grid.n_coefficients + 1) * summary.row_elements > _MOST_ELEMENTS:
+        return Refusal("too large or too coarse", "the curvature of outputs this large would not fit in memory")
+    return None

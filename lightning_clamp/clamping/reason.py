@@ -1,0 +1,35 @@
+"""Why a candidate was chosen, in words."""
+
+from collections.abc import Sequence
+
+from lightning_clamp.clamping.candidate import Candidate
+
+
+def reason(chosen: Candidate, candidates: Sequence[Candidate]) -> str:
+    """Say what was chosen, what is expected of it, and what was left out."""
+    richer = [one for one in candidates if one.criterion is not None and one.n_parameters > 1]
+    if chosen.n_parameters > 1:
+        words = (
+            f"{chosen.name} lowers the calibration NLL by {chosen.achieved_gain:.4f} against temperature scaling with "
+            f"{chosen.effective_parameters:.1f} effective parameters; held out it is expected to change by "
+            f"{chosen.expected_change:+.4f} ± {chosen.standard_error:.4f}: the best of {len(richer) + 1} candidates"
+        )
+    elif richer:
+        best = min(richer, key=lambda one: one.rank)
+        words = (
+            f"temperature alone: the best of {len(richer)} richer candidates, {best.name}, is expected to change the "
+            f"held-out NLL by {best.expected_change:+.4f} ± {best.standard_error:.4f}, no improvement to rely on"
+        )
+    else:
+        words = "temperature alone: there was no richer candidate"
+    return f"{words}{_left_out(candidates)}"
+
+
+def _left_out(candidates: Sequence[Candidate]) -> str:
+    """What was not fitted, by the reason for it; nothing of grids that inputs without height and width cannot have."""
+    names: dict[str, list[str]] = {}
+    for one in candidates:
+        if one.refusal is not None and one.refusal.code != "no such grid":
+            names.setdefault(one.refusal.words, []).append(one.left_out)
+    sentences = [f"{' and '.join(those)} because {words}" for words, those in names.items()]
+    return f" (left out: {'; '.join(sentences)})" if sentences else ""

@@ -1,0 +1,108 @@
+"""The settings of a fit: what a network's batches and outputs mean.
+
+Public calls take them as flat keywords; everything below takes the one object.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from typing_extensions import NotRequired, TypedDict
+
+from lightning_clamp._batch import BatchKeys, Inputs, as_pair, check_batch_keys, input_of
+from lightning_clamp._rows import Rows, Task, as_rows, check_task
+
+
+# The same names once more, for type checkers, editors and command lines; the tests hold it against the dataclass. Every
+# key says NotRequired: jsonargparse does not know total=False in all versions.
+class SpecKeywords(TypedDict):
+    """Keywords that :class:`Spec` is made of.
+
+    Attributes:
+        task: "multiclass" (softmax) or "binary" (one logit, sigmoid).
+        ignore_index: Target value of positions to leave out.
+        batch_keys: Which entries of a batch are input and target, where it is no pair.
+        perturb_at: Submodule at whose input the perturbation is added; by default the network's own input.
+    """
+
+    task: NotRequired[Task]
+    ignore_index: NotRequired[int | None]
+    batch_keys: NotRequired[BatchKeys | None]
+    perturb_at: NotRequired[str | None]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """How batches are read, what the network's outputs mean, and where a perturbation enters.
+
+    Attributes:
+        task: ``"multiclass"`` (softmax over axis 1) or ``"binary"`` (one logit per position, sigmoid).
+        ignore_index: Target value of positions to leave out.
+        batch_keys: Which entries of a batch are input and target, where it is no pair: keys of a mapping, names of
+            attributes, or positions, such as ``("image", "label")`` or ``(0, 2)``. The input may be a list of names:
+            those entries are passed to the network as keyword arguments.
+        perturb_at: Name of the submodule at whose input δ is added, such as the one that is fed a language model's
+            embeddings; it must be called once in a forward. Sequences ``(N, length, features)`` that enter there get
+            one value per feature. None for the network's own input, which must then be one tensor of floats.
+
+    Raises:
+        ValueError: If a setting has no such value.
+    """
+
+    task: Task = "multiclass"
+    ignore_index: int | None = None
+    batch_keys: BatchKeys | None = None
+    perturb_at: str | None = None
+
+    def __post_init__(self) -> None:
+        check_task(self.task)
+        if self.ignore_index is not None and (
+            isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int)
+        ):
+            raise ValueError(f"`ignore_index` must be a label, a whole number, or None, got {self.ignore_index!r}.")
+        check_batch_keys(self.batch_keys)
+        if self.perturb_at is not None and not isinstance(self.perturb_at, str):
+            raise ValueError(f"`perturb_at` must be the name of a submodule, got {self.perturb_at!r}.")
+
+    @property
+    def binary(self) -> bool:
+        """Whether the network has one logit per position."""
+        return self.task == "binary"
+
+    @property
+    def of_metrics(self) -> dict[str, Any]:
+        """The keywords that metrics take: task and ignore_index."""
+        return {"task": self.task, "ignore_index": self.ignore_index}
+
+    def pair(self, batch: Any) -> tuple[Inputs, Tensor]:
+        """Input and target of a batch; see :func:`~._batch.as_pair`."""
+        return as_pair(batch, self.batch_keys)
+
+    def inputs(self, batch: Any) -> Any:
+        """The input of a batch that need not have a target: of a pair or a longer tuple the first, unless named."""
+        if isinstance(batch, tuple | list) and (self.batch_keys is None or len(batch) == 1):
+            return batch[0]
+        if self.batch_keys is not None and not isinstance(batch, Tensor):
+            return input_of(batch, self.batch_keys)
+        return batch
+
+    def rows(self, logits: Tensor, target: Tensor) -> Rows:
+        """Lay a batch out as rows; see :func:`~._rows.as_rows`."""
+        return as_rows(logits, target, task=self.task, ignore_index=self.ignore_index)
+
+    def probs(self, logits: Tensor) -> Tensor:
+        """Probabilities: a softmax over axis 1, or for a one-logit head the sigmoid.
+
+        Raises:
+            ValueError: If there is one class only, whose softmax is always 1.
+        """
+        self.check_logits(logits)
+        return logits.sigmoid() if self.binary else logits.softmax(1)
+
+    def check_logits(self, logits: Tensor) -> None:
+        """Refuse outputs that have no class axis, or one class only, under ``task="multiclass"``."""
+        if not self.binary and (logits.ndim < 2 or logits.shape[1] == 1):
+            raise ValueError(
+                f"The network returns logits of shape {tuple(logits.shape)}: for a one-logit (sigmoid) head say "
+                'task="binary"; task="multiclass" needs one logit per class on axis 1.'
+            )
