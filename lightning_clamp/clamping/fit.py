@@ -24,7 +24,7 @@ from lightning_clamp.clamping.result import CalibrationResult, Method
 from lightning_clamp.clamping.selection import choose_clamp
 from lightning_clamp.clamping.summary import DatasetSummary, summarize
 from lightning_clamp.clamping.temperature import NO_TEMPERATURE, TemperatureFit, fit_temperature
-from lightning_clamp.metrics.bootstrap import CalibrationScores, Scores, paired_bootstrap
+from lightning_clamp.metrics.bootstrap import BlockSums, BootstrapSums, paired_bootstrap
 
 
 def fit_clamp(
@@ -204,10 +204,10 @@ def _solved(method: Method, data: CalibrationSet, summary: DatasetSummary, optio
     return _METHODS[method](data, summary, fit_temperature(summary.logits), **options)
 
 
-def _scores(clamp: Clamp, logits: Logits, data: CalibrationSet) -> Scores:
+def _scores(clamp: Clamp, logits: Logits, data: CalibrationSet) -> BlockSums:
     """What the metrics are computed from, of the clamped logits, through the clamp itself."""
     ranks = data.ranks
-    metric = CalibrationScores(
+    metric = BootstrapSums(
         task=data.task,
         ignore_index=data.ignore_index,
         validate_args=False,
@@ -221,7 +221,7 @@ def _scores(clamp: Clamp, logits: Logits, data: CalibrationSet) -> Scores:
             metric.to(scaled.device).update(scaled, target)
         yield (metric.sums,)
 
-    return Scores(*summed(parts(), [metric.sums.shape], ranks))
+    return BlockSums(*summed(parts(), [metric.sums.shape], ranks))
 
 
 def _warn_of_training_data(before: Mapping[str, float], ranks: Ranks) -> None:

@@ -4,7 +4,7 @@
 negative log-likelihood and the entropy are in nats.
 """
 
-from lightning_clamp.metrics.bootstrap import CalibrationScores, Interval, Scores, paired_bootstrap
+from lightning_clamp.metrics.bootstrap import BlockSums, BootstrapSums, Interval, paired_bootstrap
 from lightning_clamp.metrics.calibration_error import (
     AdaptiveCalibrationError,
     ExpectedCalibrationError,
@@ -36,8 +36,9 @@ from lightning_clamp.metrics.smooth import SmoothCalibrationError, smooth_calibr
 __all__ = [
     "Accuracy",
     "AdaptiveCalibrationError",
+    "BlockSums",
+    "BootstrapSums",
     "BrierScore",
-    "CalibrationScores",
     "ClasswiseCalibrationError",
     "ExpectedCalibrationError",
     "ExponentialMarginTail",
@@ -49,7 +50,6 @@ __all__ = [
     "ReliabilityCurve",
     "ReliabilityDiagram",
     "RootMeanSquareCalibrationError",
-    "Scores",
     "SmoothCalibrationError",
     "accuracy",
     "adaptive_calibration_error",

@@ -20,7 +20,7 @@ def negative_log_likelihood(log_probs: Tensor, target: Tensor) -> Tensor:
         Scalar float64, in nats; nan without rows.
     """
     check_rows(log_probs, target, "log_probs")
-    return losses(log_probs, target).mean()
+    return nll_per_row(log_probs, target).mean()
 
 
 def brier_score(probs: Tensor, target: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class NegativeLogLikelihood(MeanMetric):
 
     def values(self, rows: Tensor, labels: Tensor) -> Tensor:
         """Negative log-likelihood per row."""
-        return losses(self.log_probs(rows), labels)
+        return nll_per_row(self.log_probs(rows), labels)
 
 
 class BrierScore(MeanMetric):
@@ -132,7 +132,7 @@ class Accuracy(MeanMetric):
         return torch.where(largest.isfinite(), (predicted == labels).double(), torch.nan)
 
 
-def losses(log_probs: Tensor, target: Tensor) -> Tensor:
+def nll_per_row(log_probs: Tensor, target: Tensor) -> Tensor:
     """Negative log-likelihood per row, float64."""
     # Not torch's nll_loss, which leaves targets of -100 out unasked.
     return -log_probs.gather(1, target[:, None])[:, 0].double()

@@ -16,8 +16,9 @@ from torchmetrics import MetricCollection
 from lightning_clamp.metrics import (
     Accuracy,
     AdaptiveCalibrationError,
+    BlockSums,
+    BootstrapSums,
     BrierScore,
-    CalibrationScores,
     ClasswiseCalibrationError,
     ExpectedCalibrationError,
     ExponentialMarginTail,
@@ -27,7 +28,6 @@ from lightning_clamp.metrics import (
     PredictiveEntropy,
     ReliabilityDiagram,
     RootMeanSquareCalibrationError,
-    Scores,
     SmoothCalibrationError,
     expected_calibration_error,
 )
@@ -43,7 +43,7 @@ CONFIDENCE = [
     SmoothCalibrationError,
 ]
 MEANS = [Accuracy, BrierScore, ExponentialMarginTail, NegativeLogLikelihood, PredictiveEntropy]
-METRICS = [*CONFIDENCE, *MEANS, CalibrationScores, ClasswiseCalibrationError]
+METRICS = [*CONFIDENCE, *MEANS, BootstrapSums, ClasswiseCalibrationError]
 
 
 def make(metric_class, n_classes=5, **options):
@@ -69,7 +69,7 @@ def test_any_split_gives_the_same_value(metric_class, dtype):
     parts = [(logits[part], target[part]) for part in torch.arange(500).split(37)]
     whole = computed(make(metric_class), (logits, target))
     torch.testing.assert_close(whole, computed(make(metric_class), *parts), rtol=1e-9, atol=1e-9)
-    if metric_class is not CalibrationScores:  # which keeps the items apart, in order
+    if metric_class is not BootstrapSums:  # which keeps the items apart, in order
         torch.testing.assert_close(whole, computed(make(metric_class), *parts[::-1]), rtol=1e-9, atol=1e-9)
 
 
@@ -175,7 +175,7 @@ def test_dense_outputs_are_counted_by_pixel_without_the_ignored(metric_class):
     torch.testing.assert_close(dense, computed(make(metric_class), kept))
 
 
-@pytest.mark.parametrize("metric_class", [*CONFIDENCE, Accuracy, CalibrationScores])
+@pytest.mark.parametrize("metric_class", [*CONFIDENCE, Accuracy, BootstrapSums])
 def test_of_tied_logits_the_first_is_the_prediction(metric_class):
     """Also in half precision, where ties are common, and for 300 rows at once."""
     logits = torch.randint(3, (300, 5)).half()
@@ -189,7 +189,7 @@ def test_of_tied_logits_the_first_is_the_prediction(metric_class):
     )
 
 
-@pytest.mark.parametrize("metric_class", [*CONFIDENCE, Accuracy, CalibrationScores])
+@pytest.mark.parametrize("metric_class", [*CONFIDENCE, Accuracy, BootstrapSums])
 def test_a_temperature_moves_no_prediction_however_high(metric_class):
     """Rounding of a softmax over nearly equal logits would make ties."""
     logits = calibrated_logits(5000)[0].float()
@@ -197,7 +197,7 @@ def test_a_temperature_moves_no_prediction_however_high(metric_class):
     metric.update(logits / 1e5, logits.argmax(1))
     if metric_class is Accuracy:
         assert metric.compute() == 1
-    elif metric_class is CalibrationScores:
+    elif metric_class is BootstrapSums:
         assert metric.compute().metrics["accuracy"] == 1
     else:
         assert metric.sums[2].sum() == 5000
@@ -222,7 +222,7 @@ def test_an_all_ignored_batch_adds_nothing(metric_class):
     value = computed(metric, (logits, target))
     metric.update(logits, torch.full_like(target, -1))
     again = flat(metric.compute())
-    if metric_class is CalibrationScores:  # where the items themselves are counted
+    if metric_class is BootstrapSums:  # where the items themselves are counted
         again, value = again.view(1024, -1)[:, 1:], value.view(1024, -1)[:, 1:]
     assert torch.equal(again, value)
 
@@ -248,7 +248,7 @@ def test_nothing_seen_is_nan_and_one_warning(metric_class, case):
     if metric_class is ReliabilityDiagram:
         assert value.counts.sum() == 0
         value = value.calibration_error()
-    elif metric_class is CalibrationScores:
+    elif metric_class is BootstrapSums:
         assert value.curve.counts.sum() == 0
         value = torch.tensor(value.metrics["nll"])
     assert torch.isnan(value).all()
@@ -256,7 +256,7 @@ def test_nothing_seen_is_nan_and_one_warning(metric_class, case):
 
 def overall(value):
     """Without the layout of the blocks, which differs between one rank and two."""
-    return value.blocks.sum(0)[1:] if isinstance(value, Scores) else value
+    return value.blocks.sum(0)[1:] if isinstance(value, BlockSums) else value
 
 
 def two_ranks(rank: int, folder: str) -> None:
@@ -531,7 +531,7 @@ def test_probabilities_taken_as_logits_are_noticed_once(metric_class, task):
         (lambda: ClasswiseCalibrationError(5, average="micro"), "`average` must be 'macro' or 'none', got 'micro'"),
         (lambda: AdaptiveCalibrationError(norm="l0"), "`norm` must be one of"),
         (lambda: AdaptiveCalibrationError(debias=True), "`debias` is known for norm='l2' only, got norm='l1'"),
-        (lambda: CalibrationScores(n_blocks=1), "`n_blocks` must be at least 2, got 1"),
+        (lambda: BootstrapSums(n_blocks=1), "`n_blocks` must be at least 2, got 1"),
         (lambda: Accuracy(task="multilabel"), "`task` must be one of"),
         (lambda: ClasswiseCalibrationError(4).update(torch.randn(3, 5), torch.zeros(3).long()), "preds have 5 classes"),
     ],
