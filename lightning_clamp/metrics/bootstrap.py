@@ -81,20 +81,20 @@ class BootstrapSums(RowMetric):
         self.world_size = world_size
         self.add_sums("blocks", n_blocks, 2 + 3 * n_bins)
 
-    def update(self, preds: Tensor, target: Tensor) -> None:
-        """Add a batch."""
-        for batch in item_blocks(preds, target, task=self.task, ignore_index=self.ignore_index):
+    def add_batch(self, preds: Tensor, target: Tensor) -> None:
+        """Add a batch by its items, in place."""
+        for batch in item_blocks(preds, target, task=self.reader.task, ignore_index=self.reader.ignore_index):
             self._add_items(batch)
 
     def _add_items(self, batch: Rows) -> None:
         sums = self.sums
-        rows, labels = self.read(batch.logits, batch.target)
+        rows = self.reader.rows(batch.logits, batch.target, sums.device)
         item = batch.item.to(sums.device)
         number = sums[:, 0].sum().long() + torch.arange(batch.n_items, device=sums.device)
         block = (self.rank + self.world_size * number) % self.n_blocks
-        nll = nll_per_row(self.log_probs(rows), labels)
-        confidence, correct = (part.double() for part in self.top_label(rows, labels))
-        self.checked(confidence, rows)
+        nll = nll_per_row(rows)
+        confidence, correct = (part.double() for part in rows.top_label())
+        rows.checked(confidence)
         width = sums.shape[1]
         of_row = block[item] * width
         of_bin = of_row + 2 + bin_index(confidence, self.n_bins)
@@ -106,7 +106,7 @@ class BootstrapSums(RowMetric):
 
     def compute(self) -> BlockSums:
         """The sums of all items seen."""
-        self.scored(self.sums[:, 2:])
+        self.warn_unless(self.sums[:, 2:])
         return BlockSums(self.sums.clone())
 
 
