@@ -232,10 +232,9 @@ def calibrated(model: LitBigDigits, clamp: Clamp, inputs: Tensor) -> Tensor:
 
 def judged(model: LitBigDigits, clamp: Clamp, images: Images) -> Outcome:
     """What a clamp does on some images."""
-    log_probs = calibrated(model, clamp, images.inputs).double().log_softmax(1)
-    probs, target = log_probs.exp(), images.target
-    nll, ece = negative_log_likelihood(log_probs, target), expected_calibration_error(probs, target)
-    return Outcome(probs, float(nll), float(ece), float(accuracy(probs, target)), reliability_curve(probs, target))
+    logits, target = calibrated(model, clamp, images.inputs).double(), images.target
+    measured = [metric(logits, target) for metric in (negative_log_likelihood, expected_calibration_error, accuracy)]
+    return Outcome(logits.softmax(1), *map(float, measured), reliability_curve(logits, target))
 
 
 # The numbers
@@ -293,9 +292,9 @@ def over_temperatures(story: Story) -> tuple[list[float], list[float], list[floa
     """Temperatures, and NLL and ECE of the calibration set at each."""
     temperatures = torch.linspace(0.5, 4, 176).tolist()
     logits = calibrated(story.model, Clamp(), story.calibration.inputs).double()
-    scaled = [(logits / temperature).log_softmax(1) for temperature in temperatures]
-    nll = [float(negative_log_likelihood(log_probs, story.calibration.target)) for log_probs in scaled]
-    ece = [float(expected_calibration_error(log_probs.exp(), story.calibration.target)) for log_probs in scaled]
+    scaled = [logits / temperature for temperature in temperatures]
+    nll = [float(negative_log_likelihood(one, story.calibration.target)) for one in scaled]
+    ece = [float(expected_calibration_error(one, story.calibration.target)) for one in scaled]
     return temperatures, nll, ece
 
 

@@ -142,7 +142,7 @@ def print_table(logits: dict[str, Tensor], target: Tensor) -> None:
 def draw(before: Tensor, after: Tensor, target: Tensor, delta: Tensor | None, embedded: Tensor) -> Figure:
     """The reliability diagram of two logits, and δ beside the embeddings ``(words, features)``."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
-    one, other = (metrics.reliability_curve(logits.softmax(1), target) for logits in (before, after))
+    one, other = (metrics.reliability_curve(logits, target) for logits in (before, after))
     metrics.plot_reliability(other, before=one, ax=axes[0], title="held-out snippets")
     spread = embedded.std(0)
     features = range(len(spread))

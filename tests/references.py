@@ -13,6 +13,12 @@ import torch
 OFFICIAL = json.loads((Path(__file__).parent / "reference" / "metrics.json").read_text())
 
 
+def flat(value) -> torch.Tensor:
+    """What a metric gives, a number, tensor or tuple of tensors, as one vector with -1 for nan."""
+    parts = value if isinstance(value, tuple) else (value,)
+    return torch.cat([part.reshape(-1) for part in parts]).nan_to_num(-1)
+
+
 def official_inputs(key: str, n: int = 1000):
     """Logits and labels of the official runs, by formula."""
     k, s = {"K2": (2, 6.0), "K10": (10, 6.0), "K10_s12": (10, 12.0), "K100": (100, 6.0), "K100_s24": (100, 24.0)}[key]

@@ -22,6 +22,32 @@ def calibrated_logits(n: int = 2000, n_classes: int = 5, scale: float = 2.0, see
     return logits, sampled(logits, seed + 1)
 
 
+NAN = calibrated_logits(40)[0]
+NAN[3, 2] = torch.nan
+_LOGITS, _TARGET = calibrated_logits(9)
+_NO_PROBS = "With probs=True `preds` must be probabilities"
+# Predictions, target, options of the metric, error, message.
+BAD_PREDICTIONS = {
+    "nan": (NAN, torch.zeros(40).long(), {}, ValueError, "`preds` holds nan or inf in 1 of 40 rows"),
+    "inf": (NAN.nan_to_num(torch.inf), torch.zeros(40).long(), {}, ValueError, "nan or inf in 1 of 40 rows"),
+    "nothing left": (torch.full((2, 5), -torch.inf), torch.zeros(2).long(), {}, ValueError, "nan or inf in 2 of 2"),
+    "label above": (_LOGITS, torch.full((9,), 5), {}, ValueError, r"Targets must lie in \[0, 4\], got 5"),
+    "label below": (_LOGITS, torch.full((9,), -100), {}, ValueError, r"got -100\. .* ignore_index"),
+    "logits as probs": (_LOGITS, _TARGET, {"probs": True}, ValueError, _NO_PROBS),
+    "probs twice as large": (2 * _LOGITS.softmax(1), _TARGET, {"probs": True}, ValueError, _NO_PROBS),
+    "nan as probs": (torch.nan * _LOGITS, _TARGET, {"probs": True}, ValueError, _NO_PROBS),
+    "float target": (_LOGITS, _TARGET.double(), {}, TypeError, "class indices as int64"),
+    "integer preds": (_LOGITS.long(), _TARGET, {}, TypeError, "float tensor of logits"),
+    "a list": ([[1.0, 2.0]], torch.zeros(1).long(), {}, TypeError, "float tensor of logits, got list"),
+    "a list of labels": (_LOGITS, _TARGET.tolist(), {}, TypeError, "The target must be a tensor, got list"),
+    "one axis": (_LOGITS[0], _TARGET, {}, ValueError, r"must have shape \(N, C\) or \(N, C, ...\), got \(5,\)"),
+    "one class": (_LOGITS[:, :1], _TARGET, {}, ValueError, 'say task="binary"'),
+    "shapes": (_LOGITS, _TARGET[:3], {}, ValueError, "need a target of shape"),
+    "labels with an axis too many": (_LOGITS, _TARGET[:, None], {}, ValueError, "need a target of shape"),
+    "a scalar": (torch.tensor(1.0), torch.tensor(1), {"task": "binary"}, ValueError, "A batch needs an axis"),
+}
+
+
 class SmallNet(nn.Module):
     """A fixed nonlinear image network, ``temperature`` times over-confident."""
 

@@ -1,6 +1,7 @@
 """What importing costs, what the layers may know of each other, and that every example runs."""
 
 import ast
+import importlib
 import re
 import runpy
 import subprocess
@@ -37,6 +38,16 @@ def test_every_public_name_is_there_and_others_are_not():
         assert name in dir(lightning_clamp)
     with pytest.raises(AttributeError, match="no attribute 'NeuralClamp'; it offers CalibrationModule"):
         _ = lightning_clamp.NeuralClamp
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_public_name_shadows_a_module(path):
+    """Python sets a module as an attribute of its package, and a function of that name would take its place."""
+    if path.name == "__main__.py":
+        return
+    package, name = ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).rsplit(".", 1)
+    module = importlib.import_module(package if name == "__init__" else f"{package}.{name}")
+    assert name == "__init__" or getattr(importlib.import_module(package), name) is module
 
 
 def imports(path: Path) -> set[str]:

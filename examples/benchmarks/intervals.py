@@ -13,7 +13,7 @@ import argparse
 import torch
 from torch import Tensor
 
-from lightning_clamp.metrics import CalibrationScores, Scores, paired_bootstrap
+from lightning_clamp.metrics import BlockSums, BootstrapSums, paired_bootstrap
 
 
 def drawn(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -22,9 +22,9 @@ def drawn(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return logits, torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
 
 
-def scores(logits: Tensor, target: Tensor) -> Scores:
-    """The metrics of a sample, ready to be resampled."""
-    metric = CalibrationScores()
+def sums_of(logits: Tensor, target: Tensor) -> BlockSums:
+    """The sums of a sample, ready to be resampled."""
+    metric = BootstrapSums()
     metric.update(logits, target)
     return metric.compute()
 
@@ -39,12 +39,12 @@ def main() -> None:
     print("| after | samples | change of | true change | basic covers | percentile covers | mean width |")
     print("|---|---|---|---|---|---|---|")
     for factor in (1.0, 1.1, 0.8):
-        truth = paired_bootstrap(*(scores(f * population[0], population[1]) for f in (2, factor)), resamples=2)
+        truth = paired_bootstrap(*(sums_of(f * population[0], population[1]) for f in (2, factor)), resamples=2)
         for n in (500, 2000, 5000):
             basic, percentile, width = ({"nll": 0.0, "ece": 0.0} for _ in range(3))
             for seed in range(options.draws):
                 logits, target = drawn(n, generator)
-                change = paired_bootstrap(*(scores(f * logits, target) for f in (2, factor)), resamples=400, seed=seed)
+                change = paired_bootstrap(*(sums_of(f * logits, target) for f in (2, factor)), resamples=400, seed=seed)
                 for name in basic:
                     value, low, high = change[name]
                     true = truth[name].value

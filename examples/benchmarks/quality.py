@@ -238,7 +238,7 @@ def _probabilities(logits: Tensor, held: Problem) -> tuple[Tensor, Tensor]:
 
 
 def _values(probs: Tensor, target: Tensor) -> list[float]:
-    return [float(metric(probs, target)) for metric in METRICS.values()]
+    return [float(metric(probs, target, probs=True)) for metric in METRICS.values()]
 
 
 def _draws(probs: Tensor, target: Tensor) -> Tensor:

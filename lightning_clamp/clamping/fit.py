@@ -21,7 +21,7 @@ from lightning_clamp.clamping.result import CalibrationResult
 from lightning_clamp.clamping.selection import choose_clamp
 from lightning_clamp.clamping.summary import DatasetSummary, summarize
 from lightning_clamp.clamping.temperature import NO_TEMPERATURE, TemperatureFit, fit_temperature
-from lightning_clamp.metrics.bootstrap import CalibrationScores, Scores, paired_bootstrap
+from lightning_clamp.metrics.bootstrap import BlockSums, BootstrapSums, paired_bootstrap
 
 
 def fit_clamp(
@@ -138,10 +138,10 @@ _METHODS: dict[Method, Callable[[CalibrationSet, DatasetSummary, TemperatureFit,
 }
 
 
-def _metric_sums(clamp: Clamp, logits: Logits, data: CalibrationSet) -> Scores:
+def _metric_sums(clamp: Clamp, logits: Logits, data: CalibrationSet) -> BlockSums:
     """What the metrics are computed from, of the clamped logits, through the clamp itself."""
     ranks = data.ranks
-    metric = CalibrationScores(**data.spec.of_metrics, validate_args=False, rank=ranks.rank, world_size=ranks.size)
+    metric = BootstrapSums(**data.spec.of_metrics, validate_args=False, rank=ranks.rank, world_size=ranks.size)
 
     def batch_sums() -> Iterator[tuple[Tensor, ...]]:
         for batch, target in logits.batches():
@@ -149,7 +149,7 @@ def _metric_sums(clamp: Clamp, logits: Logits, data: CalibrationSet) -> Scores:
             metric.to(scaled.device).update(scaled, target)
         yield (metric.sums,)
 
-    return Scores(*summed(batch_sums(), [metric.sums.shape], ranks))
+    return BlockSums(*summed(batch_sums(), [metric.sums.shape], ranks))
 
 
 def _warn_of_training_data(before: Mapping[str, float], ranks: Ranks) -> None:

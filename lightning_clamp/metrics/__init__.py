@@ -1,10 +1,11 @@
 """Calibration metrics: torchmetrics objects with additive state of constant size, and the functions beside them.
 
-``update(preds, target)`` takes logits unless the metric was told ``probs=True``. Errors are fractions in [0, 1], the
-negative log-likelihood and the entropy are in nats.
+A metric and the function beside it read ``(preds, target)`` alike: logits unless told ``probs=True``, in the layouts of
+class, dense and (``task="binary"``) one-logit outputs, without the positions of ``ignore_index``. Errors are fractions
+in [0, 1], the negative log-likelihood and the entropy are in nats.
 """
 
-from lightning_clamp.metrics.bootstrap import CalibrationScores, Interval, Scores, paired_bootstrap
+from lightning_clamp.metrics.bootstrap import BlockSums, BootstrapSums, Interval, paired_bootstrap
 from lightning_clamp.metrics.calibration_error import (
     AdaptiveCalibrationError,
     ExpectedCalibrationError,
@@ -18,7 +19,7 @@ from lightning_clamp.metrics.calibration_error import (
     root_mean_square_calibration_error,
 )
 from lightning_clamp.metrics.classwise import ClasswiseCalibrationError, classwise_calibration_error
-from lightning_clamp.metrics.margin import ExponentialMarginTail, exponential_margin_tail, margin
+from lightning_clamp.metrics.margin import ExponentialMarginTail, class_margin, exponential_margin_tail
 from lightning_clamp.metrics.picture import plot_reliability
 from lightning_clamp.metrics.reliability import ReliabilityCurve, ReliabilityDiagram, reliability_curve
 from lightning_clamp.metrics.scoring_rules import (
@@ -36,8 +37,9 @@ from lightning_clamp.metrics.smooth import SmoothCalibrationError, smooth_calibr
 __all__ = [
     "Accuracy",
     "AdaptiveCalibrationError",
+    "BlockSums",
+    "BootstrapSums",
     "BrierScore",
-    "CalibrationScores",
     "ClasswiseCalibrationError",
     "ExpectedCalibrationError",
     "ExponentialMarginTail",
@@ -49,15 +51,14 @@ __all__ = [
     "ReliabilityCurve",
     "ReliabilityDiagram",
     "RootMeanSquareCalibrationError",
-    "Scores",
     "SmoothCalibrationError",
     "accuracy",
     "adaptive_calibration_error",
     "brier_score",
+    "class_margin",
     "classwise_calibration_error",
     "expected_calibration_error",
     "exponential_margin_tail",
-    "margin",
     "maximum_calibration_error",
     "negative_log_likelihood",
     "overconfidence_error",

@@ -47,13 +47,12 @@ def add_to_groups(sums: Tensor, index: Tensor, confidence: Tensor, correct: Tens
 
 def bin_sums(confidence: Tensor, correct: Tensor, n_bins: int) -> Tensor:
     """Sums per equal-width bin, ``(3, n_bins)``."""
-    confidence = confidence.double()
     return add_to_groups(no_sums(n_bins, confidence.device), bin_index(confidence, n_bins), confidence, correct)
 
 
 def value_sums(confidence: Tensor, correct: Tensor) -> Tensor:
     """Sums per value of the confidence, ``(3, values)``: equal confidences are one group, so order plays no part."""
-    values, index = torch.unique(confidence.double(), return_inverse=True)
+    values, index = torch.unique(confidence, return_inverse=True)
     return add_to_groups(no_sums(len(values), values.device), index, values[index], correct)
 
 
@@ -64,8 +63,6 @@ def add_to_cells(sums: Tensor, confidence: Tensor, correct: Tensor, n_bins: int)
     accurate networks put most of their confidences and even cells would throw them together. The bin is added to the
     step, so that an edge of the bins, which falls inside a step, divides it into two cells.
     """
-    # Rounding may have lifted a probability above 1.
-    confidence = confidence.double().clamp(max=1)
     return add_to_groups(sums, _step(confidence).add_(bin_index(confidence, n_bins)), confidence, correct)
 
 

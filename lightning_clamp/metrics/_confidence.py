@@ -2,34 +2,48 @@
 
 from typing import Any, Literal, TypeAlias
 
+import torch
 from torch import Tensor
 
-from lightning_clamp._checks import check_probs
-from lightning_clamp.metrics._base import RowMetric, top_probability
+from lightning_clamp._rows import Task
+from lightning_clamp.metrics._base import RowMetric
 from lightning_clamp.metrics._binning import add_to_cells, cell_count, checked_bins, merged
+from lightning_clamp.metrics._reading import PredictedRows, Reader
 
 Confidence: TypeAlias = Literal["top", "positive"]
 
 
-def confidences(probs: Tensor, target: Tensor, confidence: Confidence) -> tuple[Tensor, Tensor]:
-    """Confidence and correctness, ``(N,)`` each, of probabilities ``(N, C)``.
+def confidences(preds: Tensor, target: Tensor, confidence: Confidence, reader: Reader) -> tuple[Tensor, Tensor]:
+    """Confidence, float64, and correctness of every row of a batch, ``(M,)`` each.
 
     Raises:
-        ValueError: See :func:`~._checks.check_probs`; or ``confidence`` is unknown, or is ``"positive"`` and there are
-            not two classes.
+        TypeError: See :meth:`~._reading.Reader.blocks`.
+        ValueError: See there; or ``confidence`` is unknown, or is ``"positive"`` and the task not ``"binary"``.
     """
-    check_probs(probs, target)
-    _check(confidence)
+    _check(confidence, reader.task)
+    parts = [_of_rows(rows, confidence) for rows in reader.blocks(preds, target)]
+    values, correct = (torch.cat(column) for column in zip(*parts, strict=True))
+    reader.warn_unless(len(values) > 0)
+    return values, correct
+
+
+def _of_rows(rows: PredictedRows, confidence: Confidence) -> tuple[Tensor, Tensor]:
     if confidence == "positive":
-        if probs.shape[1] != 2:
-            raise ValueError(f'confidence="positive" needs two classes, got {probs.shape[1]}.')
-        return probs[:, 1], target == 1
-    return top_probability(probs, target)
+        value, correct = rows.class_probs()[:, 1], rows.target == 1
+    else:
+        value, correct = rows.top_label()
+    # Rounding may have lifted a probability above 1.
+    return rows.checked(value).double().clamp(max=1), correct
 
 
-def _check(confidence: Confidence) -> None:
+def _check(confidence: Confidence, task: Task) -> None:
     if confidence not in ("top", "positive"):
         raise ValueError(f"`confidence` must be 'top' or 'positive', got {confidence!r}.")
+    if confidence == "positive" and task != "binary":
+        raise ValueError(
+            'confidence="positive" is the probability of class 1 and needs task="binary"; for every class of '
+            "several see ClasswiseCalibrationError."
+        )
 
 
 class ConfidenceMetric(RowMetric):
@@ -50,28 +64,19 @@ class ConfidenceMetric(RowMetric):
 
     def __init__(self, n_bins: int = 15, *, confidence: Confidence = "top", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        _check(confidence)
-        if confidence == "positive" and self.task != "binary":
-            raise ValueError(
-                'confidence="positive" is the probability of class 1 and needs task="binary"; for every class of '
-                "several see ClasswiseCalibrationError."
-            )
+        _check(confidence, self.reader.task)
         self.n_bins = checked_bins(n_bins)
         self.confidence: Confidence = confidence
         self.add_sums(f"cells_{n_bins}_{confidence}", 3, cell_count(n_bins))
 
-    def add(self, rows: Tensor, labels: Tensor) -> None:
+    def add(self, rows: PredictedRows) -> None:
         """Add rows to the histogram."""
-        if self.confidence == "positive":
-            confidence, correct = self.class_probs(rows)[:, 1], labels == 1
-        else:
-            confidence, correct = self.top_label(rows, labels)
-        add_to_cells(self.sums, self.checked(confidence, rows), correct, self.n_bins)
+        add_to_cells(self.sums, *_of_rows(rows, self.confidence), self.n_bins)
 
     @property
     def cells(self) -> Tensor:
         """Sums per cell; warns if there are none."""
-        self.scored(self.sums[0])
+        self.warn_unless(self.sums[0])
         return self.sums
 
     @property

@@ -10,7 +10,7 @@ from lightning_clamp._rows import Rows, item_blocks
 from lightning_clamp.metrics._base import RowMetric
 from lightning_clamp.metrics._binning import bin_index, checked_bins
 from lightning_clamp.metrics.reliability import ReliabilityCurve
-from lightning_clamp.metrics.scoring_rules import losses
+from lightning_clamp.metrics.scoring_rules import nll_per_row
 
 
 class Interval(NamedTuple):
@@ -27,8 +27,8 @@ class Interval(NamedTuple):
     high: float
 
 
-class Scores(NamedTuple):
-    """Sums per block of items; see :class:`CalibrationScores`.
+class BlockSums(NamedTuple):
+    """Sums per block of items; see :class:`BootstrapSums`.
 
     Attributes:
         blocks: Shape ``(blocks, 2 + 3 n_bins)``, float64: items, summed negative log-likelihood, and per bin of the
@@ -48,7 +48,7 @@ class Scores(NamedTuple):
         return ReliabilityCurve.from_sums(self.blocks.sum(0)[2:].view(3, -1))
 
 
-class CalibrationScores(RowMetric):
+class BootstrapSums(RowMetric):
     """Negative log-likelihood, accuracy and reliability curve, kept so that they can be resampled.
 
     The state holds sums per block of items: item i (an image, also for dense outputs, whose pixels are correlated) goes
@@ -81,20 +81,20 @@ class CalibrationScores(RowMetric):
         self.world_size = world_size
         self.add_sums("blocks", n_blocks, 2 + 3 * n_bins)
 
-    def update(self, preds: Tensor, target: Tensor) -> None:
-        """Add a batch."""
-        for batch in item_blocks(preds, target, task=self.task, ignore_index=self.ignore_index):
+    def add_batch(self, preds: Tensor, target: Tensor) -> None:
+        """Add a batch by its items, in place."""
+        for batch in item_blocks(preds, target, task=self.reader.task, ignore_index=self.reader.ignore_index):
             self._add_items(batch)
 
     def _add_items(self, batch: Rows) -> None:
         sums = self.sums
-        rows, labels = self.read(batch.logits, batch.target)
+        rows = self.reader.rows(batch.logits, batch.target, sums.device)
         item = batch.item.to(sums.device)
         number = sums[:, 0].sum().long() + torch.arange(batch.n_items, device=sums.device)
         block = (self.rank + self.world_size * number) % self.n_blocks
-        nll = losses(self.log_probs(rows), labels)
-        confidence, correct = (part.double() for part in self.top_label(rows, labels))
-        self.checked(confidence, rows)
+        nll = nll_per_row(rows)
+        confidence, correct = (part.double() for part in rows.top_label())
+        rows.checked(confidence)
         width = sums.shape[1]
         of_row = block[item] * width
         of_bin = of_row + 2 + bin_index(confidence, self.n_bins)
@@ -104,14 +104,14 @@ class CalibrationScores(RowMetric):
         )
         sums.view(-1).index_add_(0, index, values)
 
-    def compute(self) -> Scores:
+    def compute(self) -> BlockSums:
         """The sums of all items seen."""
-        self.scored(self.sums[:, 2:])
-        return Scores(self.sums.clone())
+        self.warn_unless(self.sums[:, 2:])
+        return BlockSums(self.sums.clone())
 
 
 def paired_bootstrap(
-    before: Scores, after: Scores, *, level: float = 0.95, resamples: int = 1000, seed: int = 0
+    before: BlockSums, after: BlockSums, *, level: float = 0.95, resamples: int = 1000, seed: int = 0
 ) -> dict[str, Interval]:
     """Change of the metrics from ``before`` to ``after``, with bootstrap intervals over the same items.
 
@@ -121,7 +121,7 @@ def paired_bootstrap(
     network that is calibrated exactly, a 95 % interval of the ECE held the truth in about 83 % of trials.
 
     Args:
-        before: Computed :class:`CalibrationScores` of the one,
+        before: Computed :class:`BootstrapSums` of the one,
         after: and of the other, updated with the same items in the same order.
         level: Coverage, in (0, 1).
         resamples: Number of resamples, at least 2.
@@ -138,11 +138,9 @@ def paired_bootstrap(
     Reference:
         Efron and Tibshirani, "An Introduction to the Bootstrap", 1993; Davison and Hinkley, 1997, section 5.2.
     """
-    for scores in (before, after):
-        if not isinstance(scores, Scores):
-            raise TypeError(
-                f"`paired_bootstrap` takes what CalibrationScores.compute() gives, got {type(scores).__name__}."
-            )
+    for sums in (before, after):
+        if not isinstance(sums, BlockSums):
+            raise TypeError(f"`paired_bootstrap` takes what BootstrapSums.compute() gives, got {type(sums).__name__}.")
     if not 0 < level < 1:
         raise ValueError(f"`level` must lie in (0, 1), got {level}.")
     if resamples < 2:

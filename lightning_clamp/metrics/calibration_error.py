@@ -5,44 +5,67 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_clamp._rows import Task
 from lightning_clamp.metrics._binning import checked_bins, equal_mass_sums, value_sums
 from lightning_clamp.metrics._confidence import Confidence, ConfidenceMetric, confidences
-from lightning_clamp.metrics.reliability import Norm, ReliabilityCurve, check_norm, reliability_curve
+from lightning_clamp.metrics._reading import Reader
+from lightning_clamp.metrics.reliability import Norm, ReliabilityCurve, binned_curve, check_norm
 
 
 def expected_calibration_error(
-    probs: Tensor, target: Tensor, *, n_bins: int = 15, confidence: Confidence = "top"
+    preds: Tensor,
+    target: Tensor,
+    *,
+    n_bins: int = 15,
+    confidence: Confidence = "top",
+    probs: bool = False,
+    task: Task = "multiclass",
+    ignore_index: int | None = None,
 ) -> Tensor:
     r"""Expected calibration error (ECE): the mean gap between confidence and accuracy over equal-width bins.
 
     Bins are :math:`(i/n, (i+1)/n]`; confidence 1.0 is in the last. Empty bins contribute nothing.
 
     Args:
-        probs: Class probabilities, shape ``(N, C)``, float, each row summing to 1.
-        target: True class indices, shape ``(N,)``, int64, in ``[0, C)``.
+        preds: Logits, or probabilities if ``probs``: ``(N, C)``, dense ``(N, C, ...)``, or one value per position for
+            ``task="binary"``; float.
+        target: True class indices, ``(N,)`` or dense ``(N, ...)``, int64, in ``[0, C)``.
         n_bins: Number of bins, at least 1.
         confidence: See :func:`~.reliability.reliability_curve`.
+        probs: Whether preds are probabilities; it is never guessed.
+        task: ``"multiclass"`` or ``"binary"``.
+        ignore_index: Target value of positions to leave out.
 
     Returns:
         Scalar float64 in ``[0, 1]`` (a fraction, not percent); nan without rows.
 
     Raises:
-        ValueError: If ``n_bins`` is below 1 or ``probs`` is not 2-d.
+        ValueError: If an option is out of range, preds hold nan or, with ``probs``, no probabilities, labels are out of
+            range, or shapes do not fit together.
+        TypeError: If preds are not float, or the target holds no class indices.
 
     Example:
         >>> import torch
         >>> probs = torch.tensor([[0.9, 0.1], [0.9, 0.1]])
-        >>> expected_calibration_error(probs, torch.tensor([0, 1])).round(decimals=3)
+        >>> expected_calibration_error(probs, torch.tensor([0, 1]), probs=True).round(decimals=3)
         tensor(0.4000, dtype=torch.float64)
 
     Reference:
         Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, eq. 3.
     """
-    return reliability_curve(probs, target, n_bins=n_bins, confidence=confidence).calibration_error()
+    reader = Reader("expected_calibration_error", probs=probs, task=task, ignore_index=ignore_index)
+    return binned_curve(preds, target, n_bins, confidence, reader).calibration_error()
 
 
 def maximum_calibration_error(
-    probs: Tensor, target: Tensor, *, n_bins: int = 15, confidence: Confidence = "top"
+    preds: Tensor,
+    target: Tensor,
+    *,
+    n_bins: int = 15,
+    confidence: Confidence = "top",
+    probs: bool = False,
+    task: Task = "multiclass",
+    ignore_index: int | None = None,
 ) -> Tensor:
     """Maximum calibration error (MCE): the largest gap of any bin, however few rows it has.
 
@@ -51,32 +74,53 @@ def maximum_calibration_error(
     Reference:
         Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
     """
-    return reliability_curve(probs, target, n_bins=n_bins, confidence=confidence).calibration_error("max")
+    reader = Reader("maximum_calibration_error", probs=probs, task=task, ignore_index=ignore_index)
+    return binned_curve(preds, target, n_bins, confidence, reader).calibration_error("max")
 
 
 def root_mean_square_calibration_error(
-    probs: Tensor, target: Tensor, *, n_bins: int = 15, debias: bool = False, confidence: Confidence = "top"
+    preds: Tensor,
+    target: Tensor,
+    *,
+    n_bins: int = 15,
+    debias: bool = False,
+    confidence: Confidence = "top",
+    probs: bool = False,
+    task: Task = "multiclass",
+    ignore_index: int | None = None,
 ) -> Tensor:
     """Root-mean-square calibration error: the root of the mean squared gap over equal-width bins.
 
     Arguments, result and errors as :func:`expected_calibration_error`, and:
 
     Args:
-        probs: Class probabilities.
+        preds: Logits or probabilities.
         target: True class indices.
         n_bins: Number of bins.
         debias: Whether to subtract the error that chance gives a calibrated network; see
             :meth:`~.reliability.ReliabilityCurve.calibration_error`.
         confidence: Which confidence.
+        probs: Whether preds are probabilities.
+        task: Kind of output.
+        ignore_index: Target value to leave out.
 
     Reference:
         Kumar, Liang and Ma, "Verified Uncertainty Calibration", NeurIPS 2019.
     """
-    curve = reliability_curve(probs, target, n_bins=n_bins, confidence=confidence)
-    return curve.calibration_error("l2", debias=debias)
+    reader = Reader("root_mean_square_calibration_error", probs=probs, task=task, ignore_index=ignore_index)
+    return binned_curve(preds, target, n_bins, confidence, reader).calibration_error("l2", debias=debias)
 
 
-def overconfidence_error(probs: Tensor, target: Tensor, *, n_bins: int = 15, confidence: Confidence = "top") -> Tensor:
+def overconfidence_error(
+    preds: Tensor,
+    target: Tensor,
+    *,
+    n_bins: int = 15,
+    confidence: Confidence = "top",
+    probs: bool = False,
+    task: Task = "multiclass",
+    ignore_index: int | None = None,
+) -> Tensor:
     r"""Overconfidence error: gaps of bins that are too sure, weighted by their confidence.
 
     :math:`\sum_b \frac{n_b}{N}\, \mathrm{conf}_b \max(\mathrm{conf}_b - \mathrm{acc}_b, 0)`. Arguments, result and
@@ -85,40 +129,49 @@ def overconfidence_error(probs: Tensor, target: Tensor, *, n_bins: int = 15, con
     Reference:
         Thulasidasan et al., "On Mixup Training: Improved Calibration and Predictive Uncertainty", NeurIPS 2019.
     """
-    return _overconfidence(reliability_curve(probs, target, n_bins=n_bins, confidence=confidence))
+    reader = Reader("overconfidence_error", probs=probs, task=task, ignore_index=ignore_index)
+    return _overconfidence(binned_curve(preds, target, n_bins, confidence, reader))
 
 
 def adaptive_calibration_error(
-    probs: Tensor,
+    preds: Tensor,
     target: Tensor,
     *,
     n_bins: int = 15,
     norm: Norm = "l1",
     debias: bool = False,
     confidence: Confidence = "top",
+    probs: bool = False,
+    task: Task = "multiclass",
+    ignore_index: int | None = None,
 ) -> Tensor:
     """Adaptive calibration error: the mean gap over bins of equal mass.
 
     Each bin holds exactly N / n_bins rows: a row at a boundary is shared by two bins, and rows of equal confidence are
     shared alike. The result does not depend on the order of the rows, and is defined for any N, also below ``n_bins``.
 
+    Arguments, result and errors as :func:`expected_calibration_error`, and:
+
     Args:
-        probs: Class probabilities, shape ``(N, C)``, float, each row summing to 1.
-        target: True class indices, shape ``(N,)``, int64, in ``[0, C)``.
-        n_bins: Number of bins, at least 1.
+        preds: Logits or probabilities.
+        target: True class indices.
+        n_bins: Number of bins.
         norm: See :meth:`~.reliability.ReliabilityCurve.calibration_error`, also for the errors it raises.
         debias: See there.
-        confidence: See :func:`~.reliability.reliability_curve`.
-
-    Returns:
-        Scalar float64 in ``[0, 1]``; nan without rows.
+        confidence: Which confidence.
+        probs: Whether preds are probabilities.
+        task: Kind of output.
+        ignore_index: Target value to leave out.
 
     Reference:
         Nguyen and O'Connor, "Posterior calibration and exploratory analysis for NLP models", EMNLP 2015; Nixon et al.,
         "Measuring Calibration in Deep Learning", 2019, who do so for every class.
     """
-    sums = value_sums(*confidences(probs, target, confidence))
-    return _equal_mass_curve(sums, checked_bins(n_bins)).calibration_error(norm, debias=debias)
+    check_norm(norm, debias=debias)
+    n_bins = checked_bins(n_bins)
+    reader = Reader("adaptive_calibration_error", probs=probs, task=task, ignore_index=ignore_index)
+    sums = value_sums(*confidences(preds, target, confidence, reader))
+    return _equal_mass_curve(sums, n_bins).calibration_error(norm, debias=debias)
 
 
 class ExpectedCalibrationError(ConfidenceMetric):

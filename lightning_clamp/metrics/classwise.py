@@ -1,19 +1,28 @@
 """The class-wise calibration error."""
 
+from itertools import chain
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from lightning_clamp._checks import check_probs
+from lightning_clamp._rows import Task
 from lightning_clamp.metrics._base import RowMetric
 from lightning_clamp.metrics._binning import bin_index, checked_bins
+from lightning_clamp.metrics._reading import PredictedRows, Reader
 
 Average: TypeAlias = Literal["macro", "none"]
 
 
 def classwise_calibration_error(
-    probs: Tensor, target: Tensor, *, n_bins: int = 15, average: Average = "macro"
+    preds: Tensor,
+    target: Tensor,
+    *,
+    n_bins: int = 15,
+    average: Average = "macro",
+    probs: bool = False,
+    task: Task = "multiclass",
+    ignore_index: int | None = None,
 ) -> Tensor:
     """Class-wise (static) calibration error: the expected calibration error of every class's probability.
 
@@ -21,24 +30,36 @@ def classwise_calibration_error(
     never occur count as the others do. Bins are those of :func:`~.calibration_error.expected_calibration_error`.
 
     Args:
-        probs: Class probabilities, shape ``(N, C)``, float, each row summing to 1.
-        target: True class indices, shape ``(N,)``, int64, in ``[0, C)``.
+        preds: Logits, or probabilities if ``probs``: ``(N, C)``, dense ``(N, C, ...)``, or one value per position for
+            ``task="binary"``; float.
+        target: True class indices, ``(N,)`` or dense ``(N, ...)``, int64, in ``[0, C)``.
         n_bins: Number of bins, at least 1.
         average: ``"macro"``, the mean over the classes, or ``"none"``, the error of each.
+        probs: Whether preds are probabilities; it is never guessed.
+        task: ``"multiclass"`` or ``"binary"``.
+        ignore_index: Target value of positions to leave out.
 
     Returns:
         Float64 in ``[0, 1]``, a scalar or ``(C,)``; nan without rows.
 
     Raises:
-        ValueError: If ``n_bins`` is below 1, ``probs`` is not 2-d, or ``average`` is unknown.
+        ValueError: If an option is out of range or unknown, preds hold nan or, with ``probs``, no probabilities, labels
+            are out of range, or shapes do not fit together.
+        TypeError: If preds are not float, or the target holds no class indices.
 
     Reference:
         Nixon et al., "Measuring Calibration in Deep Learning", 2019 (static calibration error); Kull et al., "Beyond
         temperature scaling", NeurIPS 2019 (classwise-ECE).
     """
-    check_probs(probs, target)
-    sums = torch.zeros(3, probs.shape[1], checked_bins(n_bins), dtype=torch.float64, device=probs.device)
-    return _error(_add(sums, probs, target), _checked(average))
+    n_bins, average = checked_bins(n_bins), _checked(average)
+    reader = Reader("classwise_calibration_error", probs=probs, task=task, ignore_index=ignore_index)
+    blocks = reader.blocks(preds, target)
+    first = next(blocks)
+    sums = torch.zeros(3, first.preds.shape[1], n_bins, dtype=torch.float64, device=preds.device)
+    for rows in chain([first], blocks):
+        _add(sums, rows)
+    reader.warn_unless(bool(sums[0].any()))
+    return _error(sums, average)
 
 
 class ClasswiseCalibrationError(RowMetric):
@@ -62,17 +83,15 @@ class ClasswiseCalibrationError(RowMetric):
         self.average: Average = _checked(average)
         self.add_sums("classes", 3, num_classes, n_bins)
 
-    def add(self, rows: Tensor, labels: Tensor) -> None:
+    def add(self, rows: PredictedRows) -> None:
         """Add rows to the histograms of the classes."""
-        if rows.shape[1] != self.num_classes:
-            raise ValueError(f"`num_classes` is {self.num_classes}, but preds have {rows.shape[1]} classes.")
-        probs = self.class_probs(rows)
-        self.checked(probs.sum(0), rows)
-        _add(self.sums, probs, labels)
+        if rows.preds.shape[1] != self.num_classes:
+            raise ValueError(f"`num_classes` is {self.num_classes}, but preds have {rows.preds.shape[1]} classes.")
+        _add(self.sums, rows)
 
     def compute(self) -> Tensor:
         """The error over all rows seen, nan before the first."""
-        self.scored(self.sums[0])
+        self.warn_unless(self.sums[0])
         return _error(self.sums, self.average)
 
 
@@ -82,12 +101,14 @@ def _checked(average: Average) -> Average:
     return average
 
 
-def _add(sums: Tensor, probs: Tensor, target: Tensor) -> Tensor:
+def _add(sums: Tensor, rows: PredictedRows) -> None:
     """Add to the count, summed probability and occurrences per class and bin, ``(3, C, n_bins)`` float64, in place.
 
     In a row at most ``n_bins`` probabilities lie above the first bin. Only these are sorted into bins; the first gets
     what is then missing in the totals.
     """
+    probs, target = rows.class_probs(), rows.target
+    rows.checked(probs.sum(0))
     _, classes, n_bins = sums.shape
     # A shade below the edge, which float32 may not hit: the exact comparison is made in float64 by `bin_index`.
     row, column = (probs > (1 - 1e-6) / n_bins).nonzero(as_tuple=True)
@@ -97,7 +118,6 @@ def _add(sums: Tensor, probs: Tensor, target: Tensor) -> Tensor:
     occurrences = torch.bincount(target, minlength=classes).double()
     totals = torch.stack([torch.full_like(occurrences, len(probs)), probs.sum(0, dtype=torch.float64), occurrences])
     sums[:, :, 0] += totals.index_add(1, column, values, alpha=-1)
-    return sums
 
 
 def _error(sums: Tensor, average: Average) -> Tensor:

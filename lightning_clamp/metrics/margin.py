@@ -3,35 +3,53 @@
 import torch
 from torch import Tensor
 
-from lightning_clamp._checks import check_rows
-from lightning_clamp.metrics.scoring_rules import MeanMetric
+from lightning_clamp._checks import check_range
+from lightning_clamp._rows import Task, check_layout
+from lightning_clamp.metrics._reading import PredictedRows, Reader
+from lightning_clamp.metrics.scoring_rules import MeanMetric, mean_over_rows
 
 
-def margin(logits: Tensor, target: Tensor) -> Tensor:
-    r"""True margin of each row, :math:`z_y - \max_{j \ne y} z_j`: positive where the prediction is right.
+def class_margin(logits: Tensor, target: Tensor) -> Tensor:
+    r"""True margin of each position, :math:`z_y - \max_{j \ne y} z_j`: positive where the prediction is right.
+
+    It has gradients. Labels on an accelerator are not read, which would stall it: there torch's own assertion fails.
 
     Args:
-        logits: Logits or log-probabilities (which differ by a constant), shape ``(N, C)``, float.
-        target: True class indices, shape ``(N,)``, int64, in ``[0, C)``.
+        logits: Logits or log-probabilities (which differ by a constant), ``(N, C)`` or dense ``(N, C, ...)``, float.
+        target: True class indices, ``(N,)`` or dense ``(N, ...)``, int64, in ``[0, C)``.
 
     Returns:
-        Shape ``(N,)``, dtype of the logits.
+        Shape of the target, dtype of the logits.
+
+    Raises:
+        ValueError: If the shapes do not fit together, or a label is out of range.
+        TypeError: If logits are not float, or the target holds no class indices.
 
     Reference:
         Morosini, Gjika, Poggio and Beneventano, "Too Sharp, Too Sure", 2026 (arXiv 2604.20614).
     """
-    check_rows(logits, target, "logits")
-    return class_margin(logits, target)
+    check_layout(logits, target, "multiclass")
+    if target.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_range(target.flatten(), logits.shape[1])
+    index = target.unsqueeze(1)
+    others = logits.scatter(1, index, -torch.inf)
+    return logits.gather(1, index).squeeze(1) - others.amax(1)
 
 
-def exponential_margin_tail(logits: Tensor, target: Tensor) -> Tensor:
+def exponential_margin_tail(
+    preds: Tensor,
+    target: Tensor,
+    *,
+    probs: bool = False,
+    task: Task = "multiclass",
+    ignore_index: int | None = None,
+) -> Tensor:
     r"""Mean of :math:`e^{-m}` over the rows, m the true margin: a sum dominated by the rows that are most wrong.
 
-    The expected calibration error, for any bins, is at most C - 1 times this number.
+    The expected calibration error, for any bins, is at most C - 1 times this number. The margin is one of logits; of
+    probabilities it is that of their logarithms, which differ from the logits by a constant.
 
-    Args:
-        logits: Logits or log-probabilities, shape ``(N, C)``, float.
-        target: True class indices, shape ``(N,)``, int64, in ``[0, C)``.
+    Arguments and errors as :func:`~.scoring_rules.negative_log_likelihood`.
 
     Returns:
         Scalar float64, positive, inf where a margin is below -709; nan without rows.
@@ -39,24 +57,17 @@ def exponential_margin_tail(logits: Tensor, target: Tensor) -> Tensor:
     Reference:
         Morosini et al., "Too Sharp, Too Sure", 2026 (arXiv 2604.20614), theorem 4.1.
     """
-    check_rows(logits, target, "logits")
-    return _tails(logits, target).mean()
+    reader = Reader("exponential_margin_tail", probs=probs, task=task, ignore_index=ignore_index)
+    return mean_over_rows(_tails, preds, target, reader)
 
 
 class ExponentialMarginTail(MeanMetric):
     """Streaming :func:`exponential_margin_tail`."""
 
-    def values(self, rows: Tensor, labels: Tensor) -> Tensor:
+    def values(self, rows: PredictedRows) -> Tensor:
         """The tail per row."""
-        return _tails(self.log_probs(rows), labels)
+        return _tails(rows)
 
 
-def class_margin(logits: Tensor, target: Tensor) -> Tensor:
-    """:func:`margin` without its checks, and for positions too: ``(N, C, ...)`` and ``(N, ...)``."""
-    index = target.unsqueeze(1)
-    others = logits.scatter(1, index, -torch.inf)
-    return logits.gather(1, index).squeeze(1) - others.amax(1)
-
-
-def _tails(logits: Tensor, target: Tensor) -> Tensor:
-    return class_margin(logits.double(), target).neg().exp()
+def _tails(rows: PredictedRows) -> Tensor:
+    return class_margin(rows.log_probs().double(), rows.target).neg().exp()

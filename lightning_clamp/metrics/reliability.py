@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from lightning_clamp._rows import Task
 from lightning_clamp.metrics._binning import bin_sums, checked_bins
 from lightning_clamp.metrics._confidence import Confidence, ConfidenceMetric, confidences
+from lightning_clamp.metrics._reading import Reader
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -94,23 +96,45 @@ def check_norm(norm: Norm, *, debias: bool) -> None:
 
 
 def reliability_curve(
-    probs: Tensor, target: Tensor, *, n_bins: int = 15, confidence: Confidence = "top"
+    preds: Tensor,
+    target: Tensor,
+    *,
+    n_bins: int = 15,
+    confidence: Confidence = "top",
+    probs: bool = False,
+    task: Task = "multiclass",
+    ignore_index: int | None = None,
 ) -> ReliabilityCurve:
     """Mean confidence and accuracy over equal-width bins of the confidence.
 
     Bins are ``(i/n, (i+1)/n]``; confidence 0 falls in the first, 1 in the last.
 
     Args:
-        probs: Class probabilities, shape ``(N, C)``, float, each row summing to 1.
-        target: True class indices, shape ``(N,)``, int64, in ``[0, C)``.
+        preds: Logits, or probabilities if ``probs``: ``(N, C)``, dense ``(N, C, ...)``, or one value per position for
+            ``task="binary"``; float.
+        target: True class indices, ``(N,)`` or dense ``(N, ...)``, int64, in ``[0, C)``.
         n_bins: Number of bins, at least 1.
-        confidence: ``"top"``, the largest probability and how often it is at the target; or ``"positive"`` (C = 2), the
-            probability of class 1 and how often it is the target.
+        confidence: ``"top"``, the largest probability and how often it is at the target; or ``"positive"``
+            (``task="binary"`` only), the probability of class 1 and how often it is the target.
+        probs: Whether preds are probabilities; it is never guessed.
+        task: ``"multiclass"`` or ``"binary"``.
+        ignore_index: Target value of positions to leave out.
 
     Raises:
-        ValueError: If ``n_bins`` is below 1, or ``probs`` is not 2-d.
+        ValueError: If an option is out of range, preds hold nan or, with ``probs``, no probabilities, labels are out of
+            range, or shapes do not fit together.
+        TypeError: If preds are not float, or the target holds no class indices.
     """
-    return ReliabilityCurve.from_sums(bin_sums(*confidences(probs, target, confidence), checked_bins(n_bins)))
+    reader = Reader("reliability_curve", probs=probs, task=task, ignore_index=ignore_index)
+    return binned_curve(preds, target, n_bins, confidence, reader)
+
+
+def binned_curve(
+    preds: Tensor, target: Tensor, n_bins: int, confidence: Confidence, reader: Reader
+) -> ReliabilityCurve:
+    """:func:`reliability_curve` of what a reader reads."""
+    n_bins = checked_bins(n_bins)
+    return ReliabilityCurve.from_sums(bin_sums(*confidences(preds, target, confidence, reader), n_bins))
 
 
 class ReliabilityDiagram(ConfidenceMetric):

@@ -1,69 +1,105 @@
 """Means over rows: the proper scores, accuracy, and the entropy of the predictions."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_clamp._checks import check_probs, check_rows
+from lightning_clamp._rows import Task
 from lightning_clamp.metrics._base import RowMetric
+from lightning_clamp.metrics._reading import PredictedRows, Reader
 
 
-def negative_log_likelihood(log_probs: Tensor, target: Tensor) -> Tensor:
+def negative_log_likelihood(
+    preds: Tensor,
+    target: Tensor,
+    *,
+    probs: bool = False,
+    task: Task = "multiclass",
+    ignore_index: int | None = None,
+) -> Tensor:
     """Mean negative log-likelihood.
 
     Args:
-        log_probs: Log-probabilities, shape ``(N, C)``, float.
-        target: True class indices, shape ``(N,)``, int64, in ``[0, C)``.
+        preds: Logits, or probabilities if ``probs``: ``(N, C)``, dense ``(N, C, ...)``, or one value per position for
+            ``task="binary"``; float.
+        target: True class indices, ``(N,)`` or dense ``(N, ...)``, int64, in ``[0, C)``.
+        probs: Whether preds are probabilities; it is never guessed.
+        task: ``"multiclass"`` or ``"binary"``.
+        ignore_index: Target value of positions to leave out.
 
     Returns:
         Scalar float64, in nats; nan without rows.
+
+    Raises:
+        ValueError: If preds hold nan or, with ``probs``, no probabilities, labels are out of range, or shapes do not
+            fit together.
+        TypeError: If preds are not float, or the target holds no class indices.
     """
-    check_rows(log_probs, target, "log_probs")
-    return losses(log_probs, target).mean()
+    reader = Reader("negative_log_likelihood", probs=probs, task=task, ignore_index=ignore_index)
+    return mean_over_rows(nll_per_row, preds, target, reader)
 
 
-def brier_score(probs: Tensor, target: Tensor) -> Tensor:
-    r"""Mean Brier score, :math:`\sum_k (p_k - 1[y = k])^2`.
+def brier_score(
+    preds: Tensor,
+    target: Tensor,
+    *,
+    probs: bool = False,
+    task: Task = "multiclass",
+    ignore_index: int | None = None,
+) -> Tensor:
+    r"""Mean Brier score, :math:`\sum_k (p_k - 1[y = k])^2`; for ``task="binary"`` :math:`(p - y)^2`, half of that.
 
-    Args:
-        probs: Class probabilities, shape ``(N, C)``, float.
-        target: True class indices, shape ``(N,)``, int64, in ``[0, C)``.
+    These are the two conventions of scikit-learn's ``brier_score_loss``. Arguments and errors as
+    :func:`negative_log_likelihood`.
 
     Returns:
-        Scalar float64 in ``[0, 2]``; nan without rows.
+        Scalar float64 in ``[0, 2]``, for ``task="binary"`` in ``[0, 1]``; nan without rows.
 
     Reference:
         Brier, "Verification of forecasts expressed in terms of probability", Monthly Weather Review 1950.
     """
-    check_probs(probs, target)
-    return _squared_errors(probs, target).mean()
+    reader = Reader("brier_score", probs=probs, task=task, ignore_index=ignore_index)
+    return mean_over_rows(_squared_errors, preds, target, reader)
 
 
-def predictive_entropy(log_probs: Tensor) -> Tensor:
+def predictive_entropy(
+    preds: Tensor,
+    target: Tensor | None = None,
+    *,
+    probs: bool = False,
+    task: Task = "multiclass",
+    ignore_index: int | None = None,
+) -> Tensor:
     """Mean entropy of the predicted distributions.
 
-    Args:
-        log_probs: Log-probabilities, shape ``(N, C)``, float.
+    Arguments and errors as :func:`negative_log_likelihood`, but that the target is needed for ``ignore_index`` alone.
 
     Returns:
         Scalar float64 in ``[0, log C]``, in nats; nan without rows.
     """
-    return _entropies(log_probs).mean()
+    reader = Reader("predictive_entropy", probs=probs, task=task, ignore_index=ignore_index)
+    return mean_over_rows(_entropies, preds, reader.zero_target(preds) if target is None else target, reader)
 
 
-def accuracy(scores: Tensor, target: Tensor) -> Tensor:
+def accuracy(
+    preds: Tensor,
+    target: Tensor,
+    *,
+    probs: bool = False,
+    task: Task = "multiclass",
+    ignore_index: int | None = None,
+) -> Tensor:
     """Fraction of rows whose largest value is at the target; of tied values the first counts.
 
-    Args:
-        scores: Logits or (log-)probabilities, shape ``(N, C)``, float.
-        target: True class indices, shape ``(N,)``, int64, in ``[0, C)``.
+    Arguments and errors as :func:`negative_log_likelihood`.
 
     Returns:
         Scalar float64 in ``[0, 1]``; nan without rows.
     """
-    check_rows(scores, target, "scores")
-    return (scores.argmax(1) == target).double().mean()
+    reader = Reader("accuracy", probs=probs, task=task, ignore_index=ignore_index)
+    return mean_over_rows(_hits, preds, target, reader)
 
 
 class MeanMetric(RowMetric):
@@ -75,40 +111,37 @@ class MeanMetric(RowMetric):
         super().__init__(**kwargs)
         self.add_sums(type(self).__name__, 2)
 
-    def values(self, rows: Tensor, labels: Tensor) -> Tensor:
-        """The quantity per row, ``(m,)``; nan where logits hold nan or +inf."""
+    def values(self, rows: PredictedRows) -> Tensor:
+        """The quantity per row, ``(m,)`` float64; nan where logits hold nan or +inf."""
         raise NotImplementedError
 
-    def add(self, rows: Tensor, labels: Tensor) -> None:
+    def add(self, rows: PredictedRows) -> None:
         """Add sum and count."""
-        total = self.checked(self.values(rows, labels).sum(dtype=torch.float64), rows)
-        self.sums[0] += total
-        self.sums[1] += len(rows)
+        values = rows.checked(self.values(rows))
+        self.sums[0] += values.sum()
+        self.sums[1] += len(values)
 
     def compute(self) -> Tensor:
         """The mean over all rows seen, nan before the first."""
         total, count = self.sums.unbind()
-        self.scored(count)
+        self.warn_unless(count)
         return total / count
 
 
 class NegativeLogLikelihood(MeanMetric):
     """Streaming :func:`negative_log_likelihood`."""
 
-    def values(self, rows: Tensor, labels: Tensor) -> Tensor:
+    def values(self, rows: PredictedRows) -> Tensor:
         """Negative log-likelihood per row."""
-        return losses(self.log_probs(rows), labels)
+        return nll_per_row(rows)
 
 
 class BrierScore(MeanMetric):
-    """Streaming :func:`brier_score`; for ``task="binary"`` it is :math:`(p - y)^2` in ``[0, 1]``, half of that.
+    """Streaming :func:`brier_score`."""
 
-    These are the two conventions of scikit-learn's ``brier_score_loss``.
-    """
-
-    def values(self, rows: Tensor, labels: Tensor) -> Tensor:
+    def values(self, rows: PredictedRows) -> Tensor:
         """Squared error per row."""
-        return _squared_errors(self.class_probs(rows), labels) / (2 if self.task == "binary" else 1)
+        return _squared_errors(rows)
 
 
 class PredictiveEntropy(MeanMetric):
@@ -116,9 +149,13 @@ class PredictiveEntropy(MeanMetric):
 
     higher_is_better = None
 
-    def values(self, rows: Tensor, labels: Tensor) -> Tensor:
+    def update(self, preds: Tensor, target: Tensor | None = None) -> None:
+        """Add a batch; the target is needed for ``ignore_index`` alone."""
+        super().update(preds, self.reader.zero_target(preds) if target is None else target)
+
+    def values(self, rows: PredictedRows) -> Tensor:
         """Entropy per row."""
-        return _entropies(self.log_probs(rows))
+        return _entropies(rows)
 
 
 class Accuracy(MeanMetric):
@@ -126,23 +163,37 @@ class Accuracy(MeanMetric):
 
     higher_is_better = True
 
-    def values(self, rows: Tensor, labels: Tensor) -> Tensor:
+    def values(self, rows: PredictedRows) -> Tensor:
         """Whether the largest is at the target, per row; nan where there is no largest."""
-        largest, predicted = rows.max(1)
-        return torch.where(largest.isfinite(), (predicted == labels).double(), torch.nan)
+        return _hits(rows)
 
 
-def losses(log_probs: Tensor, target: Tensor) -> Tensor:
+def mean_over_rows(values: Callable[[PredictedRows], Tensor], preds: Tensor, target: Tensor, reader: Reader) -> Tensor:
+    """The mean of a quantity per row, nan without rows."""
+    per_row = torch.cat([rows.checked(values(rows)) for rows in reader.blocks(preds, target)])
+    reader.warn_unless(len(per_row) > 0)
+    return per_row.mean()
+
+
+def nll_per_row(rows: PredictedRows) -> Tensor:
     """Negative log-likelihood per row, float64."""
     # Not torch's nll_loss, which leaves targets of -100 out unasked.
-    return -log_probs.gather(1, target[:, None])[:, 0].double()
+    return -rows.log_probs().gather(1, rows.target[:, None])[:, 0].double()
 
 
-def _squared_errors(probs: Tensor, target: Tensor) -> Tensor:
-    error = probs.scatter_add(1, target[:, None], -torch.ones_like(probs[:, :1]))
-    return error.square().sum(1, dtype=torch.float64)
+def _squared_errors(rows: PredictedRows) -> Tensor:
+    probs = rows.class_probs()
+    error = probs.scatter_add(1, rows.target[:, None], -torch.ones_like(probs[:, :1]))
+    squared = error.square().sum(1, dtype=torch.float64)
+    # One of the two equal terms.
+    return squared / 2 if rows.reader.task == "binary" else squared
 
 
-def _entropies(log_probs: Tensor) -> Tensor:
-    terms: Tensor = torch.special.entr(log_probs.exp())
+def _entropies(rows: PredictedRows) -> Tensor:
+    terms: Tensor = torch.special.entr(rows.log_probs().exp())
     return terms.sum(1, dtype=torch.float64)
+
+
+def _hits(rows: PredictedRows) -> Tensor:
+    largest, predicted = rows.preds.max(1)
+    return torch.where(largest.isfinite(), (predicted == rows.target).double(), torch.nan)

@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_clamp._rows import Task
 from lightning_clamp.metrics._binning import value_sums
 from lightning_clamp.metrics._confidence import Confidence, ConfidenceMetric, confidences
+from lightning_clamp.metrics._reading import Reader
 
 # Intervals of the mesh on [0, 1]: sixteen to the finest bandwidth.
 _MESH = 2**14
@@ -16,7 +18,14 @@ _RESOLUTION = 2**-10
 
 
 def smooth_calibration_error(
-    probs: Tensor, target: Tensor, *, bandwidth: float | None = None, confidence: Confidence = "top"
+    preds: Tensor,
+    target: Tensor,
+    *,
+    bandwidth: float | None = None,
+    confidence: Confidence = "top",
+    probs: bool = False,
+    task: Task = "multiclass",
+    ignore_index: int | None = None,
 ) -> Tensor:
     r"""Smooth calibration error (smECE): residuals smoothed over the confidence, instead of binned.
 
@@ -25,21 +34,29 @@ def smooth_calibration_error(
     found to 1/1024 (rounded up, at least 2/1024), as the authors' ``relplot`` does.
 
     Args:
-        probs: Class probabilities, shape ``(N, C)``, float, each row summing to 1.
-        target: True class indices, shape ``(N,)``, int64, in ``[0, C)``.
+        preds: Logits, or probabilities if ``probs``: ``(N, C)``, dense ``(N, C, ...)``, or one value per position for
+            ``task="binary"``; float.
+        target: True class indices, ``(N,)`` or dense ``(N, ...)``, int64, in ``[0, C)``.
         bandwidth: A fixed σ in [1/1024, 1] instead.
         confidence: See :func:`~.reliability.reliability_curve`.
+        probs: Whether preds are probabilities; it is never guessed.
+        task: ``"multiclass"`` or ``"binary"``.
+        ignore_index: Target value of positions to leave out.
 
     Returns:
         Scalar float64 in ``[0, 1]``; nan without rows.
 
     Raises:
-        ValueError: If ``probs`` is not 2-d, or ``bandwidth`` not in [1/1024, 1].
+        ValueError: If ``bandwidth`` is not in [1/1024, 1], preds hold nan or, with ``probs``, no probabilities, labels
+            are out of range, or shapes do not fit together.
+        TypeError: If preds are not float, or the target holds no class indices.
 
     Reference:
         Błasiok and Nakkiran, "Smooth ECE: Principled Reliability Diagrams via Kernel Smoothing", ICLR 2024.
     """
-    return _smooth_error(value_sums(*confidences(probs, target, confidence)), _checked(bandwidth))
+    bandwidth = _checked(bandwidth)
+    reader = Reader("smooth_calibration_error", probs=probs, task=task, ignore_index=ignore_index)
+    return _smooth_error(value_sums(*confidences(preds, target, confidence, reader)), bandwidth)
 
 
 class SmoothCalibrationError(ConfidenceMetric):

@@ -1,0 +1,180 @@
+"""How predictions are read: one contract for every metric and for the function beside it."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchmetrics.utilities import rank_zero_warn
+
+from lightning_clamp._checks import check_choice, check_range
+from lightning_clamp._rows import TASKS, Task, row_blocks
+
+# Rounding of half-precision probabilities may move the sum of a row by this much.
+_SUM_TOLERANCE = 0.01
+# Below this many rows, values that add up to 1 may be chance.
+_TELLING_ROWS = 10
+
+
+class Reader:
+    """Turns predictions of any layout into checked rows, for one metric or for one call of a function.
+
+    Args:
+        name: Of the metric or the function, for warnings.
+        task: ``"multiclass"``, or ``"binary"`` for one logit (or one probability) per position.
+        ignore_index: Target value of positions to leave out.
+        probs: Whether predictions are probabilities. By default they are logits; it is never guessed.
+        validate_args: Whether to look for nan, labels out of range and rows that are no probabilities.
+
+    Raises:
+        ValueError: If ``task`` is unknown.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        task: Task = "multiclass",
+        ignore_index: int | None = None,
+        probs: bool = False,
+        validate_args: bool = True,
+    ) -> None:
+        check_choice("task", task, TASKS)
+        self.name = name
+        self.task: Task = task
+        self.ignore_index = ignore_index
+        self.probs = probs
+        self.validate_args = validate_args
+        self._told_kind = False
+        self._doubtful_rows = 0
+
+    def blocks(self, preds: Tensor, target: Tensor, device: torch.device | None = None) -> Iterator["PredictedRows"]:
+        """The rows of a batch in blocks, at least one, on ``device`` or where they are.
+
+        Raises:
+            ValueError: If preds hold no probabilities though they should, labels are out of range, or shapes do not fit
+                together.
+            TypeError: If preds are not float, or the target holds no class indices.
+        """
+        for logits, labels in row_blocks(preds, target, task=self.task, ignore_index=self.ignore_index):
+            yield self.rows(logits, labels, device)
+
+    def rows(self, preds: Tensor, target: Tensor, device: torch.device | None = None) -> "PredictedRows":
+        """Checked rows, of preds ``(m, C)`` and target ``(m,)`` as :mod:`lightning_clamp._rows` lays them out."""
+        device = preds.device if device is None else device
+        preds, target = preds.detach().to(device, torch.promote_types(preds.dtype, torch.float32)), target.to(device)
+        if self.probs and self.task == "binary":
+            preds = torch.stack([1 - preds[:, 1], preds[:, 1]], 1)
+        if self.validate_args:
+            self._check(preds, target)
+        return PredictedRows(preds, target, self)
+
+    def zero_target(self, preds: Tensor) -> Tensor:
+        """A target of zeros that fits preds, for what needs none.
+
+        Raises:
+            ValueError: If positions are to be left out, which only a target could name.
+        """
+        if self.ignore_index is not None:
+            raise ValueError(f"ignore_index={self.ignore_index} leaves positions out by their target: pass a target.")
+        if not isinstance(preds, Tensor):
+            return torch.zeros(0, dtype=torch.int64)  # preds are refused when they are read
+        shape = preds.shape if self.task == "binary" else preds.shape[:1] + preds.shape[2:]
+        return torch.zeros(shape, dtype=torch.int64, device=preds.device)
+
+    def warn_unless(self, scored: bool) -> None:
+        """Warn that the result is nan, unless any position was scored."""
+        if not scored:
+            rank_zero_warn(
+                f"{self.name} is nan: no position was scored, since batches were empty or all targets were "
+                f"ignore_index={self.ignore_index}.",
+                UserWarning,
+            )
+
+    def _check(self, preds: Tensor, target: Tensor) -> None:
+        check_range(
+            target, preds.shape[1], " Labels start at 0. Positions that have no label are left out with ignore_index."
+        )
+        if not self.probs:
+            if len(preds) and not self._told_kind:
+                self._warn_of_probabilities(preds)
+        elif not _are_probs(preds):
+            raise ValueError(
+                "With probs=True `preds` must be probabilities, non-negative and adding up to 1 over the classes; for "
+                "logits leave probs=True out."
+            )
+
+    def _warn_of_probabilities(self, preds: Tensor) -> None:
+        values_between = self.task == "binary" and bool(((preds >= 0) & (preds <= 1)).all())
+        if not (values_between or _are_probs(preds)):
+            self._told_kind = True
+            return
+        self._doubtful_rows += len(preds)
+        if self._doubtful_rows >= _TELLING_ROWS:
+            self._told_kind = True
+            rank_zero_warn(
+                f"{self.name} was given values that look like probabilities, and took them as logits: say "
+                "probs=True if they are probabilities.",
+                UserWarning,
+            )
+
+
+@dataclass(frozen=True)
+class PredictedRows:
+    """Rows of predictions with their labels, and what is computed of each.
+
+    Attributes:
+        preds: Logits or probabilities, ``(m, C)``, float32 or float64.
+        target: Class indices, ``(m,)``, int64.
+        reader: Says which of the two preds are.
+    """
+
+    preds: Tensor
+    target: Tensor
+    reader: Reader
+
+    def log_probs(self) -> Tensor:
+        """Log-probabilities, ``(m, C)``."""
+        return self.preds.log() if self.reader.probs else self.preds.log_softmax(1)
+
+    def class_probs(self) -> Tensor:
+        """Probabilities, ``(m, C)``."""
+        return self.preds if self.reader.probs else self.preds.softmax(1)
+
+    def top_label(self) -> tuple[Tensor, Tensor]:
+        """Confidence and correctness of the top label, ``(m,)`` each; of tied classes the first is the top one."""
+        return (_top_probability if self.reader.probs else _top_label)(self.preds, self.target)
+
+    def checked(self, derived: Tensor) -> Tensor:
+        """What was derived from the rows, or an error if nan or inf in them has made it nan.
+
+        Asked of few numbers per row, in place of a look at every logit.
+        """
+        if self.reader.validate_args and math.isnan(float(derived.sum())):
+            unusable = int((~self.preds.amax(1).isfinite()).sum())
+            raise ValueError(f"`preds` holds nan or inf in {unusable} of {len(self.preds)} rows.")
+        return derived
+
+
+def _are_probs(rows: Tensor) -> bool:
+    """Whether rows are non-negative and add up to 1; nan are not."""
+    return not len(rows) or bool(((rows.sum(1) - 1).abs() <= _SUM_TOLERANCE).all() and (rows >= 0).all())
+
+
+def _top_label(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    top = logits.amax(1, keepdim=True)
+    # 1 / sum exp(z - max) rather than the largest softmax: no rounding can lift it above 1.
+    confidence = (logits - top).exp_().sum(1).reciprocal_()
+    correct = (logits.gather(1, target[:, None]) == top)[:, 0]
+    # Where maxima are tied, and so the confidence at most a half, the first is the prediction. Its index for all rows
+    # would cost as much as everything else here (and twice that by argmax).
+    tied = (correct & (confidence <= 0.5)).nonzero()[:, 0]
+    if len(tied):
+        correct[tied] = logits[tied].max(1).indices == target[tied]
+    return confidence, correct
+
+
+def _top_probability(probs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    confidence, predicted = probs.max(1)
+    return confidence, predicted == target
