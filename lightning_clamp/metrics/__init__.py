@@ -19,9 +19,10 @@ from lightning_clamp.metrics.calibration_error import (
     root_mean_square_calibration_error,
 )
 from lightning_clamp.metrics.classwise import ClasswiseCalibrationError, classwise_calibration_error
+from lightning_clamp.metrics.diagram import ReliabilityDiagram
 from lightning_clamp.metrics.margin import ExponentialMarginTail, class_margin, exponential_margin_tail
 from lightning_clamp.metrics.picture import plot_reliability
-from lightning_clamp.metrics.reliability import ReliabilityCurve, ReliabilityDiagram, reliability_curve
+from lightning_clamp.metrics.reliability import ReliabilityCurve, reliability_curve
 from lightning_clamp.metrics.scoring_rules import (
     Accuracy,
     BrierScore,

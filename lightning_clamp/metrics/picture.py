@@ -4,12 +4,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from lightning_clamp.metrics.reliability import ReliabilityCurve
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
-
-    from lightning_clamp.metrics.reliability import ReliabilityCurve
 
 _INTERVAL = "accuracy, 95 % interval"
 
@@ -28,9 +28,9 @@ _ON_DARK = _Palette("#4b7ba6", "#a8505f", "#3c9c8f", "#c4c4c4", "#6d7885", "#f2f
 
 
 def plot_reliability(
-    curve: "ReliabilityCurve",
+    curve: ReliabilityCurve,
     *,
-    before: "ReliabilityCurve | None" = None,
+    before: ReliabilityCurve | None = None,
     ax: "Axes | None" = None,
     title: str | None = None,
 ) -> "tuple[Figure, Axes]":
@@ -96,7 +96,7 @@ def plot_reliability(
     return ax.figure.figure, ax
 
 
-def _draw_bins(ax: "Axes", curve: "ReliabilityCurve", palette: _Palette) -> None:
+def _draw_bins(ax: "Axes", curve: ReliabilityCurve, palette: _Palette) -> None:
     """Accuracy, its interval, and the gap to the confidence; nothing where there are no data."""
     confidence, accuracy, counts, lower, upper = _arrays(curve)
     width = 1 / len(counts)
@@ -127,7 +127,7 @@ def _draw_bins(ax: "Axes", curve: "ReliabilityCurve", palette: _Palette) -> None
     )
 
 
-def _write_errors(ax: "Axes", curve: "ReliabilityCurve", before: "ReliabilityCurve | None", palette: _Palette) -> None:
+def _write_errors(ax: "Axes", curve: ReliabilityCurve, before: ReliabilityCurve | None, palette: _Palette) -> None:
     """The expected calibration error in the corner that accurate networks leave free."""
     text: dict[str, Any] = {"transform": ax.transAxes, "ha": "right", "va": "bottom", "zorder": 5}
     box: dict[str, Any] = {
@@ -141,7 +141,7 @@ def _write_errors(ax: "Axes", curve: "ReliabilityCurve", before: "ReliabilityCur
     ax.text(0.97, 0.03, f"ECE {_percent(curve)}", color=palette.ink, fontweight="bold", bbox=box, **text)
 
 
-def _draw_shares(ax: "Axes", curve: "ReliabilityCurve", palette: _Palette) -> None:
+def _draw_shares(ax: "Axes", curve: ReliabilityCurve, palette: _Palette) -> None:
     """A strip below the axes: the accuracy of a bin of three rows means little."""
     from matplotlib.ticker import MaxNLocator
 
@@ -169,11 +169,11 @@ def _draw_shares(ax: "Axes", curve: "ReliabilityCurve", palette: _Palette) -> No
         edges[["top", "right"]].set_visible(False)
 
 
-def _arrays(curve: "ReliabilityCurve") -> "tuple[NDArray[np.float64], ...]":
+def _arrays(curve: ReliabilityCurve) -> "tuple[NDArray[np.float64], ...]":
     """The curve for matplotlib; a single bin arrives as a scalar from a metric's ``compute()``."""
     return tuple(part.reshape(-1).cpu().numpy() for part in curve)
 
 
-def _percent(curve: "ReliabilityCurve") -> str:
+def _percent(curve: ReliabilityCurve) -> str:
     error = float(curve.calibration_error())
     return f"{error:.1%}" if error >= 0.0095 else f"{error:.2%}"

@@ -1,18 +1,14 @@
-"""The reliability curve: confidence and accuracy bin by bin, the errors it gives, and the diagram of it."""
+"""The reliability curve: confidence and accuracy bin by bin, and the errors it gives."""
 
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from lightning_clamp._rows import Task
 from lightning_clamp.metrics._binning import bin_sums, checked_bins
-from lightning_clamp.metrics._confidence import Confidence, ConfidenceMetric, confidences
+from lightning_clamp.metrics._confidence import Confidence, confidences
 from lightning_clamp.metrics._reading import Reader
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 Norm: TypeAlias = Literal["l1", "l2", "max"]
 NORMS: tuple[Norm, ...] = ("l1", "l2", "max")
@@ -135,25 +131,3 @@ def binned_curve(
     """:func:`reliability_curve` of what a reader reads."""
     n_bins = checked_bins(n_bins)
     return ReliabilityCurve.from_sums(bin_sums(*confidences(preds, target, confidence, reader), n_bins))
-
-
-class ReliabilityDiagram(ConfidenceMetric):
-    """Streaming :func:`reliability_curve`, with a picture. Of a single bin, torchmetrics makes the fields scalars."""
-
-    def compute(self) -> ReliabilityCurve:
-        """The curve over all rows seen."""
-        return ReliabilityCurve.from_sums(self.bins)
-
-    def plot(
-        self, val: ReliabilityCurve | None = None, ax: "Axes | None" = None, *, before: ReliabilityCurve | None = None
-    ) -> "tuple[Figure, Axes]":
-        """Draw the diagram.
-
-        Args:
-            val: A computed curve; by default the current one.
-            ax: Where to draw; a new figure by default.
-            before: A curve to compare with.
-        """
-        from lightning_clamp.metrics.picture import plot_reliability
-
-        return plot_reliability(self.compute() if val is None else val, before=before, ax=ax)

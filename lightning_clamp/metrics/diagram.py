@@ -1,0 +1,31 @@
+"""The reliability diagram: a metric that can be drawn."""
+
+from typing import TYPE_CHECKING
+
+from lightning_clamp.metrics._confidence import ConfidenceMetric
+from lightning_clamp.metrics.picture import plot_reliability
+from lightning_clamp.metrics.reliability import ReliabilityCurve
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+class ReliabilityDiagram(ConfidenceMetric):
+    """Streaming :func:`reliability_curve`, with a picture. Of a single bin, torchmetrics makes the fields scalars."""
+
+    def compute(self) -> ReliabilityCurve:
+        """The curve over all rows seen."""
+        return ReliabilityCurve.from_sums(self.bins)
+
+    def plot(
+        self, val: ReliabilityCurve | None = None, ax: "Axes | None" = None, *, before: ReliabilityCurve | None = None
+    ) -> "tuple[Figure, Axes]":
+        """Draw the diagram.
+
+        Args:
+            val: A computed curve; by default the current one.
+            ax: Where to draw; a new figure by default.
+            before: A curve to compare with.
+        """
+        return plot_reliability(self.compute() if val is None else val, before=before, ax=ax)
