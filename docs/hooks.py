@@ -16,6 +16,13 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
         files.append(File.generated(config, page, content=_for_the_site((ROOT / source).read_text(), config)))
 
 
+def on_page_markdown(markdown: str, **kwargs: object) -> str:
+    """Links from the other pages to these."""
+    for source, page in PAGES.items():
+        markdown = markdown.replace(f"](../{source}", f"]({page}")
+    return markdown
+
+
 def _for_the_site(text: str, config: MkDocsConfig) -> str:
     """Links that start at the top folder: those to pages lead to pages, those to other files to the repository."""
 

@@ -22,7 +22,9 @@ class Roles(Extension):
         for thing in (pkg, *objects):
             if thing.docstring is not None:
                 owner = thing if thing.is_class else thing.parent
-                text = ROLE.sub(lambda found, owner=owner: _markdown(*found.groups(), owner, paths), thing.docstring.value)
+                text = ROLE.sub(
+                    lambda found, owner=owner: _markdown(*found.groups(), owner, paths), thing.docstring.value
+                )
                 thing.docstring.value = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)
 
 
