@@ -3,7 +3,8 @@
 python examples/benchmarks --data DIR [--full] [--only quality] [--out DIR]
 
 Prints Markdown; writes ``quality.csv`` and ``quality.png`` into the output folder. Small sizes take some minutes on two
-cores, ``--full`` two hours. Peers take part where they are installed (``pip install -e . --group benchmarks --group peers``).
+cores, ``--full`` two hours. Peers take part where they are installed: ``pip install -e . --group benchmarks --group
+peers``.
 """
 
 import argparse
