@@ -50,6 +50,10 @@ def test_relative_links_and_images_lead_somewhere(page):
         assert not anchor or anchor in anchors(file), f"{page.name} links to {target}"
 
 
+def test_the_citation_has_the_packages_version():
+    assert f"\nversion: {lightning_clamp.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
 def printed(node: ast.AST) -> str:
     """A string of the source as it is printed, with … for each of its fields; empty for what is no string."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
