@@ -1,7 +1,7 @@
 # ruff: noqa: T201 - a script prints
 """Draw the pictures of these pages, and print the numbers that the pages quote.
 
-    pip install -e ".[test]"
+    pip install -e . --group test
     python docs/pictures.py
 
 A small convnet learns 100 of scikit-learn's digits by heart. The others come from a worse camera, with less contrast

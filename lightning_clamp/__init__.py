@@ -6,7 +6,7 @@ The public names load on first use, so that ``import lightning_clamp`` costs not
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from lightning_clamp import losses as losses

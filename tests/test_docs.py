@@ -1,18 +1,29 @@
-"""The documentation's claims about files: links lead somewhere, quoted messages are those of the code, tests exist."""
+"""The documentation: its Python runs, its links lead somewhere, and the messages it quotes are those of the code."""
 
 import ast
 import re
-from functools import cache
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 
 import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader
 
 import lightning_clamp
+from lightning_clamp import fit_clamp, losses, metrics
+from lightning_clamp.report import scalars
+from tests.losses.test_label_perturbation import Segmenter, maps
+from tests.losses.test_mixins import trainer
+from tests.scenarios import LitClassifier, SmallNet, images, loader, shifted_images
 
+pytestmark = pytest.mark.docs
 PACKAGE = Path(lightning_clamp.__file__).parent
 ROOT = PACKAGE.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+# The site has no page for these files, so that pages link to them where the project is published.
+PUBLISHED = "https://github.com/lightning-clamp/lightning-clamp/blob/main/"
 
 
 def without_code(text: str) -> str:
@@ -30,12 +41,17 @@ def test_relative_links_and_images_lead_somewhere(page):
     text = without_code(page.read_text())
     targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
     for target in targets:
-        if "://" in target:
+        name, _, anchor = target.removeprefix(PUBLISHED).partition("#")
+        if "://" in name:
             continue
-        name, _, anchor = target.partition("#")
-        file = page.parent / name if name else page
+        folder = ROOT if target.startswith(PUBLISHED) else page.parent
+        file = folder / name if name else page
         assert file.exists(), f"{page.name} links to {target}"
         assert not anchor or anchor in anchors(file), f"{page.name} links to {target}"
+
+
+def test_the_citation_has_the_packages_version():
+    assert f"\nversion: {lightning_clamp.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def printed(node: ast.AST) -> str:
@@ -85,58 +101,104 @@ def test_every_message_on_the_page_is_one_of_the_package():
     assert all(quoted)
 
 
-# What the project set out to have, by the first words of its row.
-MUST = (
-    "temperature scaling",
-    "perturbation of the input",
-    "temperature and perturbation apart",
-    "segmentation",
-    "one-logit",
-    "report of the fit, and never a higher NLL",
-    "warnings of small sets and of leaks",
-    "callback, automatic after `fit`",
-    "your own LightningModule, untouched",
-    "a model that was trained earlier",
-    "test and predict use it",
-    "best or last weights, and a fingerprint",
-    "averaged weights (EMA, SWA)",
-    "the calibration survives saving and loading",
-    "export as one module",
-    "command line",
-    "numbers in TensorBoard, W&B, CSV",
-    "pictures in TensorBoard, W&B",
-    "before and after side by side, and a picture of δ",
-    "trains under DDP",
-    "ranks share the calibration set",
-    "no sample twice",
-    "expected, maximum, root-mean-square error",
-    "adaptive error",
-    "class-wise error",
-    "smooth error",
-    "debiased error, intervals by bootstrap",
-    "NLL and Brier score",
-    "reliability diagram",
-    "torchmetrics objects",
-    "state of a size that does not grow",
-    "right for tens of millions of pixels",
-    "logits or probabilities, by name",
-    "focal loss, label smoothing, entropy penalty",
-    "MbLS, ACLS, ASLP",
-    "a mixin for any LightningModule",
-)
+def python_blocks(name):
+    return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), flags=re.DOTALL)
 
 
-def test_every_feature_is_there():
-    table = rows("features.md", "feature")
-    assert all(row[1].startswith("yes: ") for row in table)
-    assert not [must for must in MUST if not any(row[0].startswith(must) for row in table)]
-    assert {len(row) for row in table} == {9}
+def test_all_pages_with_python_are_run():
+    """Here, or in the tests of what they are about."""
+    here = {"README", "choosing", "getting-started", "how-it-works", "loggers", "losses", "metrics"}
+    assert {page.stem for page in PAGES if "```python" in page.read_text()} == here | {"export"}
 
 
-def test_every_test_on_the_page_exists():
-    for row in rows("features.md", "feature"):
-        named = re.findall(r"`(tests/\w+\.py)::(\w+)`", row[-1])
-        assert named, f"{row[0]} is shown by nothing"
-        for file, name in named:
-            body = ast.parse((ROOT / file).read_text()).body
-            assert name in {node.name for node in body if isinstance(node, ast.FunctionDef)}, f"{file}::{name}"
+def test_the_python_about_metrics_runs(capsys):
+    names = {}
+    for block in python_blocks("docs/metrics.md"):
+        exec(block, names)
+    assert "ece: " in capsys.readouterr().out
+
+
+def test_the_python_about_losses_runs():
+    names = {
+        "MyModel": LitClassifier,
+        "MySegmenter": Segmenter,
+        "monitor_loader": loader(60, 3),
+        "train_loader": loader(100, 20),
+        "train_set": maps(4),
+        "val_loader": DataLoader(maps(2)),
+        "DataLoader": DataLoader,
+        "trainer": trainer(),
+    }
+    for block in python_blocks("docs/losses.md"):
+        exec(block, names)
+    run = trainer()
+    run.fit(names["Custom"](), names["train_loader"])
+    assert "mine" in run.callback_metrics
+
+
+def test_every_public_loss_is_in_the_docs():
+    text = (ROOT / "docs" / "losses.md").read_text()
+    assert not [name for name in losses.__all__ if name not in text]
+
+
+def test_every_public_metric_is_in_the_docs():
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    assert not [name for name in metrics.__all__ if name not in text]
+
+
+def given(**more):
+    """What the pages take for granted."""
+    return {
+        "model": LitClassifier(),
+        "network": SmallNet(2.0),
+        "MyModel": LitClassifier,
+        "dataset": loader(1500, 30).dataset,
+        "train_loader": loader(200, 20, shift=False),
+        "calibration_loader": loader(1000, 30),
+        "test_loader": loader(200, 40),
+        "images": images(5),
+        "logits": torch.randn(100, 4),
+        "target": torch.randint(4, (100,)),
+        **more,
+    }
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A folder of one's own, and a Trainer with Lightning's defaults but for what only costs time here."""
+    monkeypatch.chdir(tmp_path)
+    quiet = partial(Trainer, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
+    monkeypatch.setattr("lightning.pytorch.Trainer", quiet)
+
+
+def test_the_readmes_python_runs(elsewhere):
+    (block,) = python_blocks("README.md")
+    names = given()
+    exec(block, names)
+    assert names["probabilities"].shape == (5, 4)
+
+
+def test_ones_own_data_take_less_than_15_lines(elsewhere):
+    blocks = python_blocks("docs/getting-started.md")
+    assert len(blocks[0].splitlines()) < 15
+    names = given()
+    for block in blocks:
+        exec(block, names)
+    assert names["probabilities"].shape == (5, 4)
+    assert names["clamping"].result.after["nll"] < names["clamping"].result.before["nll"]
+    assert names["result"].after["nll"] < names["result"].before["nll"]
+
+
+@pytest.mark.parametrize(("page", "n_blocks"), [("how-it-works", 1), ("choosing", 2), ("loggers", 2)])
+def test_the_python_of_the_guides_runs(page, n_blocks, elsewhere):
+    blocks = python_blocks(f"docs/{page}.md")
+    assert len(blocks) == n_blocks
+    names = given()
+    for block in blocks:
+        exec(block, names)
+
+
+def test_every_key_that_is_logged_is_in_the_docs():
+    text = (ROOT / "docs" / "loggers.md").read_text()
+    network, x, y = shifted_images(200)
+    assert not [key for key in scalars(fit_clamp(network, [(x, y)], method="temperature")) if key not in text]

@@ -6,20 +6,11 @@ import re
 import runpy
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
-from lightning.pytorch import Trainer
-from torch.utils.data import DataLoader
 
 import lightning_clamp
-from lightning_clamp import fit_clamp, losses, metrics
-from lightning_clamp.report import scalars
-from tests.losses.test_label_perturbation import Segmenter, maps
-from tests.losses.test_mixins import trainer
-from tests.scenarios import LitClassifier, SmallNet, images, loader, shifted_images
 
 ROOT = Path(lightning_clamp.__file__).parent
 # Of the losses, what needs Lightning.
@@ -159,115 +150,3 @@ def test_every_example_explains_itself(script, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="0"):
         runpy.run_path(str(script), run_name="__main__")
     assert "usage:" in capsys.readouterr().out
-
-
-def python_blocks(name):
-    return re.findall(r"```python\n(.*?)```", (ROOT.parent / name).read_text(), flags=re.DOTALL)
-
-
-def test_all_pages_with_python_are_run():
-    """Here, or in the tests of what they are about; that of the API page are doctests."""
-    here = {"README", "choosing", "getting-started", "how-it-works", "loggers", "losses", "metrics"}
-    pages = [ROOT.parent / "README.md", *(ROOT.parent / "docs").glob("*.md")]
-    assert {page.stem for page in pages if "```python" in page.read_text()} == here | {"export", "api"}
-
-
-def test_the_python_about_metrics_runs(capsys):
-    names = {}
-    for block in python_blocks("docs/metrics.md"):
-        exec(block, names)
-    assert "ece: " in capsys.readouterr().out
-
-
-def test_the_python_about_losses_runs():
-    names = {
-        "MyModel": LitClassifier,
-        "MySegmenter": Segmenter,
-        "monitor_loader": loader(60, 3),
-        "train_loader": loader(100, 20),
-        "train_set": maps(4),
-        "val_loader": DataLoader(maps(2)),
-        "DataLoader": DataLoader,
-        "trainer": trainer(),
-    }
-    for block in python_blocks("docs/losses.md"):
-        exec(block, names)
-    run = trainer()
-    run.fit(names["Custom"](), names["train_loader"])
-    assert "mine" in run.callback_metrics
-
-
-def test_every_public_loss_is_in_the_docs():
-    text = (ROOT.parent / "docs" / "losses.md").read_text()
-    assert not [name for name in losses.__all__ if name not in text]
-
-
-def test_every_public_metric_is_in_the_docs():
-    text = (ROOT.parent / "docs" / "metrics.md").read_text()
-    assert not [name for name in metrics.__all__ if name not in text]
-
-
-def given(**more):
-    """What the pages take for granted."""
-    return {
-        "model": LitClassifier(),
-        "network": SmallNet(2.0),
-        "MyModel": LitClassifier,
-        "dataset": loader(1500, 30).dataset,
-        "train_loader": loader(200, 20, shift=False),
-        "calibration_loader": loader(1000, 30),
-        "test_loader": loader(200, 40),
-        "images": images(5),
-        "logits": torch.randn(100, 4),
-        "target": torch.randint(4, (100,)),
-        **more,
-    }
-
-
-@pytest.fixture
-def elsewhere(tmp_path, monkeypatch):
-    """A folder of one's own, and a Trainer with Lightning's defaults but for what only costs time here."""
-    monkeypatch.chdir(tmp_path)
-    quiet = partial(Trainer, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
-    monkeypatch.setattr("lightning.pytorch.Trainer", quiet)
-
-
-def test_the_readmes_python_runs(elsewhere):
-    blocks = python_blocks("README.md")
-    assert len(blocks) == 6
-    names = given()
-    for block in blocks:
-        exec(block, names)
-    assert names["probabilities"].shape == (5, 4)
-    assert names["result"].after["nll"] < names["result"].before["nll"]
-    assert Path("calibrated.onnx").stat().st_size > 1000
-
-
-def test_ones_own_data_take_less_than_15_lines(elsewhere):
-    blocks = python_blocks("docs/getting-started.md")
-    assert len(blocks[0].splitlines()) < 15
-    names = given()
-    for block in blocks:
-        exec(block, names)
-    assert names["probabilities"].shape == (5, 4)
-    assert names["clamping"].result.after["nll"] < names["clamping"].result.before["nll"]
-
-
-@pytest.mark.parametrize(("page", "n_blocks"), [("how-it-works", 1), ("choosing", 2), ("loggers", 2)])
-def test_the_python_of_the_guides_runs(page, n_blocks, elsewhere):
-    blocks = python_blocks(f"docs/{page}.md")
-    assert len(blocks) == n_blocks
-    names = given()
-    for block in blocks:
-        exec(block, names)
-
-
-def test_every_key_that_is_logged_is_in_the_docs():
-    text = (ROOT.parent / "docs" / "loggers.md").read_text()
-    network, x, y = shifted_images(200)
-    assert not [key for key in scalars(fit_clamp(network, [(x, y)], method="temperature")) if key not in text]
-
-
-def test_the_api_page_is_that_of_the_docstrings():
-    page = runpy.run_path(str(ROOT.parent / "docs" / "api.py"))["page"]()
-    assert (ROOT.parent / "docs" / "api.md").read_text() == page, "run: python docs/api.py"

@@ -1,9 +1,10 @@
-"""Every claim of the README in tables: held-out quality against all other methods, the criterion, and speed.
+"""The tables of docs/results.md: held-out quality against all other methods, the criterion, and speed.
 
 python examples/benchmarks --data DIR [--full] [--only quality] [--out DIR]
 
 Prints Markdown; writes ``quality.csv`` and ``quality.png`` into the output folder. Small sizes take some minutes on two
-cores, ``--full`` two hours. Peers take part where they are installed (``pip install -e ".[benchmarks,peers]"``).
+cores, ``--full`` two hours. Peers take part where they are installed: ``pip install -e . --group benchmarks --group
+peers``.
 """
 
 import argparse

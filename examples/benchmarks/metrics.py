@@ -3,11 +3,11 @@
     python examples/benchmarks/metrics.py                     # all cases, about ten minutes
     python examples/benchmarks/metrics.py --case rows --scale 0.1
 
-Other libraries take part when they are installed (pip install -e ".[peers]") and are named as missing when not. Logits
-are twice those that the labels were drawn from, so that every network is over-confident alike. Batches are made before
-the clock starts; seconds are those of all updates and the computation, the best of three runs (of one, if it takes more
-than 20 s). Memory is the peak above what the batches and the imports occupy (Linux), measured in a process of its own
-for every line. State is what the metric holds after the last update, which is what ranks exchange.
+Other libraries take part when they are installed (pip install -e . --group peers) and are named as missing when not.
+Logits are twice those that the labels were drawn from, so that every network is over-confident alike. Batches are made
+before the clock starts; seconds are those of all updates and the computation, the best of three runs (of one, if it
+takes more than 20 s). Memory is the peak above what the batches and the imports occupy (Linux), measured in a process
+of its own for every line. State is what the metric holds after the last update, which is what ranks exchange.
 """
 
 import argparse
@@ -275,7 +275,7 @@ def main() -> None:
 def line(case: str, metric: str, library: str, options: argparse.Namespace) -> str:
     """The cells of one line, or a word on why there are none."""
     if importlib.util.find_spec(LIBRARIES[library][0]) is None:
-        return 'not installed (pip install -e ".[peers]") | | |'
+        return "not installed (pip install -e . --group peers) | | |"
     command = [sys.executable, __file__, "--scale", str(options.scale), "--repeats", str(options.repeats)]
     done = subprocess.run([*command, "--line", case, metric, library], capture_output=True, text=True)
     if done.returncode:

@@ -2,7 +2,7 @@
 
 Each is used as its documentation says and with its own defaults, and is silent. What it needs besides (probabilities,
 float64, NumPy, a loader) is made inside, so that a clock around it counts that too; imports are counted apart. Names
-that are missing from ``installed()`` need ``pip install -e ".[peers]"``.
+that are missing from ``installed()`` need ``pip install -e . --group peers``.
 
 The recipe of gpleiss/temperature_scaling is written out, since it is no package. That of lightning-uq-box is the same
 (``TempScaling``: LBFGS from 1.5, 50 iterations, lr .01), so it has no line of its own.

@@ -402,9 +402,8 @@ def _cost_against_size(full: bool) -> str:
     fixed = ", ".join(f"{name} {value:,}" for name, value in base.items())
     return f"""## Cost against size
 
-Two convolutions on random images in memory; `grids=(r,), output_maps=("temperature",), max_passes=3`. One size at a time
-is
-doubled, from {fixed}. Seconds of the whole fit by its passes, the best of three, on one
+Two convolutions on random images in memory; `grids=(r,), output_maps=("temperature",), max_passes=3`. One size at a
+time is doubled, from {fixed}. Seconds of the whole fit by its passes, the best of three, on one
 thread.
 
 {_table("what | size | seconds per pass | times the line above", rows)}
