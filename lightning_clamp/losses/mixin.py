@@ -22,7 +22,7 @@ class LossMixin(LightningModule):
     """Trains a LightningModule with another loss: ``class Calibrated(SomeMixin, MyModule): ...``.
 
     The mixin's ``training_step`` takes the place of the module's. It is for batches ``(inputs, target)``, which an
-    index may follow, calls ``self(inputs)`` for the logits, and logs ``train/loss`` and the loss's parts
+    index may follow, calls ``self(inputs)`` for the logits, and logs ``train/loss`` and the terms of the loss
     (``train/cross_entropy``, ...). Where a step does more, write it below the mixin and call :meth:`calibrated_loss`::
 
         class Calibrated(ACLSMixin, MyModule):
@@ -107,7 +107,7 @@ class LossMixin(LightningModule):
 
     @_in_python
     def calibrated_loss(self, inputs: Tensor, target: Tensor, index: Tensor | None = None) -> Tensor:
-        """The mixin's loss of a batch; in training, its parts are logged as ``train/...``.
+        """The mixin's loss of a batch; in training, its terms are logged as ``train/...``.
 
         Args:
             inputs: What ``self`` takes.
@@ -115,18 +115,18 @@ class LossMixin(LightningModule):
             index: Of each item in the training set, ``(N,)``, for losses that keep something for each item.
         """
         self._calibrated_loss_was_called = True
-        parts: dict[str, Tensor] = {}
-        loss = self.calibrated_loss_of(inputs, target, index, parts)
+        log_terms: dict[str, Tensor] = {}
+        loss = self.calibrated_loss_of(inputs, target, index, log_terms)
         if self.training:
-            self._log_calibrated(parts)
+            self._log_calibrated(log_terms)
         return loss
 
     def calibrated_loss_of(
-        self, inputs: Tensor, target: Tensor, index: Tensor | None, parts: dict[str, Tensor]
+        self, inputs: Tensor, target: Tensor, index: Tensor | None, log_terms: dict[str, Tensor]
     ) -> Tensor:
-        """The loss alone; fills ``parts``."""
+        """The loss alone; fills ``log_terms``."""
         return self.calibrated_loss_function(
-            self(inputs), target, task=self.loss_task, ignore_index=self.loss_ignore_index, parts=parts
+            self(inputs), target, task=self.loss_task, ignore_index=self.loss_ignore_index, log_terms=log_terms
         )
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -126,9 +126,9 @@ class DCAMixin(LossMixin):
 class MMCEMixin(LossMixin):
     """Trains with :func:`~lightning_clamp.losses.mmce_loss`."""
 
-    def __init__(self, *args: Any, mmce_lamda: float = 1.0, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, mmce_lambda: float = 1.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.train_with(mmce_loss, lamda=mmce_lamda)
+        self.train_with(mmce_loss, lambda_=mmce_lambda)
 
 
 class SCBCEMixin(LossMixin):
@@ -149,10 +149,12 @@ class SCBCEMixin(LossMixin):
         self.train_with(sc_bce_loss, *NO_PIXELS, alpha=sc_bce_alpha, kind=sc_bce_kind, beta=sc_bce_beta)
 
     def calibrated_loss_of(
-        self, inputs: Tensor, target: Tensor, index: Tensor | None, parts: dict[str, Tensor]
+        self, inputs: Tensor, target: Tensor, index: Tensor | None, log_terms: dict[str, Tensor]
     ) -> Tensor:
-        """The loss alone; fills ``parts``."""
-        return self.calibrated_loss_function(self(inputs), target, ignore_index=self.loss_ignore_index, parts=parts)
+        """The loss alone; fills ``log_terms``."""
+        return self.calibrated_loss_function(
+            self(inputs), target, ignore_index=self.loss_ignore_index, log_terms=log_terms
+        )
 
 
 class MarginAwareMixin(LossMixin):
@@ -196,9 +198,9 @@ class MarginAwareMixin(LossMixin):
         )
 
     def calibrated_loss_of(
-        self, inputs: Tensor, target: Tensor, index: Tensor | None, parts: dict[str, Tensor]
+        self, inputs: Tensor, target: Tensor, index: Tensor | None, log_terms: dict[str, Tensor]
     ) -> Tensor:
-        """The loss alone; fills ``parts``."""
+        """The loss alone; fills ``log_terms``."""
         return self.calibrated_loss_function(
-            self, inputs, target, task=self.loss_task, ignore_index=self.loss_ignore_index, parts=parts
+            self, inputs, target, task=self.loss_task, ignore_index=self.loss_ignore_index, log_terms=log_terms
         )

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from lightning_clamp._checks import check_at_least
 from lightning_clamp._rows import Task
 from lightning_clamp.losses._modes import differentiable_twice, in_mode
-from lightning_clamp.losses._positions import as_batch
+from lightning_clamp.losses._positions import as_positions
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # it sets the compiler's stance
@@ -79,15 +79,15 @@ def _product(
     total = [torch.zeros_like(value) for value in weights]
     count = 0
     for inputs, target in batches:
-        batch = as_batch(network(inputs), target, task=task, ignore_index=ignore_index, reduction="mean")
-        logits = batch.logits
+        positions = as_positions(network(inputs), target, task=task, ignore_index=ignore_index, reduction="mean")
+        logits = positions.logits
         # J v without forward-mode differentiation: v times the derivative of J^T u, which is linear in u.
         unit = torch.zeros_like(logits, requires_grad=True)
         pulled = torch.autograd.grad(logits, weights, unit, create_graph=True, materialize_grads=True)
         (slope,) = torch.autograd.grad(pulled, unit, direction, retain_graph=True)
         probs = F.softmax(logits.detach(), 1)
         curved = probs * (slope - (probs * slope).sum(1, keepdim=True))
-        keep = batch.counted()
+        keep = positions.counted()
         for part, value in zip(
             total, torch.autograd.grad(logits, weights, curved * keep.unsqueeze(1), materialize_grads=True), strict=True
         ):

@@ -77,7 +77,7 @@ def test_dynamic_moderation_adds_truncated_noise():
 
 
 def test_images_are_perturbed_as_often_as_alpha_says():
-    parts: dict[str, Tensor] = {}
+    log_terms: dict[str, Tensor] = {}
     draws, again = (
         sc_bce_loss(
             torch.ones(8000, 1),
@@ -85,13 +85,13 @@ def test_images_are_perturbed_as_often_as_alpha_says():
             alpha=torch.linspace(0, 1, 4).repeat(2000),
             reduction="none",
             generator=torch.Generator().manual_seed(0),
-            parts=parts,
+            log_terms=log_terms,
         )
         for _ in range(2)
     )
     flipped = (draws > 1).float().reshape(2000, 4).mean(0)
     torch.testing.assert_close(flipped, torch.linspace(0, 1, 4), atol=0.03, rtol=0)
-    assert parts["perturbed"] == pytest.approx(0.5, abs=0.02)
+    assert log_terms["perturbed"] == pytest.approx(0.5, abs=0.02)
     assert torch.equal(draws, again)
 
 
@@ -164,7 +164,7 @@ def test_the_signed_logit_is_the_difference_of_the_two_cross_entropies():
 
 def test_maximum_entropy_looks_at_the_best_accuracy():
     alpha, logits, target = torch.tensor([0.2, 0.3]), torch.tensor([1.0, -1.0]), torch.ones(2)
-    rule = LabelPerturbationRule(2.0, eta=0.01, lambd=10.0, rule="MEI")
+    rule = LabelPerturbationRule(2.0, eta=0.01, lambda_=10.0, rule="MEI")
     for accuracy, expected in ((0.9, [0.21, 0.29]), (0.8, [0.20, 0.28])):
         moved = rule.updated(alpha, logits, target, accuracy=accuracy, best_accuracy=0.9)
         torch.testing.assert_close(moved, torch.tensor(expected))
@@ -172,7 +172,7 @@ def test_maximum_entropy_looks_at_the_best_accuracy():
     logits[0] = torch.nan
     moved = rule.updated(alpha, logits, target, accuracy=0.9, best_accuracy=0.9)
     torch.testing.assert_close(moved, torch.tensor([0.2, 0.29]))
-    for name, bad in (("eta", -1), ("lambd", -1), ("rule", "MM"), ("beta", 3)):
+    for name, bad in (("eta", -1), ("lambda_", -1), ("rule", "MM"), ("beta", 3)):
         with pytest.raises(ValueError, match=f"`{name}` must"):
             LabelPerturbationRule(**{"beta": 2.0, name: bad})
 

@@ -35,7 +35,7 @@ CASES = {
     "ecp_1.0": (losses.entropy_penalty_loss, {"alpha": 1}),
     "ecp_0.1": (losses.entropy_penalty_loss, {}),
     "brier_torrvision": (losses.brier_loss, {}),
-    "mmce_total_l2": (losses.mmce_loss, {"lamda": 2}),
+    "mmce_total_l2": (losses.mmce_loss, {"lambda_": 2}),
     "nll_mdca_b1": (losses.mdca_loss, {}),
     "dca_mdca_b1": (losses.dca_loss, {"beta": 1}),
     "dca_fourm": (losses.dca_loss, {}),
@@ -73,17 +73,17 @@ def test_values_and_gradients_are_the_official_ones(key, name):
 
 
 @pytest.mark.parametrize("name", ["acls_default", "acls_m2", "mbls_m2", "nll_mdca_b1", "mmce_total_l2", "ecp_1.0"])
-def test_parts_are_the_terms_of_the_official_losses(name):
+def test_log_terms_are_those_of_the_official_losses(name):
     loss, options = CASES[name]
     logits, target = ref.official_inputs("K10", 64)
-    parts: dict[str, Tensor] = {}
-    total = loss(logits.requires_grad_(), target, **options, parts=parts)
-    assert parts["cross_entropy"] == pytest.approx(F.cross_entropy(logits, target).item(), rel=1e-12)
-    assert not any(part.requires_grad for part in parts.values())
+    log_terms: dict[str, Tensor] = {}
+    total = loss(logits.requires_grad_(), target, **options, log_terms=log_terms)
+    assert log_terms["cross_entropy"] == pytest.approx(F.cross_entropy(logits, target).item(), rel=1e-12)
+    assert not any(part.requires_grad for part in log_terms.values())
     official = OFFICIAL["losses"]["K10"][name]["value"]
     weight = {"acls_default": 0.1, "acls_m2": 0.5, "mbls_m2": 0.1, "mmce_total_l2": 2.0, "ecp_1.0": -1.0}.get(name, 1.0)
-    regularizer = parts.get("regularizer", parts.get("entropy"))
-    assert parts["cross_entropy"] + weight * regularizer == pytest.approx(total.item(), rel=1e-12)
+    regularizer = log_terms.get("regularizer", log_terms.get("entropy"))
+    assert log_terms["cross_entropy"] + weight * regularizer == pytest.approx(total.item(), rel=1e-12)
     if term := official.get("reg", official.get("ent")):
         assert regularizer == pytest.approx(term, rel=1e-11)
 
@@ -91,9 +91,9 @@ def test_parts_are_the_terms_of_the_official_losses(name):
 @every_loss
 def test_every_loss_notes_the_cross_entropy(loss):
     logits, target = drawn(8, 5)
-    parts: dict[str, Tensor] = {}
-    loss(logits, target, parts=parts)
-    assert parts["cross_entropy"] == pytest.approx(F.cross_entropy(logits, target).item())
+    log_terms: dict[str, Tensor] = {}
+    loss(logits, target, log_terms=log_terms)
+    assert log_terms["cross_entropy"] == pytest.approx(F.cross_entropy(logits, target).item())
 
 
 DEGENERATE = {
@@ -284,7 +284,7 @@ def test_mmce_is_its_sum_over_pairs(n):
     excess = (predicted == target).double() - confidence
     kernel = torch.exp(-(confidence[:, None] - confidence[None]).abs() / 0.4)
     expected = F.cross_entropy(logits, target) + 3 * (excess[:, None] * excess[None] * kernel).sum() / n**2
-    torch.testing.assert_close(mmce_loss(logits, target, lamda=3), expected)
+    torch.testing.assert_close(mmce_loss(logits, target, lambda_=3), expected)
 
 
 LAYOUTS = {
@@ -375,7 +375,7 @@ def test_bad_input_gets_one_sentence(loss, case):
         (losses.entropy_penalty_loss, {"reference": "mean"}, "`reference`"),
         (losses.mdca_loss, {"beta": -1}, "`beta`"),
         (losses.dca_loss, {"beta": -1}, "`beta`"),
-        (losses.mmce_loss, {"lamda": -1}, "`lamda`"),
+        (losses.mmce_loss, {"lambda_": -1}, "`lambda_`"),
     ],
 )
 def test_options_out_of_range_are_named(loss, options, sentence):

@@ -41,11 +41,11 @@ def formula_batch(network: nn.Module) -> tuple[Tensor, Tensor]:
 
 def test_values_and_gradients_are_those_of_the_formula():
     network = formula_network()
-    parts: dict[str, Tensor] = {}
-    loss = margin_aware_loss(network, *formula_batch(network), clip=None, parts=parts)
+    log_terms: dict[str, Tensor] = {}
+    loss = margin_aware_loss(network, *formula_batch(network), clip=None, log_terms=log_terms)
     assert loss.item() == pytest.approx(FORMULA["total"], rel=1e-12)
     for part, name in (("cross_entropy", "ce"), ("divergence", "kl"), ("smoothness", "smooth")):
-        assert parts[part].item() == pytest.approx(FORMULA[name], rel=1e-12)
+        assert log_terms[part].item() == pytest.approx(FORMULA[name], rel=1e-12)
     loss.backward()
     conv, linear = network[0].weight.grad, network[4].weight.grad
     assert linear.norm() == pytest.approx(FORMULA["total_grad_fc_norm"], rel=1e-9)
@@ -71,21 +71,21 @@ def test_each_regularizer_alone():
 def test_six_steps_reach_the_ball_and_stay_inside():
     network = formula_network()
     inputs, target = formula_batch(network)
-    parts: dict[str, Tensor] = {}
-    margin_aware_loss(network, inputs, target, steps=6, clip=None, parts=parts)
-    assert parts["divergence"].item() == pytest.approx(FORMULA["pgd6_projection_binding"]["kl"], rel=1e-12)
+    log_terms: dict[str, Tensor] = {}
+    margin_aware_loss(network, inputs, target, steps=6, clip=None, log_terms=log_terms)
+    assert log_terms["divergence"].item() == pytest.approx(FORMULA["pgd6_projection_binding"]["kl"], rel=1e-12)
 
 
 def test_per_item_losses_and_diagnostics():
     network = formula_network()
     inputs, target = formula_batch(network)
-    parts: dict[str, Tensor] = {}
-    rows = margin_aware_loss(network, inputs, target, clip=None, reduction="none", parts=parts)
+    log_terms: dict[str, Tensor] = {}
+    rows = margin_aware_loss(network, inputs, target, clip=None, reduction="none", log_terms=log_terms)
     assert rows.shape == target.shape
     assert rows.mean().item() == pytest.approx(FORMULA["total"], rel=1e-12)
-    assert parts["margin_tail"] == pytest.approx(exponential_margin_tail(network(inputs), target).item())
-    assert parts["robust_margin"] < parts["margin"]
-    assert parts["robust_margin_tail"] > parts["margin_tail"]
+    assert log_terms["margin_tail"] == pytest.approx(exponential_margin_tail(network(inputs), target).item())
+    assert log_terms["robust_margin"] < log_terms["margin"]
+    assert log_terms["robust_margin_tail"] > log_terms["margin_tail"]
 
 
 def attack(**options) -> Attack:
@@ -231,10 +231,10 @@ def test_the_smoothness_of_large_images_does_not_underflow():
     images, target = torch.rand(1, 1, 512, 512), torch.ones(1, 512, 512)
     found = {}
     for dtype in (torch.float32, torch.float16):
-        parts: dict[str, Tensor] = {}
+        log_terms: dict[str, Tensor] = {}
         with torch.autocast("cpu", dtype, enabled=dtype == torch.float16):
-            margin_aware_loss(conv, images, target, lambda_r=0, task="binary", parts=parts)
-        found[dtype] = parts["smoothness"].item()
+            margin_aware_loss(conv, images, target, lambda_r=0, task="binary", log_terms=log_terms)
+        found[dtype] = log_terms["smoothness"].item()
     assert found[torch.float16] == pytest.approx(found[torch.float32], rel=0.01)
 
 
@@ -261,8 +261,8 @@ def test_dense_outputs_and_one_logit():
     target = torch.randint(2, (3, 5, 5), generator=generator)
     marked = target.clone()
     marked[0, :2] = 255
-    parts: dict[str, Tensor] = {}
-    loss = margin_aware_loss(conv, images, marked, task="binary", ignore_index=255, lambda_s=0.5, parts=parts)
+    log_terms: dict[str, Tensor] = {}
+    loss = margin_aware_loss(conv, images, marked, task="binary", ignore_index=255, lambda_s=0.5, log_terms=log_terms)
     images.requires_grad_()
     sign = 2.0 * target - 1
     keep = marked != 255
@@ -270,8 +270,8 @@ def test_dense_outputs_and_one_logit():
     (gradient,) = torch.autograd.grad(margin, images)
     per_item = gradient.square().sum((1, 2, 3))
     expected = (per_item * keep.sum((1, 2))).sum() / keep.sum()
-    assert parts["smoothness"] == pytest.approx(expected.item())
-    assert parts["cross_entropy"] == pytest.approx(
+    assert log_terms["smoothness"] == pytest.approx(expected.item())
+    assert log_terms["cross_entropy"] == pytest.approx(
         F.binary_cross_entropy_with_logits(conv(images)[:, 0][keep], target[keep].double()).item()
     )
     assert loss.isfinite()

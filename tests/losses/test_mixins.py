@@ -34,7 +34,7 @@ OF_FUNCTION = {
     "mmce_loss": (losses.MMCEMixin, "mmce"),
     "sc_bce_loss": (losses.SCBCEMixin, "sc_bce"),
 }
-COMMON = {"task", "ignore_index", "reduction", "parts", "generator"}
+COMMON = {"task", "ignore_index", "reduction", "log_terms", "generator"}
 # With the defaults ACLS has nothing to do on logits as small as those of the tests.
 AT_WORK = {losses.ACLSMixin: {"acls_margin": 1.0, "acls_alpha": 1.0}}
 OF_CLASSES = [name for name in OF_FUNCTION if name not in ("sc_bce_loss", "margin_aware_loss")]
@@ -62,7 +62,7 @@ def test_the_options_of_a_mixin_are_those_of_its_function(name):
     mixin, prefix = OF_FUNCTION[name]
     function = inspect.signature(getattr(losses, name)).parameters.values()
     expected = {
-        f"{prefix}_{one.name}": (one.default, one.annotation)
+        f"{prefix}_{one.name}".rstrip("_"): (one.default, one.annotation)
         for one in function
         if one.kind is one.KEYWORD_ONLY and one.name not in COMMON
     }
@@ -310,9 +310,9 @@ def test_an_index_after_the_pair_is_let_by():
 
 def test_a_mixin_of_ones_own():
     class MeanSquareMixin(LossMixin):
-        def calibrated_loss_of(self, inputs, target, index, parts):
+        def calibrated_loss_of(self, inputs, target, index, log_terms):
             probs = self(inputs).softmax(1)
-            parts["worst"] = probs.amin()
+            log_terms["worst"] = probs.amin()
             return F.mse_loss(probs, F.one_hot(target, 4).float())
 
     run = trainer(max_steps=1)
