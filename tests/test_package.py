@@ -21,8 +21,19 @@ from tests.losses.test_mixins import trainer
 from tests.scenarios import LitClassifier, SmallNet, images, loader, shifted_images
 
 ROOT = Path(lightning_clamp.__file__).parent
-# Of the losses, what needs Lightning.
-MIXINS = ("aslp.py", "mixin.py", "mixins.py", "monitor.py")
+# Of the losses and the sharpness, what needs Lightning.
+WITH_LIGHTNING = ("aslp.py", "mixin.py", "mixins.py", "monitor.py")
+WITHOUT_LIGHTNING = ("clamping", "metrics", "_batch.py", "_checks.py", "_rows.py")
+# Which parts of the package a part may know; any, where it is not here.
+ALLOWED = {
+    "_batch.py": set(),
+    "_checks.py": set(),
+    "_rows.py": {"_checks"},
+    "metrics": {"metrics", "_checks", "_rows"},
+    "losses": {"losses", "metrics", "_checks", "_rows"},
+    "sharpness": {"sharpness", "losses", "metrics", "_batch", "_checks", "_rows", "_trainer", "clamping"},
+    "clamping": {"clamping", "metrics", "_batch", "_checks", "_rows"},
+}
 HEAVY = ("torchvision", "matplotlib", "tensorboard", "wandb", "sklearn", "scipy")
 
 
@@ -53,16 +64,10 @@ def test_imports_point_one_way(path):
     names = imports(path)
     assert not {name for name in names if name.split(".")[0] in HEAVY}
     part = path.relative_to(ROOT).parts[0]
-    if part in ("clamping", "metrics", "_rows.py") or (part == "losses" and path.name not in MIXINS):
+    if part in (*WITHOUT_LIGHTNING, "losses", "sharpness") and path.name not in WITH_LIGHTNING:
         assert not {name for name in names if name.split(".")[0] == "lightning"}
     ours = {name.split(".")[1] for name in names if name.startswith("lightning_clamp.")}
-    allowed = {
-        "metrics": {"metrics", "_rows"},
-        "losses": {"losses", "metrics", "_rows"},
-        "clamping": {"clamping", "metrics", "_rows"},
-        "_rows.py": set(),
-    }
-    assert ours <= allowed.get(part, ours)
+    assert ours <= ALLOWED.get(part, ours)
 
 
 def ran(script, *options):

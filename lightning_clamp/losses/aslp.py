@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_clamp.losses.label_perturbation import Kind, LabelPerturbationRule, Rule, beta_of_kind, sc_bce_loss
-from lightning_clamp.losses.mixin import LossMixin
+from lightning_clamp.losses.mixin import LossMixin, options_named
 from lightning_clamp.losses.mixins import NO_PIXELS
 
 _STATE = "adaptive_label_perturbation"
@@ -128,8 +128,10 @@ class ASLPMixin(LossMixin):
     ) -> None:
         super().__init__(*args, **kwargs)
         # The rule's β is the loss's; α comes with each batch.
-        self.aslp_learning = LabelPerturbationRule(beta_of_kind(aslp_kind, aslp_beta), aslp_eta, aslp_lambda, aslp_rule)
-        self.train_with(sc_bce_loss, *NO_PIXELS, kind=aslp_kind, beta=self.aslp_learning.beta)
+        with options_named("aslp_"):
+            beta = beta_of_kind(aslp_kind, aslp_beta)
+            self.aslp_learning = LabelPerturbationRule(beta, aslp_eta, aslp_lambda, aslp_rule)
+        self.train_with(sc_bce_loss, *NO_PIXELS, prefix="aslp_", kind=aslp_kind, beta=beta)
         self.aslp_warmup_epochs = aslp_warmup_epochs
         self.aslp_accuracy = aslp_accuracy
         self.aslp_alphas = ImageAlphas()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_clamp._checks import check_at_least, check_between, check_choice
+from lightning_clamp._checks import OptionError, check_at_least, check_between, check_choice
 from lightning_clamp.losses._positions import Reduction, as_positions
 
 Kind: TypeAlias = Literal["HI", "SI", "M", "DM"]
@@ -63,8 +63,8 @@ def sc_bce_loss(
         ignore_index: Target value of positions to leave out.
         reduction: ``"mean"`` over the positions that count (0 if there are none), ``"sum"``, or ``"none"``.
         generator: Where the draws come from; torch's own by default.
-        log_terms: A dict that is given the means ``cross_entropy`` (of the given labels) and ``perturbed`` (the share of
-            perturbed ones).
+        log_terms: A dict that is given the means ``cross_entropy`` (of the given labels) and ``perturbed`` (the share
+            of perturbed ones).
 
     Returns:
         A scalar, or the shape of the target.
@@ -81,7 +81,7 @@ def sc_bce_loss(
     positions = as_positions(logits, target, task="binary", ignore_index=ignore_index, reduction=reduction)
     chance = torch.as_tensor(alpha, dtype=positions.logits.dtype, device=positions.logits.device)
     if chance.ndim and chance.shape != positions.target.shape[:1]:
-        raise ValueError(
+        raise OptionError(
             f"`alpha` must be one number or have shape ({len(positions.target)},), got {tuple(chance.shape)}."
         )
     if chance.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -114,7 +114,7 @@ def beta_of_kind(kind: Kind, beta: float | None) -> float:
     if beta is None:
         return PERTURBATIONS[kind]
     if not 0 < beta <= 2:
-        raise ValueError(f"`beta` must lie in (0, 2], so that labels stay in [0, 1], got {beta}.")
+        raise OptionError(f"`beta` must lie in (0, 2], so that labels stay in [0, 1], got {beta}.")
     return beta
 
 

@@ -1,6 +1,7 @@
 """What every loss mixin is: a training step in front of somebody's LightningModule."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -10,12 +11,26 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_clamp._checks import check_choice
+from lightning_clamp._checks import OptionError, check_choice
 from lightning_clamp._rows import TASKS, Task
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 # torch.compile makes no graph of Lightning's log: what logs is left to Python, and what that calls is compiled.
 _in_python: Callable[[_Function], _Function] = torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def options_named(prefix: str) -> Iterator[None]:
+    """Have refusals name a function's options as a mixin does: ``margin_clip`` for ``clip``."""
+
+    def name_of(option: str) -> str:
+        # A function's ``lambda_`` has its underscore because ``lambda`` is a word of Python.
+        return f"loss_{option}" if option in ("task", "ignore_index") else prefix + option.rstrip("_")
+
+    try:
+        yield
+    except OptionError as error:
+        raise error.renamed(name_of) from None
 
 
 class LossMixin(LightningModule):
@@ -49,6 +64,7 @@ class LossMixin(LightningModule):
 
     # The names are long because they share the instance with those of somebody's module.
     calibrated_loss_function: Callable[..., Tensor]
+    _calibrated_loss_prefix = ""
     _calibrated_loss_was_called = False
 
     def __init__(
@@ -74,18 +90,21 @@ class LossMixin(LightningModule):
         if len(losses) > 1:
             raise TypeError(f"{cls.__name__} has two losses, {' and '.join(losses)}: keep one of them.")
 
-    def train_with(self, function: Callable[..., Tensor], *nothing: Any, **options: Any) -> None:
+    def train_with(self, function: Callable[..., Tensor], *nothing: Any, prefix: str = "", **options: Any) -> None:
         """Set the loss.
 
         Args:
             function: Called with what :meth:`calibrated_loss_of` gives it.
             *nothing: Arguments for a batch of no samples: the options are checked on it, now and not in training.
+            prefix: What the mixin's names of the options begin with, for the sentences that refuse one.
             **options: The function's own.
         """
         self.calibrated_loss_function = partial(function, **options)
+        self._calibrated_loss_prefix = prefix
         # On the CPU also where modules are made on another device, or on none.
         rows, labels = torch.zeros(0, 2, device="cpu"), torch.zeros(0, dtype=torch.long, device="cpu")
-        self.calibrated_loss_function(*(nothing or (rows, labels)))
+        with options_named(prefix):
+            self.calibrated_loss_function(*(nothing or (rows, labels)))
 
     @_in_python
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -116,7 +135,8 @@ class LossMixin(LightningModule):
         """
         self._calibrated_loss_was_called = True
         log_terms: dict[str, Tensor] = {}
-        loss = self.calibrated_loss_of(inputs, target, index, log_terms)
+        with options_named(self._calibrated_loss_prefix):
+            loss = self.calibrated_loss_of(inputs, target, index, log_terms)
         if self.training:
             self._log_calibrated(log_terms)
         return loss

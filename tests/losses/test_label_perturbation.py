@@ -327,9 +327,9 @@ def test_a_validation_outside_of_a_fit_asks_for_no_accuracy():
 
 
 def test_options_are_checked_when_the_module_is_made():
-    with pytest.raises(ValueError, match="`rule`"):
+    with pytest.raises(ValueError, match="`aslp_rule`"):
         WithASLP(aslp_rule="best")
-    with pytest.raises(ValueError, match="`beta`"):
+    with pytest.raises(ValueError, match="`aslp_beta`"):
         WithASLP(aslp_beta=3.0)
 
 

@@ -129,7 +129,10 @@ def test_a_single_channel_may_have_numbers_for_its_normalisation():
         ({"std": (1.0, 0.0, 1.0)}, "`std` must be positive"),
         ({"mean": (0.1, 0.2)}, "no axis 1 of 2 channels"),
         ({"lambda_s": -1}, "`lambda_s`"),
-        ({}, r"Inputs of the range \[-1, 1\] lie outside clip=\(0, 1\): pass the mean and std of your normalisation"),
+        (
+            {},
+            r"Inputs of the range \[-1, 1\] lie outside clip=\(0, 1\): pass the `mean` and `std` of your normalisation",
+        ),
     ],
 )
 def test_mistakes_get_one_sentence(options, sentence):

@@ -196,17 +196,85 @@ def test_names_of_the_module_are_its_own(mixin):
 @pytest.mark.parametrize(
     ("mixin", "options", "sentence"),
     [
-        (ACLSMixin, {"acls_margin": -1}, "`margin` must be at least 0, got -1"),
-        (ACLSMixin, {"acls_reference": "Paper"}, "`reference` must be one of"),
+        (ACLSMixin, {"acls_margin": -1}, "`acls_margin` must be at least 0, got -1"),
+        (ACLSMixin, {"acls_reference": "Paper"}, "`acls_reference` must be one of"),
         (ACLSMixin, {"loss_task": "multilabel"}, "`loss_task` must be one of"),
-        (MarginAwareMixin, {"margin_std": (0.2, 0.0, 0.2)}, "`std` must be positive"),
+        (MarginAwareMixin, {"margin_std": (0.2, 0.0, 0.2)}, "`margin_std` must be positive"),
         (MarginAwareMixin, {"margin_std": (0.2, 0.2), "margin_mean": (0.5, 0.5, 0.5)}, "no axis 1 of 2 channels"),
-        (losses.SCBCEMixin, {"sc_bce_kind": "IH"}, "`kind` must be one of"),
+        (losses.SCBCEMixin, {"sc_bce_kind": "IH"}, "`sc_bce_kind` must be one of"),
     ],
 )
 def test_options_are_checked_when_the_module_is_made(mixin, options, sentence):
     with pytest.raises(ValueError, match=sentence):
         made(mixin, **options)
+
+
+# What each option is refused for, with all that have a wrong value.
+REFUSED = {
+    losses.ACLSMixin: {"acls_alpha": -1, "acls_pos_lambda": -1, "acls_neg_lambda": -1, "acls_margin": -1,
+                       "acls_reference": "Paper"},
+    losses.ASLPMixin: {"aslp_kind": "IH", "aslp_beta": 3, "aslp_rule": "best", "aslp_eta": -1, "aslp_lambda": -1},
+    losses.BrierMixin: {},
+    losses.DCAMixin: {"dca_beta": -1},
+    losses.DualFocalMixin: {"dual_focal_gamma": -1},
+    losses.EntropyPenaltyMixin: {"entropy_alpha": -1, "entropy_reference": "mean"},
+    losses.FLSDMixin: {"flsd_gamma": -1},
+    losses.FocalMixin: {"focal_gamma": -1},
+    losses.LabelSmoothingMixin: {"smoothing_alpha": 2},
+    losses.MarginAwareMixin: {"margin_lambda_r": -1, "margin_lambda_s": -1, "margin_epsilon": -1,
+                              "margin_step_size": -1, "margin_steps": -1, "margin_norm": "l1", "margin_std": 0.0,
+                              "margin_attack_mode": "test"},
+    losses.MbLSMixin: {"mbls_alpha": -1, "mbls_margin": -1},
+    losses.MDCAMixin: {"mdca_beta": -1},
+    losses.MMCEMixin: {"mmce_lambda": -1},
+    losses.SCBCEMixin: {"sc_bce_alpha": 2, "sc_bce_kind": "IH", "sc_bce_beta": 3},
+}  # fmt: skip
+# Any value will do, or it depends on the data: see below.
+NOT_ALONE = {"aslp_warmup_epochs", "aslp_accuracy", "margin_mean", "margin_clip"}
+
+
+@pytest.mark.parametrize(("mixin", "option"), [(mixin, option) for mixin in REFUSED for option in REFUSED[mixin]])
+def test_refused_options_are_named_as_the_mixin_names_them(mixin, option):
+    with pytest.raises(ValueError, match=f"^`{option}` must"):
+        made(mixin, **{option: REFUSED[mixin][option]})
+
+
+def test_no_option_of_a_mixin_is_forgotten():
+    assert {mixin.__name__ for mixin in REFUSED} | {"LossMixin"} == {n for n in losses.__all__ if n.endswith("Mixin")}
+    for mixin, refused in REFUSED.items():
+        options = inspect.signature(mixin.__init__).parameters.values()
+        assert {one.name for one in options if one.kind is one.KEYWORD_ONLY} - NOT_ALONE == set(refused)
+
+
+def test_refused_data_name_the_options_of_the_mixin():
+    inputs, target = next(iter(loader(10, 20)))
+    model = made(MarginAwareMixin, margin_mean=0.5)
+    with pytest.raises(
+        ValueError,
+        match=r"lie outside margin_clip=\(0, 1\): pass the `margin_mean` and `margin_std` .* margin_clip=None",
+    ):
+        model.calibrated_loss(inputs, target)
+    with pytest.raises(ValueError, match="^`margin_mean` or `margin_std` holds 2 numbers"):
+        made(MarginAwareMixin, margin_mean=(0.1, 0.2)).calibrated_loss(inputs, target)
+    with pytest.raises(ValueError, match="got -100. Pass loss_ignore_index= for positions to leave out"):
+        made(FocalMixin).calibrated_loss(inputs, target - 100)
+    with pytest.raises(ValueError, match='say loss_task="binary" for a one-logit'):
+        made(FocalMixin, OneLogit).calibrated_loss(inputs, target)
+
+
+class OneLogit(LitClassifier):
+    def forward(self, x):
+        return super().forward(x)[:, :1]
+
+
+class Refusing(LitClassifier):
+    def forward(self, x):
+        raise ValueError("`gamma` must be that of the camera, not gamma=1.")
+
+
+def test_what_the_network_refuses_is_said_in_its_words():
+    with pytest.raises(ValueError, match="^`gamma` must be that of the camera, not gamma=1.$"):
+        made(FocalMixin, Refusing).calibrated_loss(torch.zeros(1), torch.zeros(1))
 
 
 @pytest.mark.parametrize("mixin", [mixin for mixin, _ in OF_FUNCTION.values()] + [losses.ASLPMixin])
