@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import lightning_clamp
-from lightning_clamp import clamping, export, losses, metrics
+from lightning_clamp import clamping, export, losses, metrics, sharpness
 
 PAGE = Path(__file__).with_name("api.md")
 SECTIONS = ("Args", "Attributes", "Returns", "Raises", "Reference", "Example")
@@ -33,11 +33,12 @@ def page() -> str:
     parts = [
         "# API\n\nWritten by `python docs/api.py` from the docstrings. Shapes: N items, C classes; logits are "
         "unnormalised. [metrics.md](metrics.md) and [losses.md](losses.md) say more about those two.",
-        *_section(lightning_clamp, "lightning_clamp", skip=("losses", "metrics")),
+        *_section(lightning_clamp, "lightning_clamp", skip=("losses", "metrics", "sharpness")),
         *_section(clamping, "lightning_clamp.clamping", only=("Candidate",)),
         *_section(export, "lightning_clamp.export", only=("to_exported_program", "to_onnx", "fold", "Folded")),
         *_section(metrics, "lightning_clamp.metrics"),
         *_section(losses, "lightning_clamp.losses"),
+        *_section(sharpness, "lightning_clamp.sharpness"),
     ]
     return "\n\n".join(parts) + "\n"
 

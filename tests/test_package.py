@@ -14,40 +14,56 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
 import lightning_clamp
-from lightning_clamp import fit_clamp, losses, metrics
+from lightning_clamp import fit_clamp, losses, metrics, sharpness
 from lightning_clamp.report import scalars
-from tests.losses.test_label_perturbation import Segmenter, maps
-from tests.losses.test_mixins import trainer
-from tests.scenarios import LitClassifier, SmallNet, images, loader, shifted_images
+from tests.scenarios import LitClassifier, Segmenter, SmallNet, images, loader, maps, shifted_images, trainer
 
 ROOT = Path(lightning_clamp.__file__).parent
 # Of the losses and the sharpness, what needs Lightning.
 WITH_LIGHTNING = ("aslp.py", "mixin.py", "mixins.py", "monitor.py")
-WITHOUT_LIGHTNING = ("clamping", "metrics", "_batch.py", "_checks.py", "_rows.py")
+WITHOUT_LIGHTNING = ("clamping", "metrics", "_batch.py", "_checks.py", "_lazy.py", "_rows.py")
 # Which parts of the package a part may know; any, where it is not here.
 ALLOWED = {
     "_batch.py": set(),
     "_checks.py": set(),
+    "_lazy.py": set(),
     "_rows.py": {"_checks"},
     "metrics": {"metrics", "_checks", "_rows"},
-    "losses": {"losses", "metrics", "_checks", "_rows"},
-    "sharpness": {"sharpness", "losses", "metrics", "_batch", "_checks", "_rows", "_trainer", "clamping"},
+    "losses": {"losses", "metrics", "_checks", "_lazy", "_rows"},
+    "sharpness": {"sharpness", "clamping", "losses", "metrics", "_batch", "_checks", "_lazy", "_rows", "_trainer"},
     "clamping": {"clamping", "metrics", "_batch", "_checks", "_rows"},
 }
 HEAVY = ("torchvision", "matplotlib", "tensorboard", "wandb", "sklearn", "scipy")
 
 
+def modules_after(code):
+    """Names of the modules that a fresh Python has once it ran ``code``."""
+    command = [sys.executable, "-c", f"{code}\nimport sys; print(*sys.modules)"]
+    return subprocess.check_output(command, text=True).split()
+
+
 def test_importing_the_package_imports_nothing_heavy():
-    code = f"import sys, lightning_clamp; print([m for m in {HEAVY} if m in sys.modules])"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+    assert not set(HEAVY) & set(modules_after("import lightning_clamp"))
 
 
-def test_every_public_name_is_there_and_others_are_not():
-    for name in lightning_clamp.__all__:
-        assert getattr(lightning_clamp, name) is not None
-        assert name in dir(lightning_clamp)
-    with pytest.raises(AttributeError, match="no attribute 'NeuralClamp'; it offers CalibrationModule"):
-        _ = lightning_clamp.NeuralClamp
+def test_functions_of_losses_and_sharpness_import_no_lightning():
+    functions = [name for name in losses.__all__ if name.endswith("_loss")] + ["LabelPerturbationRule"]
+    found = modules_after(
+        f"from lightning_clamp.losses import {', '.join(functions)}\n"
+        "from lightning_clamp.sharpness import gauss_newton_sharpness"
+    )
+    assert "lightning_clamp.sharpness.gauss_newton" in found
+    roots = {name.split(".")[0] for name in found if name.startswith(("lightning", "pytorch_lightning"))}
+    assert roots <= {"lightning_clamp", "lightning_utilities"}
+
+
+@pytest.mark.parametrize("package", [lightning_clamp, losses, sharpness], ids=lambda package: package.__name__)
+def test_every_public_name_is_there_and_others_are_not(package):
+    for name in package.__all__:
+        assert getattr(package, name) is not None
+        assert name in dir(package)
+    with pytest.raises(AttributeError, match=f"no attribute 'NeuralClamp'; it offers {package.__all__[0]}"):
+        _ = package.NeuralClamp
 
 
 def imports(path: Path) -> set[str]:
@@ -173,7 +189,7 @@ def test_the_python_about_metrics_runs(capsys):
     assert "ece: " in capsys.readouterr().out
 
 
-def test_the_python_about_losses_runs():
+def test_the_python_about_losses_runs(tmp_path):
     names = {
         "MyModel": LitClassifier,
         "MySegmenter": Segmenter,
@@ -182,18 +198,18 @@ def test_the_python_about_losses_runs():
         "train_set": maps(4),
         "val_loader": DataLoader(maps(2)),
         "DataLoader": DataLoader,
-        "trainer": trainer(),
+        "trainer": trainer(tmp_path),
     }
     for block in python_blocks("docs/losses.md"):
         exec(block, names)
-    run = trainer()
+    run = trainer(tmp_path)
     run.fit(names["Custom"](), names["train_loader"])
     assert "mine" in run.callback_metrics
 
 
 def test_every_public_loss_is_in_the_docs():
     text = (ROOT.parent / "docs" / "losses.md").read_text()
-    assert not [name for name in losses.__all__ if name not in text]
+    assert not [name for name in (*losses.__all__, *sharpness.__all__) if name not in text]
 
 
 def test_every_public_metric_is_in_the_docs():

@@ -7,20 +7,20 @@ import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from lightning_clamp import CalibrationModule, calibrate
 from lightning_clamp.losses import ASLPMixin, Indexed, LabelPerturbationRule, SCBCEMixin, sc_bce_loss
 from lightning_clamp.losses.aslp import _STATE as STATE
 from lightning_clamp.losses.aslp import ImageAlphas
 from lightning_clamp.losses.label_perturbation import signed_logit
-from tests.losses.test_losses import OFFICIAL
+from tests import references as ref
+from tests.scenarios import Segmenter, maps, trainer
 
-ASLP = OFFICIAL["aslp"]
+ASLP = ref.OFFICIAL_LOSSES["aslp"]
 
 
 def official_maps() -> tuple[Tensor, Tensor, Tensor]:
@@ -177,52 +177,12 @@ def test_maximum_entropy_looks_at_the_best_accuracy():
             LabelPerturbationRule(**{"beta": 2.0, name: bad})
 
 
-class Segmenter(LightningModule):
-    """One logit per pixel, as a user would write it."""
-
-    def __init__(self, lr: float = 0.1, accuracy: float | None = 0.9) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        # Right on most pixels from the start, so that α rises.
-        self.conv = nn.Conv2d(1, 1, 1)
-        nn.init.constant_(self.conv.weight, 4.0)
-        nn.init.constant_(self.conv.bias, -2.0)
-        self.seen: list[float] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
-
-    def training_step(self, batch, batch_idx):
-        return F.binary_cross_entropy_with_logits(self(batch[0]), batch[1])
-
-    def validation_step(self, batch, batch_idx, dataloader_idx=0):
-        if self.hparams["accuracy"] is not None:
-            self.log("val_accuracy", self.hparams["accuracy"])
-        self.log("val_loss", 0.3)
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=self.hparams["lr"])
-
-
 class WithASLP(ASLPMixin, Segmenter):
     pass
 
 
 class WithSCBCE(SCBCEMixin, Segmenter):
     pass
-
-
-def maps(n: int = 8) -> TensorDataset:
-    generator = torch.Generator().manual_seed(0)
-    target = (torch.rand(n, 1, 4, 4, generator=generator) < 0.4).float()
-    return TensorDataset(target + 0.3 * torch.randn(n, 1, 4, 4, generator=generator), target)
-
-
-def trainer(**options) -> Trainer:
-    return Trainer(**{
-        "max_epochs": 4, "accelerator": "cpu", "logger": False, "enable_checkpointing": False,
-        "enable_progress_bar": False, "enable_model_summary": False, **options,
-    })  # fmt: skip
 
 
 def train_loader(n: int = 8, size: int = 4) -> DataLoader:
@@ -235,10 +195,10 @@ def val_loader() -> DataLoader:
 
 def test_alpha_is_learned_after_the_warm_up_and_is_in_the_checkpoint(tmp_path):
     model = WithASLP(aslp_warmup_epochs=3)
-    run = trainer(max_epochs=3)
+    run = trainer(tmp_path, max_epochs=3)
     run.fit(model, train_loader(), val_loader())
     assert model.aslp_alphas.values.tolist() == [0.0] * 8
-    run = trainer(max_epochs=5)
+    run = trainer(tmp_path, max_epochs=5)
     model = WithASLP(aslp_warmup_epochs=3, aslp_kind="SI")
     run.fit(model, train_loader(), val_loader())
     learned = model.aslp_alphas.values
@@ -250,7 +210,7 @@ def test_alpha_is_learned_after_the_warm_up_and_is_in_the_checkpoint(tmp_path):
     plain = Segmenter.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
     assert torch.equal(plain.conv.weight, model.conv.weight)
     resumed = WithASLP(aslp_warmup_epochs=3, aslp_kind="SI")
-    trainer(max_epochs=5).fit(resumed, train_loader(), val_loader(), ckpt_path=tmp_path / "last.ckpt")
+    trainer(tmp_path, max_epochs=5).fit(resumed, train_loader(), val_loader(), ckpt_path=tmp_path / "last.ckpt")
     assert torch.equal(resumed.aslp_alphas.values, learned)
     assert WithASLP.load_from_checkpoint(tmp_path / "last.ckpt").aslp_learning.beta == 1.5
 
@@ -276,25 +236,23 @@ def test_a_resumed_run_knows_what_it_knew(tmp_path, interval):
         model = OfTheHook(aslp_warmup_epochs=0, aslp_eta=1e-9, lr=0.0)
         options = {"val_check_interval": interval, "num_sanity_val_steps": 0}
         if resumed:
-            options["callbacks"] = [ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}-{step}")]
-            trainer(max_epochs=2, enable_checkpointing=True, **options).fit(model, train_loader(), val_loader())
+            saving = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}-{step}")
+            trainer(tmp_path, saving, max_epochs=2, **options).fit(model, train_loader(), val_loader())
             model = OfTheHook(aslp_warmup_epochs=0, aslp_eta=1e-9, lr=0.0)
             checkpoint = max(tmp_path.glob("epoch=1-*.ckpt"))
             assert torch.load(checkpoint, weights_only=True)[STATE]["accuracy"] == pytest.approx(0.82)
-            trainer(max_epochs=3, **{**options, "callbacks": []}).fit(
-                model, train_loader(), val_loader(), ckpt_path=checkpoint
-            )
+            trainer(tmp_path, max_epochs=3, **options).fit(model, train_loader(), val_loader(), ckpt_path=checkpoint)
         else:
-            trainer(max_epochs=3, **options).fit(model, train_loader(), val_loader())
+            trainer(tmp_path, max_epochs=3, **options).fit(model, train_loader(), val_loader())
         ends.append((model.aslp_alphas.values, model._aslp_measured, model._aslp_best))
     torch.testing.assert_close(ends[0][0], ends[1][0], rtol=1e-5, atol=0)
     assert (ends[0][0] > 0).all()
     assert ends[0][1:] == ends[1][1:]
 
 
-def test_one_of_two_validation_sets_has_the_accuracy():
+def test_one_of_two_validation_sets_has_the_accuracy(tmp_path):
     model = WithASLP(aslp_warmup_epochs=1, aslp_accuracy="val_accuracy/dataloader_idx_1")
-    trainer(max_epochs=3).fit(model, train_loader(), [val_loader(), val_loader()])
+    trainer(tmp_path, max_epochs=3).fit(model, train_loader(), [val_loader(), val_loader()])
     assert (model.aslp_alphas.values > 0).all()
 
 
@@ -311,18 +269,20 @@ MISTAKES = {
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
 @pytest.mark.parametrize("case", MISTAKES)
-def test_mistakes_get_one_sentence_before_or_at_the_first_step(case):
+def test_mistakes_get_one_sentence_before_or_at_the_first_step(case, tmp_path):
     cls, options, loaders, error, sentence = MISTAKES[case]
     with pytest.raises(error, match=sentence):
-        trainer(limit_train_batches=2).fit(
+        trainer(tmp_path, limit_train_batches=2).fit(
             cls(**options), loaders.get("train", train_loader()), loaders.get("val", val_loader())
         )
 
 
-def test_a_validation_outside_of_a_fit_asks_for_no_accuracy():
+def test_a_validation_outside_of_a_fit_asks_for_no_accuracy(tmp_path):
     model = WithASLP(accuracy=None)
-    trainer().validate(model, val_loader(), verbose=False)
-    module = calibrate(trainer(), model, DataLoader(maps(20), batch_size=5), task="binary", method="temperature")
+    trainer(tmp_path).validate(model, val_loader(), verbose=False)
+    module = calibrate(
+        trainer(tmp_path), model, DataLoader(maps(20), batch_size=5), task="binary", method="temperature"
+    )
     assert isinstance(module, CalibrationModule)
 
 
@@ -345,9 +305,9 @@ def test_indices_are_checked():
             alphas.of(index)
 
 
-def test_the_fixed_amount_takes_pairs():
+def test_the_fixed_amount_takes_pairs(tmp_path):
     model = WithSCBCE(sc_bce_alpha=0.5, sc_bce_kind="M")
-    run = trainer(max_epochs=1)
+    run = trainer(tmp_path, max_epochs=1)
     run.fit(model, DataLoader(maps(), batch_size=4), val_loader())
     assert 0 <= run.callback_metrics["train/perturbed"] <= 1
     assert run.callback_metrics["train/loss"] > 0
@@ -402,7 +362,7 @@ class Writing(WithASLP):
 def test_two_processes_end_with_one_set_of_alphas(tmp_path):
     model = Writing(aslp_warmup_epochs=1)
     model.folder = str(tmp_path)
-    trainer(max_epochs=3, devices=2, strategy="ddp_fork").fit(model, train_loader(9, 2), val_loader())
+    trainer(tmp_path, max_epochs=3, devices=2, strategy="ddp_fork").fit(model, train_loader(9, 2), val_loader())
     (one, accuracy), (other, same) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert accuracy == same == pytest.approx(0.94)
     assert torch.equal(one, other)

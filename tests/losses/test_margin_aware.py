@@ -1,42 +1,17 @@
-"""CalMO: the formula's numbers, the attack in image units, the network left as it was; sharpness and its monitor."""
+"""CalMO: the formula's numbers, the attack in image units, the network left as it was."""
 
-import json
-
-import numpy as np
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_clamp.losses import SharpnessMonitor, gauss_newton_sharpness, margin_aware_loss
+from lightning_clamp.losses import margin_aware_loss
 from lightning_clamp.losses.attack import Attack
-from lightning_clamp.metrics import expected_calibration_error, exponential_margin_tail
-from tests.losses.test_losses import OFFICIAL
-from tests.scenarios import LitClassifier, loader
+from lightning_clamp.metrics import exponential_margin_tail
+from tests import references as ref
+from tests.scenarios import Attending, formula_batch, formula_network
 
-FORMULA = OFFICIAL["calmo"]
-
-
-def formula_network() -> nn.Sequential:
-    """The network of the reference numbers: its weights are a formula."""
-    network = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 5)
-    ).double()
-    conv, linear = network[0], network[4]
-    waves = {conv.weight: (0.3, 1), conv.bias: (0.1, 0.5), linear.weight: (4, 0.3), linear.bias: (0.1, 2)}
-    for parameter, (scale, shift) in waves.items():
-        index = torch.arange(parameter.numel(), dtype=torch.float64).reshape(parameter.shape)
-        parameter.data = scale * torch.sin(index + shift)
-    return network
-
-
-def formula_batch(network: nn.Module) -> tuple[Tensor, Tensor]:
-    n, c, h, w = np.ogrid[0:40, 0:3, 0:8, 0:8]
-    inputs = torch.from_numpy(np.sin(0.13 * n + 0.7 * c + 0.21 * h * w / 8 + 0.05 * h))
-    predicted = network(inputs * 1.1 + 0.2).argmax(1)
-    return inputs, torch.where(torch.arange(40) % 5 == 0, (predicted + 1) % 5, predicted)
+FORMULA = ref.OFFICIAL_LOSSES["calmo"]
 
 
 def test_values_and_gradients_are_those_of_the_formula():
@@ -207,25 +182,12 @@ def test_normalised_images_in_half_precision_are_within_their_range():
         torch.testing.assert_close(shift, expected, atol=0.5 * torch.finfo(dtype).eps, rtol=0)
 
 
-class Attending(nn.Module):
-    """A transformer's layer, whose fused attention has a first derivative only."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.layer(x).mean(1))
-
-
 def test_networks_with_attention_are_differentiated_twice():
     torch.manual_seed(0)
     network = Attending()
     inputs, target = torch.rand(5, 4, 8), torch.tensor([0, 1, 2, 0, 1])
     margin_aware_loss(network, inputs, target, clip=None).backward()
     assert all(parameter.grad.isfinite().all() for parameter in network.parameters())
-    assert gauss_newton_sharpness(network, [(inputs, target)], max_iterations=3) > 0
 
 
 def test_the_smoothness_of_large_images_does_not_underflow():
@@ -293,130 +255,3 @@ def test_no_attack_is_made_and_no_second_derivative_taken_where_the_weights_are_
     assert calls == [False, False]
     margin_aware_loss(network, inputs, target, lambda_s=0)
     assert len(calls) == 2 + 1 + 3 + 1
-
-
-def slopes_of(network: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """The logits, (N, K), and their derivatives in all weights, (N, K, P)."""
-    logits, weights = network(inputs), list(network.parameters())
-    rows = [torch.autograd.grad(z, weights, retain_graph=True) for z in logits.flatten()]
-    slopes = torch.stack([torch.cat([part.flatten() for part in row]) for row in rows]).reshape(*logits.shape, -1)
-    return logits.detach(), slopes
-
-
-def exact_sharpness(network: nn.Module, inputs: Tensor) -> float:
-    logits, slopes = slopes_of(network, inputs)
-    probs = logits.softmax(1)
-    middle = torch.diag_embed(probs) - probs[:, :, None] * probs[:, None]
-    matrix = torch.einsum("nka,nkl,nlb->ab", slopes, middle, slopes) / len(inputs)
-    return float(torch.linalg.eigvalsh(matrix)[-1])
-
-
-def test_sharpness_is_the_largest_eigenvalue():
-    network = formula_network()
-    inputs, target = formula_batch(network)
-    exact = exact_sharpness(network, inputs)
-    found = gauss_newton_sharpness(network, [(inputs, target)], tolerance=1e-10, max_iterations=500)
-    assert found == pytest.approx(exact, rel=1e-6)
-    parts = gauss_newton_sharpness(network, [(inputs[:7], target[:7]), (inputs[7:], target[7:])])
-    assert parts == pytest.approx(exact, rel=5e-3)
-    assert parts <= exact * (1 + 1e-12)
-    assert all(parameter.grad is None for parameter in network.parameters())
-
-
-def test_sharpness_and_error_are_bounded_by_the_margin_tail():
-    """Theorem 4.1, with the largest ||J|| of the data for C_J."""
-    network = formula_network()
-    inputs, target = formula_batch(network)
-    logits, slopes = slopes_of(network, inputs)
-    tail = float(exponential_margin_tail(logits, target))
-    assert float(expected_calibration_error(logits.softmax(1), target)) <= 4 * tail
-    largest = float(torch.linalg.matrix_norm(slopes, 2).amax())
-    assert gauss_newton_sharpness(network, [(inputs, target)]) <= 2 * largest**2 * 4 * tail
-
-
-def test_sharpness_of_what_is_ignored_or_frozen_does_not_count():
-    network = formula_network()
-    inputs, target = formula_batch(network)
-    marked = target.masked_fill(torch.arange(40) >= 10, -1)
-    options = {"tolerance": 1e-8, "max_iterations": 300}
-    few = gauss_newton_sharpness(network, [(inputs, marked)], ignore_index=-1, **options)
-    assert few == pytest.approx(exact_sharpness(network, inputs[:10]), rel=1e-4)
-    network[0].requires_grad_(False)
-    assert gauss_newton_sharpness(network, [(inputs, target)], **options) < exact_sharpness_of_all(network, inputs)
-    with pytest.raises(ValueError, match="no trainable parameters"):
-        gauss_newton_sharpness(network.requires_grad_(False), [(inputs, target)])
-    with pytest.raises(ValueError, match="no batch holds a position that counts"):
-        gauss_newton_sharpness(formula_network(), [])
-
-
-def exact_sharpness_of_all(network: nn.Module, inputs: Tensor) -> float:
-    copy = formula_network()
-    copy.load_state_dict(network.state_dict())
-    return exact_sharpness(copy, inputs)
-
-
-def trainer(**options) -> Trainer:
-    return Trainer(**{
-        "max_epochs": 3, "accelerator": "cpu", "logger": False, "enable_checkpointing": False,
-        "enable_progress_bar": False, "enable_model_summary": False, **options,
-    })  # fmt: skip
-
-
-def test_the_monitor_measures_and_draws_and_training_does_not_notice(tmp_path):
-    ends = []
-    for with_monitor in (True, False):
-        torch.manual_seed(0)
-        model = LitClassifier(lr=0.1)
-        monitor = SharpnessMonitor(loader(60, 3), every_n_epochs=2)
-        run = trainer(max_epochs=4, callbacks=[monitor] if with_monitor else [])
-        run.fit(model, loader(200, 1))
-        ends.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
-        if with_monitor:
-            assert [one["epoch"] for one in monitor.history] == [2, 4]
-            last = monitor.history[-1]
-            inputs, target = next(iter(loader(60, 3)))
-            logits = model(inputs).detach()
-            assert last["margin_tail"] == pytest.approx(float(exponential_margin_tail(logits, target)), rel=1e-5)
-            assert last["ece"] == pytest.approx(float(expected_calibration_error(logits.softmax(1), target)), rel=1e-5)
-            assert last["sharpness"] > 0
-            assert run.callback_metrics["monitor/sharpness"] == pytest.approx(last["sharpness"])
-            assert [panel.get_ylabel() for panel in monitor.plot().axes] == ["ECE", "margin tail", "sharpness"]
-    assert torch.equal(*ends)
-
-
-@pytest.mark.parametrize("how", ["compiled", "bf16-true"])
-def test_the_monitor_measures_compiled_and_cast_networks(how):
-    torch.compiler.reset()
-    model, monitor = LitClassifier(), SharpnessMonitor(loader(60, 3))
-    if how == "compiled":
-        model.net = torch.compile(model.net, backend="aot_eager")
-    precision = "32-true" if how == "compiled" else how
-    trainer(max_epochs=1, precision=precision, callbacks=[monitor]).fit(model, loader(100, 1))
-    plain = SharpnessMonitor(loader(60, 3))
-    trainer(max_epochs=1, callbacks=[plain]).fit(LitClassifier(), loader(100, 1))
-    rel = 1e-4 if how == "compiled" else 0.05
-    assert monitor.history[0]["sharpness"] == pytest.approx(plain.history[0]["sharpness"], rel=rel)
-
-
-def test_a_monitor_of_nothing_is_refused_before_training():
-    with pytest.raises(MisconfigurationException, match="and one batch at least"):
-        trainer(callbacks=[SharpnessMonitor([])]).fit(LitClassifier(), loader(100, 1))
-
-
-def test_two_monitors_have_two_names():
-    monitors = [SharpnessMonitor(loader(60, seed), name=name) for seed, name in ((1, "train"), (3, "held_out"))]
-    run = trainer(max_epochs=1, callbacks=monitors)
-    run.fit(LitClassifier(), loader(100, 1))
-    assert {"train/sharpness", "held_out/sharpness"} <= set(run.callback_metrics)
-    assert len({monitor.state_key for monitor in monitors}) == 2
-
-
-def test_the_monitor_goes_on_where_it_was():
-    monitor = SharpnessMonitor(loader(60, 3))
-    with pytest.raises(ValueError, match="Nothing has been measured"):
-        monitor.plot()
-    history = [{"epoch": 1, "ece": 0.1, "margin_tail": 2.0, "sharpness": 3.0}]
-    monitor.load_state_dict(json.loads(json.dumps({"history": history})))
-    assert monitor.state_dict() == {"history": history}
-    with pytest.raises(ValueError, match="`every_n_epochs` must be at least 1"):
-        SharpnessMonitor(loader(60, 3), every_n_epochs=0)
