@@ -7,7 +7,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lightning_clamp._rows import Task
-from lightning_clamp._trainer.data import CalibrationBatches
+from lightning_clamp._trainer.data import CalibrationBatches, as_validation
 from lightning_clamp._trainer.devices import ranks_of, take_group_down_at_exit
 from lightning_clamp._trainer.mailbox import Mailbox, Outcome
 from lightning_clamp._trainer.progress import shown_progress
@@ -30,24 +30,19 @@ def run_in_trainer(
 ) -> Outcome:
     """:func:`~lightning_clamp.fit_clamp` of a module of a running Trainer, on all ranks."""
     take_group_down_at_exit()
-    ranks, stage = ranks_of(trainer), trainer.state.stage
-    # Transfer hooks that augment ask whether the Trainer is training; these batches are for measuring.
-    trainer.validating = True
-    try:
-        with shown_progress(trainer, batches.n_batches) as progress:
-            result = fit_clamp(
-                TrainedNetwork(trainer, module),
-                batches,
-                task=task,
-                ignore_index=ignore_index,
-                batch_keys=batch_keys,
-                perturb_at=perturb_at,
-                progress=progress,
-                process_group=ranks.group,
-                **options,
-            )
-    finally:
-        trainer.state.stage = stage
+    ranks = ranks_of(trainer)
+    with as_validation(trainer), shown_progress(trainer, batches.n_batches) as progress:
+        result = fit_clamp(
+            TrainedNetwork(trainer, module),
+            batches,
+            task=task,
+            ignore_index=ignore_index,
+            batch_keys=batch_keys,
+            perturb_at=perturb_at,
+            progress=progress,
+            process_group=ranks.group,
+            **options,
+        )
     # Statistics of a batch normalisation differ from rank to rank; the first rank's are calibrated, and saved.
     belongs_to = ranks.gather(fingerprint(module))[0]
     return Outcome(Calibrated(result, belongs_to, task, ignore_index, batch_keys, perturb_at), None)
