@@ -6,11 +6,14 @@ The public names load on first use, so that ``import lightning_clamp`` costs not
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lightning_clamp._lazy import load
+
 __version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from lightning_clamp import losses as losses
     from lightning_clamp import metrics as metrics
+    from lightning_clamp import sharpness as sharpness
     from lightning_clamp.callback import NeuralClamping as NeuralClamping
     from lightning_clamp.clamping import CalibrationResult as CalibrationResult
     from lightning_clamp.clamping import Clamp as Clamp
@@ -26,7 +29,7 @@ _HOME = {
     "calibrate": "standalone",
     "fit_clamp": "clamping",
 }
-_PACKAGES = ("losses", "metrics")
+_PACKAGES = ("losses", "metrics", "sharpness")
 
 __all__ = [
     "CalibrationModule",
@@ -37,6 +40,7 @@ __all__ = [
     "fit_clamp",
     "losses",
     "metrics",
+    "sharpness",
 ]
 
 
@@ -44,9 +48,7 @@ def __getattr__(name: str) -> Any:
     """Import a public name from its module (PEP 562)."""
     if name in _PACKAGES:
         return import_module(f"lightning_clamp.{name}")
-    if name not in _HOME:
-        raise AttributeError(f"module 'lightning_clamp' has no attribute {name!r}; it offers {', '.join(__all__)}")
-    return getattr(import_module(f"lightning_clamp.{_HOME[name]}"), name)
+    return load(__name__, name, _HOME)
 
 
 def __dir__() -> list[str]:

@@ -2,7 +2,18 @@
 
 import math
 
+import re
+from collections.abc import Callable
+
 from torch import Tensor
+
+
+class OptionError(ValueError):
+    """A refusal that names options, as ```clip``` or ``clip=``: a class around the function may call them otherwise."""
+
+    def renamed(self, name_of: Callable[[str], str]) -> "OptionError":
+        """The same refusal where the options are called ``name_of(option)``."""
+        return OptionError(re.sub(r"(?<=`)\w+(?=`)|\b\w+(?==)", lambda found: name_of(found[0]), str(self)))
 
 
 def check_range(target: Tensor, classes: int, way_out: str = "") -> None:
@@ -15,31 +26,31 @@ def check_range(target: Tensor, classes: int, way_out: str = "") -> None:
         return
     low, high = (int(end) for end in target.aminmax())
     if low < 0 or high >= classes:
-        raise ValueError(f"Targets must lie in [0, {classes - 1}], got {low if low < 0 else high}.{way_out}")
+        raise OptionError(f"Targets must lie in [0, {classes - 1}], got {low if low < 0 else high}.{way_out}")
 
 
 def check_at_least(name: str, value: float, least: float) -> None:
     """Refuse an option below ``least`` or nan."""
     if not value >= least:
-        raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+        raise OptionError(f"`{name}` must be at least {least}, got {value}.")
 
 
 def check_between(name: str, value: float, low: float, high: float) -> None:
     """Refuse an option outside ``[low, high]``."""
     if not low <= value <= high:
-        raise ValueError(f"`{name}` must lie in [{low}, {high}], got {value}.")
+        raise OptionError(f"`{name}` must lie in [{low}, {high}], got {value}.")
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     """Refuse an option that is none of ``choices``."""
     if value not in choices:
-        raise ValueError(f"`{name}` must be one of {choices}, got {value!r}.")
+        raise OptionError(f"`{name}` must be one of {choices}, got {value!r}.")
 
 
 def check_whole(name: str, value: object, *, least: int) -> None:
     """Refuse an option that is no whole number, or one below ``least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")
+        raise OptionError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")
 
 
 def check_number(
@@ -53,4 +64,4 @@ def check_number(
     if not right:
         limits = {"above": above, "at least": least, "below": below}
         words = " and ".join(f"{word} {limit:g}" for word, limit in limits.items() if limit is not None)
-        raise ValueError(f"`{name}` must be a number{f' {words}' if words else ''}, got {value!r}.")
+        raise OptionError(f"`{name}` must be a number{f' {words}' if words else ''}, got {value!r}.")

@@ -10,6 +10,8 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from lightning_clamp._checks import OptionError
+
 Task: TypeAlias = Literal["multiclass", "binary"]
 TASKS: tuple[Task, ...] = ("multiclass", "binary")
 
@@ -155,7 +157,7 @@ def _check_multiclass(logits: Tensor, target: Tensor) -> None:
     if logits.ndim < 2:
         raise ValueError(f"Logits must have shape (N, C) or (N, C, ...), got {tuple(logits.shape)}.")
     if logits.shape[1] == 1:
-        raise ValueError(
+        raise OptionError(
             f"Logits of shape {tuple(logits.shape)} have one class, and a softmax over one class is always 1: "
             'say task="binary" for a one-logit (sigmoid) head.'
         )
@@ -175,7 +177,7 @@ def _check_binary(logits: Tensor, target: Tensor) -> None:
     if logits.ndim == 0:
         raise ValueError("A batch needs an axis, got a single number: a `squeeze` loses it when a batch has one item.")
     if logits.shape != target.shape and _without_unit_axis(logits) != _without_unit_axis(target):
-        raise ValueError(
+        raise OptionError(
             f'task="binary" needs one logit per target, got logits of shape {tuple(logits.shape)} and a target of '
             f'shape {tuple(target.shape)}; for one logit per class say task="multiclass".'
         )

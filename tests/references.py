@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+OFFICIAL_LOSSES = json.loads((Path(__file__).parent / "reference" / "losses.json").read_text())
 OFFICIAL = json.loads((Path(__file__).parent / "reference" / "metrics.json").read_text())
 
 

@@ -1,10 +1,17 @@
 """Networks and data whose right answer is known."""
 
+from functools import partial
+
+import numpy as np
+import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_clamp import losses
 
 SHIFT = torch.tensor([0.5, -0.4, 0.3]).reshape(3, 1, 1)
 
@@ -125,3 +132,115 @@ def loader(n: int, seed: int, size: int = 100, shift: bool = True) -> DataLoader
     true = images(n, seed)
     target = sampled(SmallNet()(true).detach().double(), seed + 1)
     return DataLoader(TensorDataset(true - SHIFT if shift else true, target), batch_size=size)
+
+
+def train_loader() -> DataLoader:
+    """What :class:`LitClassifier` is trained on."""
+    return loader(200, seed=20, shift=False)
+
+
+def trainer(tmp_path, *callbacks, **options) -> Trainer:
+    """A quiet Trainer of one epoch, which saves checkpoints where a callback asks for them."""
+    settings = {
+        "max_epochs": 1,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": tmp_path,
+        "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+    }
+    return Trainer(callbacks=list(callbacks), **{**settings, **options})
+
+
+def made(mixin: type, module: type = LitClassifier, **options):
+    return type(f"With{mixin.__name__}", (mixin, module), {})(**options)
+
+
+class Segmenter(LightningModule):
+    """One logit per pixel, as a user would write it."""
+
+    def __init__(self, lr: float = 0.1, accuracy: float | None = 0.9) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        # Right on most pixels from the start, so that α rises.
+        self.conv = nn.Conv2d(1, 1, 1)
+        nn.init.constant_(self.conv.weight, 4.0)
+        nn.init.constant_(self.conv.bias, -2.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+    def training_step(self, batch, batch_idx):
+        return F.binary_cross_entropy_with_logits(self(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        if self.hparams["accuracy"] is not None:
+            self.log("val_accuracy", self.hparams["accuracy"])
+        self.log("val_loss", 0.3)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.hparams["lr"])
+
+
+def maps(n: int = 8) -> TensorDataset:
+    generator = torch.Generator().manual_seed(0)
+    target = (torch.rand(n, 1, 4, 4, generator=generator) < 0.4).float()
+    return TensorDataset(target + 0.3 * torch.randn(n, 1, 4, 4, generator=generator), target)
+
+
+class Attending(nn.Module):
+    """A transformer's layer, whose fused attention has a first derivative only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x).mean(1))
+
+
+def formula_network() -> nn.Sequential:
+    """The network of the reference numbers: its weights are a formula."""
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 5)
+    ).double()
+    conv, linear = network[0], network[4]
+    waves = {conv.weight: (0.3, 1), conv.bias: (0.1, 0.5), linear.weight: (4, 0.3), linear.bias: (0.1, 2)}
+    for parameter, (scale, shift) in waves.items():
+        index = torch.arange(parameter.numel(), dtype=torch.float64).reshape(parameter.shape)
+        parameter.data = scale * torch.sin(index + shift)
+    return network
+
+
+def formula_batch(network: nn.Module) -> tuple[Tensor, Tensor]:
+    n, c, h, w = np.ogrid[0:40, 0:3, 0:8, 0:8]
+    inputs = torch.from_numpy(np.sin(0.13 * n + 0.7 * c + 0.21 * h * w / 8 + 0.05 * h))
+    predicted = network(inputs * 1.1 + 0.2).argmax(1)
+    return inputs, torch.where(torch.arange(40) % 5 == 0, (predicted + 1) % 5, predicted)
+
+
+# Of the losses, those of (logits, target), with margins at which both terms of ACLS, and MbLS, are at work on logits
+# that are drawn here.
+_AT_WORK = {"acls_loss": {"margin": 1.5}, "mbls_loss": {"margin": 1.5}}
+_OTHERS = ("margin_aware_loss", "sc_bce_loss")
+LOSSES = {
+    name: partial(getattr(losses, name), **_AT_WORK.get(name, {}))
+    for name in losses.__all__
+    if name.endswith("_loss") and name not in _OTHERS
+}
+every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+
+
+def value_and_gradient(loss, logits: Tensor, target: Tensor, **options) -> tuple[Tensor, Tensor]:
+    logits = logits.detach().requires_grad_()
+    value = loss(logits, target, **options)
+    (gradient,) = torch.autograd.grad(value.sum(), logits)
+    return value.detach(), gradient
+
+
+def drawn(*shape: int, seed: int = 0, scale: float = 4.0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    logits = scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
+    return logits, torch.randint(shape[1], (shape[0], *shape[2:]), generator=generator)

@@ -12,11 +12,9 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
 import lightning_clamp
-from lightning_clamp import fit_clamp, losses, metrics
+from lightning_clamp import fit_clamp, losses, metrics, sharpness
 from lightning_clamp.report import scalars
-from tests.losses.test_label_perturbation import Segmenter, maps
-from tests.losses.test_mixins import trainer
-from tests.scenarios import LitClassifier, SmallNet, images, loader, shifted_images
+from tests.scenarios import LitClassifier, Segmenter, SmallNet, images, loader, maps, shifted_images, trainer
 
 pytestmark = pytest.mark.docs
 PACKAGE = Path(lightning_clamp.__file__).parent
@@ -118,7 +116,7 @@ def test_the_python_about_metrics_runs(capsys):
     assert "ece: " in capsys.readouterr().out
 
 
-def test_the_python_about_losses_runs():
+def test_the_python_about_losses_runs(tmp_path):
     names = {
         "MyModel": LitClassifier,
         "MySegmenter": Segmenter,
@@ -127,18 +125,18 @@ def test_the_python_about_losses_runs():
         "train_set": maps(4),
         "val_loader": DataLoader(maps(2)),
         "DataLoader": DataLoader,
-        "trainer": trainer(),
+        "trainer": trainer(tmp_path),
     }
     for block in python_blocks("docs/losses.md"):
         exec(block, names)
-    run = trainer()
+    run = trainer(tmp_path)
     run.fit(names["Custom"](), names["train_loader"])
     assert "mine" in run.callback_metrics
 
 
 def test_every_public_loss_is_in_the_docs():
     text = (ROOT / "docs" / "losses.md").read_text()
-    assert not [name for name in losses.__all__ if name not in text]
+    assert not [name for name in (*losses.__all__, *sharpness.__all__) if name not in text]
 
 
 def test_every_public_metric_is_in_the_docs():

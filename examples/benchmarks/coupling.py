@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset, random_split
 
-from lightning_clamp.losses import SharpnessMonitor
+from lightning_clamp.sharpness import SharpnessMonitor
 
 RATES = {"SGD": (0.03, 0.06, 0.1, 0.2), "AdamW": (0.0003, 0.0006, 0.001, 0.002)}
 

@@ -1,6 +1,7 @@
 """Which loader is the calibration set, and its batches as the Trainer hands them out."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -128,6 +129,25 @@ def owner_of(
     return datamodule if datamodule is not None and is_overridden(hook, datamodule) else module
 
 
+def validation_batch(trainer: Trainer, module: LightningModule, batch: Any, dataloader_idx: int = 0) -> Any:
+    """A batch of a loader as a validation step sees it: converted, changed by the transfer hooks, on the device."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    owner = owner_of("on_before_batch_transfer", _datamodule(trainer), module)
+    batch = owner.on_before_batch_transfer(batch, dataloader_idx)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
+
+
+@contextmanager
+def as_validation(trainer: Trainer) -> Iterator[None]:
+    """Have the Trainer validate for a while: transfer hooks that augment ask whether it is training."""
+    stage = trainer.state.stage
+    trainer.validating = True
+    try:
+        yield
+    finally:
+        trainer.state.stage = stage
+
+
 def warn_if_training_data(loader: Any, trainer: Trainer) -> None:
     """Warn if the calibration set is, or overlaps with, the training set."""
     training = _dataset(trainer.train_dataloader)
@@ -199,20 +219,15 @@ class CalibrationBatches:
     def __iter__(self) -> Iterator[Any]:
         """Yield the batches, on the device."""
         batches = ((batch, index) for index, shard in enumerate(self.shards) for batch in shard)
-        return (self._transferred(batch, index) for batch, index in islice(batches, self.limit))
-
-    def _transferred(self, batch: Any, index: int) -> Any:
-        batch = self.trainer.precision_plugin.convert_input(batch)
-        owner = owner_of("on_before_batch_transfer", _datamodule(self.trainer), self.module)
-        batch = owner.on_before_batch_transfer(batch, index)
-        return self.trainer.strategy.batch_to_device(batch, dataloader_idx=index)
+        limited = islice(batches, self.limit)
+        return (validation_batch(self.trainer, self.module, batch, index) for batch, index in limited)
 
     def _check(self, ranks: Ranks) -> None:
         firsts = [(shard.first, index) for index, shard in enumerate(self.shards) if shard.first is not None]
         with ranks.raise_together():
             try:
                 for batch, index in firsts:
-                    self.spec.pair(self._transferred(batch, index))
+                    self.spec.pair(validation_batch(self.trainer, self.module, batch, index))
             except TypeError as error:
                 raise MisconfigurationException(f"NeuralClamping cannot use the calibration set. {error}") from error
         if not any(ranks.gather(bool(firsts))):

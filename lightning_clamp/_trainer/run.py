@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
-from lightning_clamp._trainer.data import CalibrationBatches
+from lightning_clamp._trainer.data import CalibrationBatches, as_validation
 from lightning_clamp._trainer.devices import is_dry_run, ranks_of, take_group_down_at_exit
 from lightning_clamp._trainer.mailbox import Mailbox
 from lightning_clamp._trainer.progress import shown_progress
@@ -24,21 +24,9 @@ def run_in_trainer(
 ) -> CalibrationResult:
     """:func:`~lightning_clamp.fit_clamp` of a module of a running Trainer, on all ranks."""
     take_group_down_at_exit()
-    ranks, stage = ranks_of(trainer), trainer.state.stage
-    # Transfer hooks that augment ask whether the Trainer is training; these batches are for measuring.
-    trainer.validating = True
-    try:
-        with shown_progress(trainer, batches.n_batches) as progress:
-            result = fit_by_plan(
-                TrainedNetwork(trainer, module),
-                batches,
-                plan,
-                cache_bytes=cache_bytes,
-                progress=progress,
-                ranks=ranks,
-            )
-    finally:
-        trainer.state.stage = stage
+    ranks, network = ranks_of(trainer), TrainedNetwork(trainer, module)
+    with as_validation(trainer), shown_progress(trainer, batches.n_batches) as progress:
+        result = fit_by_plan(network, batches, plan, cache_bytes=cache_bytes, progress=progress, ranks=ranks)
     # Statistics of a batch normalisation differ from rank to rank; the first rank's are calibrated, and saved.
     return replace(result, fingerprint=ranks.gather(fingerprint(module))[0])
 

@@ -2,32 +2,37 @@
 
 Functions take ``(logits, target, *, ...)``: class outputs ``(N, C)``, dense ones ``(N, C, ...)``, or one-logit heads
 with ``task="binary"``. They leave out ``ignore_index`` and return the mean over the positions that count.
+
+The functions need no Lightning; the mixins load on first use.
 """
 
-from lightning_clamp.losses.aslp import ASLPMixin, Indexed
+from typing import TYPE_CHECKING, Any
+
+from lightning_clamp._lazy import load
 from lightning_clamp.losses.batch_statistics import dca_loss, mdca_loss, mmce_loss
 from lightning_clamp.losses.focal import brier_loss, dual_focal_loss, flsd_loss, focal_loss
 from lightning_clamp.losses.label_perturbation import LabelPerturbationRule, sc_bce_loss
 from lightning_clamp.losses.margin_aware import margin_aware_loss
-from lightning_clamp.losses.mixin import LossMixin
-from lightning_clamp.losses.mixins import (
-    ACLSMixin,
-    BrierMixin,
-    DCAMixin,
-    DualFocalMixin,
-    EntropyPenaltyMixin,
-    FLSDMixin,
-    FocalMixin,
-    LabelSmoothingMixin,
-    MarginAwareMixin,
-    MbLSMixin,
-    MDCAMixin,
-    MMCEMixin,
-    SCBCEMixin,
-)
 from lightning_clamp.losses.regularizers import acls_loss, entropy_penalty_loss, label_smoothing_loss, mbls_loss
-from lightning_clamp.sharpness.gauss_newton import gauss_newton_sharpness
-from lightning_clamp.sharpness.monitor import SharpnessMonitor
+
+if TYPE_CHECKING:
+    from lightning_clamp.losses.aslp import ASLPMixin, Indexed
+    from lightning_clamp.losses.mixin import LossMixin
+    from lightning_clamp.losses.mixins import (
+        ACLSMixin,
+        BrierMixin,
+        DCAMixin,
+        DualFocalMixin,
+        EntropyPenaltyMixin,
+        FLSDMixin,
+        FocalMixin,
+        LabelSmoothingMixin,
+        MarginAwareMixin,
+        MbLSMixin,
+        MDCAMixin,
+        MMCEMixin,
+        SCBCEMixin,
+    )
 
 __all__ = [
     "ACLSMixin",
@@ -47,7 +52,6 @@ __all__ = [
     "MarginAwareMixin",
     "MbLSMixin",
     "SCBCEMixin",
-    "SharpnessMonitor",
     "acls_loss",
     "brier_loss",
     "dca_loss",
@@ -55,7 +59,6 @@ __all__ = [
     "entropy_penalty_loss",
     "flsd_loss",
     "focal_loss",
-    "gauss_newton_sharpness",
     "label_smoothing_loss",
     "margin_aware_loss",
     "mbls_loss",
@@ -63,3 +66,16 @@ __all__ = [
     "mmce_loss",
     "sc_bce_loss",
 ]
+
+_HOME = dict.fromkeys((name for name in __all__ if name.endswith("Mixin")), "mixins")
+_HOME |= {"ASLPMixin": "aslp", "Indexed": "aslp", "LossMixin": "mixin"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its module (PEP 562)."""
+    return load(__name__, name, _HOME)
+
+
+def __dir__() -> list[str]:
+    """List the public names before they are loaded."""
+    return [*__all__]

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_clamp._checks import check_range
+from lightning_clamp._checks import check_choice, check_range
 from lightning_clamp._rows import TASKS, Task, check_hard, check_layout
 
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
 _REDUCTIONS: tuple[Reduction, ...] = ("mean", "sum", "none")
 
 
-class Batch(NamedTuple):
+class Positions(NamedTuple):
     """Logits and labels of the positions of a batch.
 
     Attributes:
@@ -68,17 +68,19 @@ class Batch(NamedTuple):
         return self.kept(values).sum() / self.n_kept()
 
     def reduced(
-        self, values: Tensor, reduction: Reduction, parts: dict[str, Tensor] | None = None, **named: Tensor
+        self, values: Tensor, reduction: Reduction, log_terms: dict[str, Tensor] | None = None, **named: Tensor
     ) -> Tensor:
-        """Reduce the loss of every position, and put the means of its named terms into ``parts``, detached."""
-        if parts is not None:
-            parts.update({name: self.mean(term.detach()) for name, term in named.items()})
+        """Reduce the loss of every position, and put the means of its named terms into ``log_terms``, detached."""
+        if log_terms is not None:
+            log_terms.update({name: self.mean(term.detach()) for name, term in named.items()})
         if reduction == "mean":
             return self.mean(values)
         return self.kept(values).sum() if reduction == "sum" else self.kept(values).reshape(self.shape)
 
 
-def as_batch(logits: Tensor, target: Tensor, *, task: Task, ignore_index: int | None, reduction: Reduction) -> Batch:
+def as_positions(
+    logits: Tensor, target: Tensor, *, task: Task, ignore_index: int | None, reduction: Reduction
+) -> Positions:
     """Check and lay out a batch.
 
     Args:
@@ -94,10 +96,8 @@ def as_batch(logits: Tensor, target: Tensor, *, task: Task, ignore_index: int | 
         ValueError: If shapes do not fit, an option is unknown, or a label is out of range. Labels on an accelerator are
             not read, which would stall it: there torch's own assertion fails.
     """
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"`reduction` must be one of {_REDUCTIONS}, got {reduction!r}.")
-    if task not in TASKS:
-        raise ValueError(f"`task` must be one of {TASKS}, got {task!r}.")
+    check_choice("reduction", reduction, _REDUCTIONS)
+    check_choice("task", task, TASKS)
     check_layout(logits, target, task)
     # Labels on an accelerator are not read, which would stall it, nor while a graph is made.
     readable = target.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -106,11 +106,7 @@ def as_batch(logits: Tensor, target: Tensor, *, task: Task, ignore_index: int | 
     shape = target.shape
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     if task == "binary":
-        # Either may have an axis of length 1 for the class that the other has not.
-        positions = min(logits.shape, target.shape, key=len)[1:]
-        positive = logits.reshape(len(logits), 1, *positions) / 2
-        logits = torch.cat([-positive, positive], 1)
-        target = target.reshape(len(target), *positions)
+        logits, target = _pairs(logits, target)
     target = target.long()
     keep = None if ignore_index is None else target != ignore_index
     if keep is not None:
@@ -119,4 +115,12 @@ def as_batch(logits: Tensor, target: Tensor, *, task: Task, ignore_index: int | 
         check_range(
             target.flatten(), logits.shape[1], " Pass ignore_index= for positions to leave out; labels start at 0."
         )
-    return Batch(logits, target, keep, shape)
+    return Positions(logits, target, keep, shape)
+
+
+def _pairs(logit: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """One logit per position as the pair of :class:`Positions`, ``(N, 2, ...)``, and its target, ``(N, ...)``."""
+    # Either may have an axis of length 1 for the class that the other has not.
+    shape = min(logit.shape, target.shape, key=len)[1:]
+    positive = logit.reshape(len(logit), 1, *shape) / 2
+    return torch.cat([-positive, positive], 1), target.reshape(len(target), *shape)

@@ -9,8 +9,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_clamp.losses.label_perturbation import Kind, LabelPerturbationRule, Rule, amount, sc_bce_loss
-from lightning_clamp.losses.mixin import LossMixin
+from lightning_clamp.losses.label_perturbation import Kind, LabelPerturbationRule, Rule, beta_of_kind, sc_bce_loss
+from lightning_clamp.losses.mixin import LossMixin, options_named
 from lightning_clamp.losses.mixins import NO_PIXELS
 
 _STATE = "adaptive_label_perturbation"
@@ -105,7 +105,7 @@ class ASLPMixin(LossMixin):
         aslp_beta: Amount in (0, 2] instead of the kind's, in the paper's convention.
         aslp_rule: ``"MC"``, model calibration, or ``"MEI"``, maximum entropy inference.
         aslp_eta: Step size.
-        aslp_lambd: Weight of the constraint.
+        aslp_lambda: Weight of the constraint.
         aslp_warmup_epochs: Epochs before the first update; 5 of 30 in the official code.
         aslp_accuracy: Name under which the module logs the accuracy on validation data, a fraction.
         **kwargs: The module's own.
@@ -121,15 +121,17 @@ class ASLPMixin(LossMixin):
         aslp_beta: float | None = None,
         aslp_rule: Rule = "MC",
         aslp_eta: float = 0.002,
-        aslp_lambd: float = 2000.0,
+        aslp_lambda: float = 2000.0,
         aslp_warmup_epochs: int = 5,
         aslp_accuracy: str = "val_accuracy",
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         # The rule's β is the loss's; α comes with each batch.
-        self.aslp_learning = LabelPerturbationRule(amount(aslp_kind, aslp_beta), aslp_eta, aslp_lambd, aslp_rule)
-        self.train_with(sc_bce_loss, *NO_PIXELS, kind=aslp_kind, beta=self.aslp_learning.beta)
+        with options_named("aslp_"):
+            beta = beta_of_kind(aslp_kind, aslp_beta)
+            self.aslp_learning = LabelPerturbationRule(beta, aslp_eta, aslp_lambda, aslp_rule)
+        self.train_with(sc_bce_loss, *NO_PIXELS, prefix="aslp_", kind=aslp_kind, beta=beta)
         self.aslp_warmup_epochs = aslp_warmup_epochs
         self.aslp_accuracy = aslp_accuracy
         self.aslp_alphas = ImageAlphas()
@@ -137,9 +139,9 @@ class ASLPMixin(LossMixin):
         self._aslp_best = 0.0
 
     def calibrated_loss_of(
-        self, inputs: Tensor, target: Tensor, index: Tensor | None, parts: dict[str, Tensor]
+        self, inputs: Tensor, target: Tensor, index: Tensor | None, log_terms: dict[str, Tensor]
     ) -> Tensor:
-        """The loss alone; fills ``parts``, and moves the α of these images."""
+        """The loss alone; fills ``log_terms``, and moves the α of these images."""
         if index is None:
             raise TypeError(
                 f"{type(self).__name__} keeps an α for each image and needs batches (inputs, target, index): wrap the "
@@ -148,8 +150,10 @@ class ASLPMixin(LossMixin):
         logits, ignore_index = self(inputs), self.loss_ignore_index
         index = index.to(logits.device)
         alpha = self.aslp_alphas.of(index)
-        loss = self.calibrated_loss_function(logits, target, alpha=alpha, ignore_index=ignore_index, parts=parts)
-        parts["alpha"] = alpha.mean()
+        loss = self.calibrated_loss_function(
+            logits, target, alpha=alpha, ignore_index=ignore_index, log_terms=log_terms
+        )
+        log_terms["alpha"] = alpha.mean()
         if self.training and self.current_epoch >= self.aslp_warmup_epochs and self._aslp_measured is not None:
             moved = self.aslp_learning.updated(
                 alpha,

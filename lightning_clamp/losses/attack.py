@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_clamp._checks import check_at_least, check_choice
+from lightning_clamp._checks import OptionError, check_at_least, check_choice
 from lightning_clamp.losses._modes import MODES, Mode
 
 Norm: TypeAlias = Literal["linf", "l2"]
@@ -51,7 +51,7 @@ class Attack(NamedTuple):
         check_choice("norm", self.norm, _NORMS)
         check_choice("attack_mode", self.mode, MODES)
         if any(value <= 0 for value in ([self.std] if isinstance(self.std, int | float) else self.std)):
-            raise ValueError(f"`std` must be positive, got {self.std}.")
+            raise OptionError(f"`std` must be positive, got {self.std}.")
 
     def __call__(self, loss: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
         """Move ``inputs`` so that ``loss``, a scalar, rises; they start at their place, and come back detached.
@@ -91,9 +91,9 @@ class Attack(NamedTuple):
         low, high = self.clip
         slack = max(_SLACK, 8 * rounding) * (high - low)
         if bool((images < low - slack).any() | (images > high + slack).any()):
-            raise ValueError(
+            raise OptionError(
                 f"Inputs of the range [{images.amin():.3g}, {images.amax():.3g}] lie outside clip=({low:g}, {high:g}): "
-                "pass the mean and std of your normalisation, or clip=None for inputs without a range."
+                "pass the `mean` and `std` of your normalisation, or clip=None for inputs without a range."
             )
 
 
@@ -103,7 +103,7 @@ def _per_channel(value: float | Sequence[float], inputs: Tensor) -> Tensor:
     if tensor.ndim == 0:
         return tensor
     if inputs.ndim < 2 or len(tensor) != inputs.shape[1]:
-        raise ValueError(
+        raise OptionError(
             f"`mean` or `std` holds {len(tensor)} numbers, one per channel, and inputs of shape {tuple(inputs.shape)} "
             f"have no axis 1 of {len(tensor)} channels."
         )

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lightning_clamp._checks import check_at_least
 from lightning_clamp._rows import Task
-from lightning_clamp.losses._positions import Batch, Reduction, as_batch
+from lightning_clamp.losses._positions import Positions, Reduction, as_positions
 
 # Width of MMCE's Laplacian kernel.
 _WIDTH = 0.4
@@ -25,7 +25,7 @@ def mdca_loss(
     task: Task = "multiclass",
     ignore_index: int | None = None,
     reduction: Reduction = "mean",
-    parts: dict[str, Tensor] | None = None,
+    log_terms: dict[str, Tensor] | None = None,
 ) -> Tensor:
     r"""Cross-entropy and the multi-class difference of confidence and accuracy (MDCA).
 
@@ -38,7 +38,7 @@ def mdca_loss(
         task: ``"multiclass"``, or ``"binary"`` for a one-logit (sigmoid) head.
         ignore_index: Target value of positions to leave out.
         reduction: ``"mean"`` over the positions that count (0 if there are none), ``"sum"``, or ``"none"``.
-        parts: A dict that is given ``cross_entropy`` and ``regularizer`` (the gap, before ``beta``).
+        log_terms: A dict that is given ``cross_entropy`` and ``regularizer`` (the gap, before ``beta``).
 
     Returns:
         A scalar, or the shape of the target; float32, or float64 for float64 logits.
@@ -51,16 +51,18 @@ def mdca_loss(
         Hebbalaguppe et al., "A Stitch in Time Saves Nine", CVPR 2022.
     """
     check_at_least("beta", beta, 0)
-    batch = as_batch(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
-    log_probs = F.log_softmax(batch.logits, 1)
+    positions = as_positions(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
+    log_probs = F.log_softmax(positions.logits, 1)
     probs = log_probs.exp()
-    if batch.keep is not None:
-        probs = probs * batch.keep.unsqueeze(1)
-    count = batch.n_kept()
-    ones = batch.kept(torch.ones_like(batch.target, dtype=probs.dtype))
-    frequency = probs.new_zeros(batch.logits.shape[1]).index_add(0, batch.target.flatten(), ones.flatten())
-    gap = (probs.sum([0, *range(2, probs.ndim)]) - frequency).abs().sum() / (count * batch.logits.shape[1])
-    return _with_gap(batch, F.nll_loss(log_probs, batch.target, reduction="none"), gap, beta, reduction, parts)
+    if positions.keep is not None:
+        probs = probs * positions.keep.unsqueeze(1)
+    count = positions.n_kept()
+    ones = positions.kept(torch.ones_like(positions.target, dtype=probs.dtype))
+    frequency = probs.new_zeros(positions.logits.shape[1]).index_add(0, positions.target.flatten(), ones.flatten())
+    gap = (probs.sum([0, *range(2, probs.ndim)]) - frequency).abs().sum() / (count * positions.logits.shape[1])
+    return _with_gap(
+        positions, F.nll_loss(log_probs, positions.target, reduction="none"), gap, beta, reduction, log_terms
+    )
 
 
 def dca_loss(
@@ -71,7 +73,7 @@ def dca_loss(
     task: Task = "multiclass",
     ignore_index: int | None = None,
     reduction: Reduction = "mean",
-    parts: dict[str, Tensor] | None = None,
+    log_terms: dict[str, Tensor] | None = None,
 ) -> Tensor:
     r"""Cross-entropy and the difference of mean confidence and accuracy (DCA), :math:`\beta\,|\bar r - \bar c|`.
 
@@ -82,7 +84,7 @@ def dca_loss(
         task: ``"multiclass"``, or ``"binary"`` for a one-logit (sigmoid) head.
         ignore_index: Target value of positions to leave out.
         reduction: ``"mean"`` over the positions that count (0 if there are none), ``"sum"``, or ``"none"``.
-        parts: A dict that is given ``cross_entropy`` and ``regularizer`` (the gap, before ``beta``).
+        log_terms: A dict that is given ``cross_entropy`` and ``regularizer`` (the gap, before ``beta``).
 
     Returns:
         A scalar, or the shape of the target; float32, or float64 for float64 logits.
@@ -96,21 +98,23 @@ def dca_loss(
         Classification", 2020.
     """
     check_at_least("beta", beta, 0)
-    batch = as_batch(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
-    log_probs = F.log_softmax(batch.logits, 1)
-    gap = batch.mean(log_probs.max(1).values.exp() - batch.correct().to(log_probs.dtype)).abs()
-    return _with_gap(batch, F.nll_loss(log_probs, batch.target, reduction="none"), gap, beta, reduction, parts)
+    positions = as_positions(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
+    log_probs = F.log_softmax(positions.logits, 1)
+    gap = positions.mean(log_probs.max(1).values.exp() - positions.correct().to(log_probs.dtype)).abs()
+    return _with_gap(
+        positions, F.nll_loss(log_probs, positions.target, reduction="none"), gap, beta, reduction, log_terms
+    )
 
 
 def mmce_loss(
     logits: Tensor,
     target: Tensor,
     *,
-    lamda: float = 1.0,
+    lambda_: float = 1.0,
     task: Task = "multiclass",
     ignore_index: int | None = None,
     reduction: Reduction = "mean",
-    parts: dict[str, Tensor] | None = None,
+    log_terms: dict[str, Tensor] | None = None,
 ) -> Tensor:
     r"""Cross-entropy and the maximum mean calibration error, a kernel test of "as sure as right", squared.
 
@@ -123,11 +127,11 @@ def mmce_loss(
     Args:
         logits: Shape ``(N, C)`` or ``(N, C, ...)``, float; for ``task="binary"`` one logit per position.
         target: Class indices, shape ``(N,)`` or ``(N, ...)``, int64; for ``task="binary"`` 0 or 1 of any dtype.
-        lamda: Weight of the error, at least 0.
+        lambda_: Weight of the error, at least 0.
         task: ``"multiclass"``, or ``"binary"`` for a one-logit (sigmoid) head.
         ignore_index: Target value of positions to leave out.
         reduction: ``"mean"`` over the positions that count (0 if there are none), ``"sum"``, or ``"none"``.
-        parts: A dict that is given ``cross_entropy`` and ``regularizer`` (before ``lamda``).
+        log_terms: A dict that is given ``cross_entropy`` and ``regularizer`` (before ``lambda_``).
 
     Returns:
         A scalar, or the shape of the target; float32, or float64 for float64 logits.
@@ -140,15 +144,15 @@ def mmce_loss(
         Kumar, Sarawagi and Jain, "Trainable Calibration Measures for Neural Networks from Kernel Mean Embeddings",
         ICML 2018; the square, without a root, as in the codes.
     """
-    check_at_least("lamda", lamda, 0)
-    batch = as_batch(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
-    log_probs = F.log_softmax(batch.logits, 1)
+    check_at_least("lambda_", lambda_, 0)
+    positions = as_positions(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
+    log_probs = F.log_softmax(positions.logits, 1)
     # Sums with changing signs over many positions: float64, which costs nothing beside the softmax.
     confidence = log_probs.max(1).values.double().exp()
-    excess = batch.kept(batch.correct().double() - confidence)
-    error = _kernel_sum(excess.flatten(), confidence.flatten()) / batch.n_kept() ** 2
-    cross_entropy = F.nll_loss(log_probs, batch.target, reduction="none")
-    return _with_gap(batch, cross_entropy, error.to(log_probs.dtype), lamda, reduction, parts)
+    excess = positions.kept(positions.correct().double() - confidence)
+    error = _kernel_sum(excess.flatten(), confidence.flatten()) / positions.n_kept() ** 2
+    cross_entropy = F.nll_loss(log_probs, positions.target, reduction="none")
+    return _with_gap(positions, cross_entropy, error.to(log_probs.dtype), lambda_, reduction, log_terms)
 
 
 def _kernel_sum(weight: Tensor, place: Tensor) -> Tensor:
@@ -163,14 +167,14 @@ def _kernel_sum(weight: Tensor, place: Tensor) -> Tensor:
 
 
 def _with_gap(
-    batch: Batch,
+    positions: Positions,
     cross_entropy: Tensor,
     gap: Tensor,
     weight: float,
     reduction: Reduction,
-    parts: dict[str, Tensor] | None,
+    log_terms: dict[str, Tensor] | None,
 ) -> Tensor:
     everywhere = gap.expand(cross_entropy.shape)
-    return batch.reduced(
-        cross_entropy + weight * everywhere, reduction, parts, cross_entropy=cross_entropy, regularizer=everywhere
+    return positions.reduced(
+        cross_entropy + weight * everywhere, reduction, log_terms, cross_entropy=cross_entropy, regularizer=everywhere
     )

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from lightning_clamp._checks import check_at_least
 from lightning_clamp._rows import Task
-from lightning_clamp.losses._positions import Reduction, as_batch
+from lightning_clamp.losses._positions import Reduction, as_positions
 
 # The bands of FLSD-53, by the probability of the target class.
 _HARDEST, _HARDEST_GAMMA = 0.2, 5.0
@@ -21,7 +21,7 @@ def focal_loss(
     task: Task = "multiclass",
     ignore_index: int | None = None,
     reduction: Reduction = "mean",
-    parts: dict[str, Tensor] | None = None,
+    log_terms: dict[str, Tensor] | None = None,
 ) -> Tensor:
     r"""Focal loss, :math:`-(1 - p_y)^\gamma \log p_y`.
 
@@ -32,7 +32,7 @@ def focal_loss(
         task: ``"multiclass"``, or ``"binary"`` for a one-logit (sigmoid) head.
         ignore_index: Target value of positions to leave out.
         reduction: The official codes sum (torrvision) or take the mean (MDCA).
-        parts: A dict that is given the mean ``cross_entropy``.
+        log_terms: A dict that is given the mean ``cross_entropy``.
 
     Returns:
         A scalar, or the shape of the target; float32, or float64 for float64 logits.
@@ -45,10 +45,10 @@ def focal_loss(
         Lin et al., ICCV 2017; Mukhoti et al., "Calibrating Deep Neural Networks using Focal Loss", NeurIPS 2020.
     """
     check_at_least("gamma", gamma, 0)
-    batch = as_batch(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
-    cross_entropy = batch.cross_entropy()
-    return batch.reduced(
-        _focal(cross_entropy, 1 - torch.exp(-cross_entropy), gamma), reduction, parts, cross_entropy=cross_entropy
+    positions = as_positions(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
+    cross_entropy = positions.cross_entropy()
+    return positions.reduced(
+        _focal(cross_entropy, 1 - torch.exp(-cross_entropy), gamma), reduction, log_terms, cross_entropy=cross_entropy
     )
 
 
@@ -60,7 +60,7 @@ def flsd_loss(
     task: Task = "multiclass",
     ignore_index: int | None = None,
     reduction: Reduction = "mean",
-    parts: dict[str, Tensor] | None = None,
+    log_terms: dict[str, Tensor] | None = None,
 ) -> Tensor:
     r"""Sample-dependent focal loss FLSD-53: exponent 5 where :math:`p_y < 0.2`, 3 up to 0.5, ``gamma`` from 0.5 on.
 
@@ -71,7 +71,7 @@ def flsd_loss(
         task: ``"multiclass"``, or ``"binary"`` for a one-logit (sigmoid) head.
         ignore_index: Target value of positions to leave out.
         reduction: ``"mean"`` over the positions that count (0 if there are none), ``"sum"``, or ``"none"``.
-        parts: A dict that is given the mean ``cross_entropy``.
+        log_terms: A dict that is given the mean ``cross_entropy``.
 
     Returns:
         A scalar, or the shape of the target; float32, or float64 for float64 logits.
@@ -84,9 +84,9 @@ def flsd_loss(
         Mukhoti et al., "Calibrating Deep Neural Networks using Focal Loss", NeurIPS 2020.
     """
     check_at_least("gamma", gamma, 0)
-    batch = as_batch(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
-    cross_entropy = batch.cross_entropy()
-    return batch.reduced(_banded(cross_entropy, gamma), reduction, parts, cross_entropy=cross_entropy)
+    positions = as_positions(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
+    cross_entropy = positions.cross_entropy()
+    return positions.reduced(_banded(cross_entropy, gamma), reduction, log_terms, cross_entropy=cross_entropy)
 
 
 def dual_focal_loss(
@@ -97,7 +97,7 @@ def dual_focal_loss(
     task: Task = "multiclass",
     ignore_index: int | None = None,
     reduction: Reduction = "mean",
-    parts: dict[str, Tensor] | None = None,
+    log_terms: dict[str, Tensor] | None = None,
 ) -> Tensor:
     r"""Dual focal loss, :math:`-(1 - p_y + p_j)^\gamma \log p_y`, with p_j the largest probability below p_y.
 
@@ -110,7 +110,7 @@ def dual_focal_loss(
         task: ``"multiclass"``, or ``"binary"`` for a one-logit (sigmoid) head.
         ignore_index: Target value of positions to leave out.
         reduction: ``"mean"`` over the positions that count (0 if there are none), ``"sum"``, or ``"none"``.
-        parts: A dict that is given the mean ``cross_entropy``.
+        log_terms: A dict that is given the mean ``cross_entropy``.
 
     Returns:
         A scalar, or the shape of the target; float32, or float64 for float64 logits.
@@ -123,12 +123,12 @@ def dual_focal_loss(
         Tao, Dong and Xu, "Dual Focal Loss for Calibration", ICML 2023.
     """
     check_at_least("gamma", gamma, 0)
-    batch = as_batch(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
-    log_probs = F.log_softmax(batch.logits, 1)
-    of_target = batch.of_target(log_probs)
+    positions = as_positions(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
+    log_probs = F.log_softmax(positions.logits, 1)
+    of_target = positions.of_target(log_probs)
     lower = log_probs.masked_fill(log_probs >= of_target.unsqueeze(1), -torch.inf).max(1).values.exp()
-    return batch.reduced(
-        _focal(-of_target, 1 - of_target.exp() + lower, gamma), reduction, parts, cross_entropy=-of_target
+    return positions.reduced(
+        _focal(-of_target, 1 - of_target.exp() + lower, gamma), reduction, log_terms, cross_entropy=-of_target
     )
 
 
@@ -139,7 +139,7 @@ def brier_loss(
     task: Task = "multiclass",
     ignore_index: int | None = None,
     reduction: Reduction = "mean",
-    parts: dict[str, Tensor] | None = None,
+    log_terms: dict[str, Tensor] | None = None,
 ) -> Tensor:
     r"""Brier score as a loss, :math:`\sum_k (p_k - 1[k = y])^2`: a proper score that is bounded, in [0, 2].
 
@@ -149,7 +149,7 @@ def brier_loss(
         task: ``"multiclass"``, or ``"binary"`` for a one-logit (sigmoid) head.
         ignore_index: Target value of positions to leave out.
         reduction: ``"mean"`` over the positions that count (0 if there are none), ``"sum"``, or ``"none"``.
-        parts: A dict that is given the mean ``cross_entropy``.
+        log_terms: A dict that is given the mean ``cross_entropy``.
 
     Returns:
         A scalar, or the shape of the target; float32, or float64 for float64 logits.
@@ -161,11 +161,11 @@ def brier_loss(
     Reference:
         Brier, 1950; as a loss in Mukhoti et al., NeurIPS 2020.
     """
-    batch = as_batch(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
-    probs = F.softmax(batch.logits, 1)
-    score = probs.square().sum(1) - 2 * batch.of_target(probs) + 1
-    terms = {} if parts is None else {"cross_entropy": batch.cross_entropy()}
-    return batch.reduced(score, reduction, parts, **terms)
+    positions = as_positions(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
+    probs = F.softmax(positions.logits, 1)
+    score = probs.square().sum(1) - 2 * positions.of_target(probs) + 1
+    terms = {} if log_terms is None else {"cross_entropy": positions.cross_entropy()}
+    return positions.reduced(score, reduction, log_terms, **terms)
 
 
 def _focal(cross_entropy: Tensor, doubt: Tensor, gamma: float) -> Tensor:

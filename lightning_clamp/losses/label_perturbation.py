@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_clamp._checks import check_at_least, check_between, check_choice
-from lightning_clamp.losses._positions import Reduction, as_batch
+from lightning_clamp._checks import OptionError, check_at_least, check_between, check_choice
+from lightning_clamp.losses._positions import Reduction, as_positions
 
 Kind: TypeAlias = Literal["HI", "SI", "M", "DM"]
 Rule: TypeAlias = Literal["MC", "MEI"]
@@ -35,7 +35,7 @@ def sc_bce_loss(
     ignore_index: int | None = None,
     reduction: Reduction = "mean",
     generator: torch.Generator | None = None,
-    parts: dict[str, Tensor] | None = None,
+    log_terms: dict[str, Tensor] | None = None,
 ) -> Tensor:
     r"""Self-calibrating binary cross-entropy: with probability :math:`\alpha_i`, an image's labels are perturbed.
 
@@ -63,7 +63,8 @@ def sc_bce_loss(
         ignore_index: Target value of positions to leave out.
         reduction: ``"mean"`` over the positions that count (0 if there are none), ``"sum"``, or ``"none"``.
         generator: Where the draws come from; torch's own by default.
-        parts: A dict that is given the means ``cross_entropy`` (of the given labels) and ``perturbed`` (their share).
+        log_terms: A dict that is given the means ``cross_entropy`` (of the given labels) and ``perturbed`` (the share
+            of perturbed ones).
 
     Returns:
         A scalar, or the shape of the target.
@@ -76,29 +77,35 @@ def sc_bce_loss(
         Liu, Aviles-Rivero, Ji, Tao and Liu, "Model Calibration in Dense Classification with Adaptive Label
         Perturbation", ICCV 2023 (arXiv 2307.13539), figure 2.
     """
-    beta = amount(kind, beta)
-    batch = as_batch(logits, target, task="binary", ignore_index=ignore_index, reduction=reduction)
-    chance = torch.as_tensor(alpha, dtype=batch.logits.dtype, device=batch.logits.device)
-    if chance.ndim and chance.shape != batch.target.shape[:1]:
-        raise ValueError(f"`alpha` must be one number or have shape ({len(batch.target)},), got {tuple(chance.shape)}.")
+    beta = beta_of_kind(kind, beta)
+    positions = as_positions(logits, target, task="binary", ignore_index=ignore_index, reduction=reduction)
+    chance = torch.as_tensor(alpha, dtype=positions.logits.dtype, device=positions.logits.device)
+    if chance.ndim and chance.shape != positions.target.shape[:1]:
+        raise OptionError(
+            f"`alpha` must be one number or have shape ({len(positions.target)},), got {tuple(chance.shape)}."
+        )
     if chance.device.type == "cpu" and not torch.compiler.is_compiling():
         for end in chance.aminmax():
             check_between("alpha", float(end), 0, 1)
     # z of the pair (-z/2, z/2).
-    logit = batch.logits[:, 1] - batch.logits[:, 0]
-    label = batch.target.to(logit.dtype)
+    logit = positions.logits[:, 1] - positions.logits[:, 0]
+    label = positions.target.to(logit.dtype)
     draw = torch.rand(len(label), generator=generator, dtype=logit.dtype, device=logit.device)
     is_perturbed = (draw < chance).reshape(-1, *[1] * (label.ndim - 1)).expand(label.shape)
     other = (1 - beta) * label + beta / 2
     if kind == "DM":
         other = other + _truncated_normal(other, generator)
     loss = F.binary_cross_entropy_with_logits(logit, torch.where(is_perturbed, other, label), reduction="none")
-    terms = {} if parts is None else {"cross_entropy": batch.cross_entropy(), "perturbed": is_perturbed.to(logit.dtype)}
-    return batch.reduced(loss, reduction, parts, **terms)
+    terms = (
+        {}
+        if log_terms is None
+        else {"cross_entropy": positions.cross_entropy(), "perturbed": is_perturbed.to(logit.dtype)}
+    )
+    return positions.reduced(loss, reduction, log_terms, **terms)
 
 
-def amount(kind: Kind, beta: float | None) -> float:
-    """The β of a kind, or the one given instead.
+def beta_of_kind(kind: Kind, beta: float | None) -> float:
+    """β of a kind of perturbation, or the one given instead.
 
     Raises:
         ValueError: If the kind is unknown or β is not in (0, 2].
@@ -107,7 +114,7 @@ def amount(kind: Kind, beta: float | None) -> float:
     if beta is None:
         return PERTURBATIONS[kind]
     if not 0 < beta <= 2:
-        raise ValueError(f"`beta` must lie in (0, 2], so that labels stay in [0, 1], got {beta}.")
+        raise OptionError(f"`beta` must lie in (0, 2], so that labels stay in [0, 1], got {beta}.")
     return beta
 
 
@@ -136,7 +143,7 @@ class LabelPerturbationRule:
     Attributes:
         beta: The paper's β.
         eta: Step size; .002 in the official code.
-        lambd: Weight λ of the constraint; 2000 in the official code.
+        lambda_: Weight λ of the constraint; 2000 in the official code.
         rule: ``"MC"`` or ``"MEI"``.
 
     Raises:
@@ -148,14 +155,14 @@ class LabelPerturbationRule:
 
     beta: float
     eta: float = 0.002
-    lambd: float = 2000.0
+    lambda_: float = 2000.0
     rule: Rule = "MC"
 
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
-        amount("HI", self.beta)
+        beta_of_kind("HI", self.beta)
         check_at_least("eta", self.eta, 0)
-        check_at_least("lambd", self.lambd, 0)
+        check_at_least("lambda_", self.lambda_, 0)
         check_choice("rule", self.rule, RULES)
 
     def updated(
@@ -184,7 +191,7 @@ class LabelPerturbationRule:
             else min(accuracy - best_accuracy, 0.0)
         )
         seen = signed_logit(logits, target, ignore_index=ignore_index)
-        moved = alpha + self.eta * (2 / self.beta * seen + self.lambd * regularizer)
+        moved = alpha + self.eta * (2 / self.beta * seen + self.lambda_ * regularizer)
         cap = 1 / self.beta
         moved = torch.where(moved >= cap, cap - _BELOW_CAP, moved).clamp(0, 1)
         return torch.where(moved.isfinite(), moved, alpha)
@@ -201,7 +208,7 @@ def signed_logit(logits: Tensor, target: Tensor, *, ignore_index: int | None = N
         target: As for :func:`sc_bce_loss`.
         ignore_index: As for :func:`sc_bce_loss`.
     """
-    batch = as_batch(logits.detach(), target, task="binary", ignore_index=ignore_index, reduction="none")
-    logit = (batch.logits[:, 1] - batch.logits[:, 0]).clamp(-_LOGIT_CAP, _LOGIT_CAP)
-    signed = batch.kept((2 * batch.target - 1) * logit)
-    return signed.reshape(len(logit), -1).sum(1) / batch.n_positions()
+    positions = as_positions(logits.detach(), target, task="binary", ignore_index=ignore_index, reduction="none")
+    logit = (positions.logits[:, 1] - positions.logits[:, 0]).clamp(-_LOGIT_CAP, _LOGIT_CAP)
+    signed = positions.kept((2 * positions.target - 1) * logit)
+    return signed.reshape(len(logit), -1).sum(1) / positions.n_positions()

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from lightning_clamp._checks import check_at_least
 from lightning_clamp._rows import Task
 from lightning_clamp.losses._modes import Mode, differentiable_twice, in_mode
-from lightning_clamp.losses._positions import Batch, Reduction, as_batch
+from lightning_clamp.losses._positions import Positions, Reduction, as_positions
 from lightning_clamp.losses.attack import Attack, Norm
 from lightning_clamp.metrics.margin import class_margin
 
@@ -34,7 +34,7 @@ def margin_aware_loss(
     task: Task = "multiclass",
     ignore_index: int | None = None,
     reduction: Reduction = "mean",
-    parts: dict[str, Tensor] | None = None,
+    log_terms: dict[str, Tensor] | None = None,
 ) -> Tensor:
     r"""The margin-aware objective CalMO.
 
@@ -71,8 +71,8 @@ def margin_aware_loss(
         task: ``"multiclass"`` or ``"binary"``.
         ignore_index: Target value of positions to leave out.
         reduction: Over the positions, as for the other losses; an item's smoothness counts at each of its positions.
-        parts: A dict that is given the means ``cross_entropy``, ``divergence``, ``smoothness`` (before the weights),
-            ``margin``, ``margin_tail`` (:math:`e^{-m}`), and ``robust_margin``, ``robust_margin_tail`` at
+        log_terms: A dict that is given the means ``cross_entropy``, ``divergence``, ``smoothness`` (before the
+            weights), ``margin``, ``margin_tail`` (:math:`e^{-m}`), and ``robust_margin``, ``robust_margin_tail`` at
             :math:`x_{\mathrm{adv}}`: upper and lower bounds of the paper's robust margin and its tail Q.
 
     Returns:
@@ -101,39 +101,39 @@ def margin_aware_loss(
 
     differentiable = torch.is_grad_enabled()
 
-    def batch_of(x: Tensor) -> Batch:
+    def positions_of(x: Tensor) -> Positions:
         with differentiable_twice() if lambda_s else nullcontext():
             logits = network(x)
-        return as_batch(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
+        return as_positions(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
 
     moved = None
     if lambda_r:
         with in_mode(network, attack_mode):
-            moved = attack(lambda x: batch_of(x).total_cross_entropy(), inputs)
+            moved = attack(lambda x: positions_of(x).total_cross_entropy(), inputs)
     clean = inputs.detach().requires_grad_(bool(lambda_s))
     with torch.set_grad_enabled(differentiable or bool(lambda_s)):
-        batch = batch_of(clean)
-        margin = class_margin(batch.logits, batch.target)
-        terms = {"cross_entropy": batch.cross_entropy()}
+        positions = positions_of(clean)
+        margin = class_margin(positions.logits, positions.target)
+        terms = {"cross_entropy": positions.cross_entropy()}
         loss = terms["cross_entropy"]
         if lambda_s:
-            terms["smoothness"] = _squared_gradient(batch, margin, clean, differentiable)
+            terms["smoothness"] = _squared_gradient(positions, margin, clean, differentiable)
             loss = loss + lambda_s * terms["smoothness"]
     tails = {"margin": margin, "margin_tail": margin.detach().neg().exp()}
     if moved is not None:
-        robust = batch_of(moved)
-        terms["divergence"] = _divergence(batch.logits, robust.logits)
+        robust = positions_of(moved)
+        terms["divergence"] = _divergence(positions.logits, robust.logits)
         loss = loss + lambda_r * terms["divergence"]
         robust_margin = class_margin(robust.logits, robust.target).detach()
         tails |= {"robust_margin": robust_margin, "robust_margin_tail": robust_margin.neg().exp()}
-    return batch.reduced(loss, reduction, parts, **terms, **tails)
+    return positions.reduced(loss, reduction, log_terms, **terms, **tails)
 
 
-def _squared_gradient(batch: Batch, margin: Tensor, inputs: Tensor, differentiable: bool) -> Tensor:
+def _squared_gradient(positions: Positions, margin: Tensor, inputs: Tensor, differentiable: bool) -> Tensor:
     """Squared norm of the input gradient of each item's margin, at each of its positions."""
-    (gradient,) = torch.autograd.grad(batch.kept(margin).sum(), inputs, create_graph=differentiable)
+    (gradient,) = torch.autograd.grad(positions.kept(margin).sum(), inputs, create_graph=differentiable)
     # The mean over the positions is taken here: their share of a large image would underflow in half precision.
-    squared = gradient.to(margin.dtype).square().flatten(1).sum(1) / batch.n_positions().square()
+    squared = gradient.to(margin.dtype).square().flatten(1).sum(1) / positions.n_positions().square()
     return squared.reshape(-1, *[1] * (margin.ndim - 1)).expand(margin.shape)
 
 

@@ -1,6 +1,7 @@
 """What every loss mixin is: a training step in front of somebody's LightningModule."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -10,7 +11,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_clamp._checks import check_choice
+from lightning_clamp._checks import OptionError, check_choice
 from lightning_clamp._rows import TASKS, Task
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -18,11 +19,25 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 _in_python: Callable[[_Function], _Function] = torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call]
 
 
+@contextmanager
+def options_named(prefix: str) -> Iterator[None]:
+    """Have refusals name a function's options as a mixin does: ``margin_clip`` for ``clip``."""
+
+    def name_of(option: str) -> str:
+        # A function's ``lambda_`` has its underscore because ``lambda`` is a word of Python.
+        return f"loss_{option}" if option in ("task", "ignore_index") else prefix + option.rstrip("_")
+
+    try:
+        yield
+    except OptionError as error:
+        raise error.renamed(name_of) from None
+
+
 class LossMixin(LightningModule):
     """Trains a LightningModule with another loss: ``class Calibrated(SomeMixin, MyModule): ...``.
 
     The mixin's ``training_step`` takes the place of the module's. It is for batches ``(inputs, target)``, which an
-    index may follow, calls ``self(inputs)`` for the logits, and logs ``train/loss`` and the loss's parts
+    index may follow, calls ``self(inputs)`` for the logits, and logs ``train/loss`` and the terms of the loss
     (``train/cross_entropy``, ...). Where a step does more, write it below the mixin and call :meth:`calibrated_loss`::
 
         class Calibrated(ACLSMixin, MyModule):
@@ -49,6 +64,7 @@ class LossMixin(LightningModule):
 
     # The names are long because they share the instance with those of somebody's module.
     calibrated_loss_function: Callable[..., Tensor]
+    _calibrated_loss_prefix = ""
     _calibrated_loss_was_called = False
 
     def __init__(
@@ -74,18 +90,21 @@ class LossMixin(LightningModule):
         if len(losses) > 1:
             raise TypeError(f"{cls.__name__} has two losses, {' and '.join(losses)}: keep one of them.")
 
-    def train_with(self, function: Callable[..., Tensor], *nothing: Any, **options: Any) -> None:
+    def train_with(self, function: Callable[..., Tensor], *nothing: Any, prefix: str = "", **options: Any) -> None:
         """Set the loss.
 
         Args:
             function: Called with what :meth:`calibrated_loss_of` gives it.
             *nothing: Arguments for a batch of no samples: the options are checked on it, now and not in training.
+            prefix: What the mixin's names of the options begin with, for the sentences that refuse one.
             **options: The function's own.
         """
         self.calibrated_loss_function = partial(function, **options)
+        self._calibrated_loss_prefix = prefix
         # On the CPU also where modules are made on another device, or on none.
         rows, labels = torch.zeros(0, 2, device="cpu"), torch.zeros(0, dtype=torch.long, device="cpu")
-        self.calibrated_loss_function(*(nothing or (rows, labels)))
+        with options_named(prefix):
+            self.calibrated_loss_function(*(nothing or (rows, labels)))
 
     @_in_python
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -107,7 +126,7 @@ class LossMixin(LightningModule):
 
     @_in_python
     def calibrated_loss(self, inputs: Tensor, target: Tensor, index: Tensor | None = None) -> Tensor:
-        """The mixin's loss of a batch; in training, its parts are logged as ``train/...``.
+        """The mixin's loss of a batch; in training, its terms are logged as ``train/...``.
 
         Args:
             inputs: What ``self`` takes.
@@ -115,18 +134,19 @@ class LossMixin(LightningModule):
             index: Of each item in the training set, ``(N,)``, for losses that keep something for each item.
         """
         self._calibrated_loss_was_called = True
-        parts: dict[str, Tensor] = {}
-        loss = self.calibrated_loss_of(inputs, target, index, parts)
+        log_terms: dict[str, Tensor] = {}
+        with options_named(self._calibrated_loss_prefix):
+            loss = self.calibrated_loss_of(inputs, target, index, log_terms)
         if self.training:
-            self._log_calibrated(parts)
+            self._log_calibrated(log_terms)
         return loss
 
     def calibrated_loss_of(
-        self, inputs: Tensor, target: Tensor, index: Tensor | None, parts: dict[str, Tensor]
+        self, inputs: Tensor, target: Tensor, index: Tensor | None, log_terms: dict[str, Tensor]
     ) -> Tensor:
-        """The loss alone; fills ``parts``."""
+        """The loss alone; fills ``log_terms``."""
         return self.calibrated_loss_function(
-            self(inputs), target, task=self.loss_task, ignore_index=self.loss_ignore_index, parts=parts
+            self(inputs), target, task=self.loss_task, ignore_index=self.loss_ignore_index, log_terms=log_terms
         )
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -41,6 +41,7 @@ class ACLSMixin(LossMixin):
         super().__init__(*args, **kwargs)
         self.train_with(
             acls_loss,
+            prefix="acls_",
             alpha=acls_alpha,
             pos_lambda=acls_pos_lambda,
             neg_lambda=acls_neg_lambda,
@@ -54,7 +55,7 @@ class MbLSMixin(LossMixin):
 
     def __init__(self, *args: Any, mbls_alpha: float = 0.1, mbls_margin: float = 10.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.train_with(mbls_loss, alpha=mbls_alpha, margin=mbls_margin)
+        self.train_with(mbls_loss, prefix="mbls_", alpha=mbls_alpha, margin=mbls_margin)
 
 
 class LabelSmoothingMixin(LossMixin):
@@ -62,7 +63,7 @@ class LabelSmoothingMixin(LossMixin):
 
     def __init__(self, *args: Any, smoothing_alpha: float = 0.05, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.train_with(label_smoothing_loss, alpha=smoothing_alpha)
+        self.train_with(label_smoothing_loss, prefix="smoothing_", alpha=smoothing_alpha)
 
 
 class EntropyPenaltyMixin(LossMixin):
@@ -72,7 +73,7 @@ class EntropyPenaltyMixin(LossMixin):
         self, *args: Any, entropy_alpha: float = 0.1, entropy_reference: Reference = "code", **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.train_with(entropy_penalty_loss, alpha=entropy_alpha, reference=entropy_reference)
+        self.train_with(entropy_penalty_loss, prefix="entropy_", alpha=entropy_alpha, reference=entropy_reference)
 
 
 class FocalMixin(LossMixin):
@@ -80,7 +81,7 @@ class FocalMixin(LossMixin):
 
     def __init__(self, *args: Any, focal_gamma: float = 3.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.train_with(focal_loss, gamma=focal_gamma)
+        self.train_with(focal_loss, prefix="focal_", gamma=focal_gamma)
 
 
 class FLSDMixin(LossMixin):
@@ -88,7 +89,7 @@ class FLSDMixin(LossMixin):
 
     def __init__(self, *args: Any, flsd_gamma: float = 3.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.train_with(flsd_loss, gamma=flsd_gamma)
+        self.train_with(flsd_loss, prefix="flsd_", gamma=flsd_gamma)
 
 
 class DualFocalMixin(LossMixin):
@@ -96,7 +97,7 @@ class DualFocalMixin(LossMixin):
 
     def __init__(self, *args: Any, dual_focal_gamma: float = 5.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.train_with(dual_focal_loss, gamma=dual_focal_gamma)
+        self.train_with(dual_focal_loss, prefix="dual_focal_", gamma=dual_focal_gamma)
 
 
 class BrierMixin(LossMixin):
@@ -112,7 +113,7 @@ class MDCAMixin(LossMixin):
 
     def __init__(self, *args: Any, mdca_beta: float = 1.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.train_with(mdca_loss, beta=mdca_beta)
+        self.train_with(mdca_loss, prefix="mdca_", beta=mdca_beta)
 
 
 class DCAMixin(LossMixin):
@@ -120,15 +121,15 @@ class DCAMixin(LossMixin):
 
     def __init__(self, *args: Any, dca_beta: float = 10.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.train_with(dca_loss, beta=dca_beta)
+        self.train_with(dca_loss, prefix="dca_", beta=dca_beta)
 
 
 class MMCEMixin(LossMixin):
     """Trains with :func:`~lightning_clamp.losses.mmce_loss`."""
 
-    def __init__(self, *args: Any, mmce_lamda: float = 1.0, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, mmce_lambda: float = 1.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.train_with(mmce_loss, lamda=mmce_lamda)
+        self.train_with(mmce_loss, prefix="mmce_", lambda_=mmce_lambda)
 
 
 class SCBCEMixin(LossMixin):
@@ -146,13 +147,17 @@ class SCBCEMixin(LossMixin):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.train_with(sc_bce_loss, *NO_PIXELS, alpha=sc_bce_alpha, kind=sc_bce_kind, beta=sc_bce_beta)
+        self.train_with(
+            sc_bce_loss, *NO_PIXELS, prefix="sc_bce_", alpha=sc_bce_alpha, kind=sc_bce_kind, beta=sc_bce_beta
+        )
 
     def calibrated_loss_of(
-        self, inputs: Tensor, target: Tensor, index: Tensor | None, parts: dict[str, Tensor]
+        self, inputs: Tensor, target: Tensor, index: Tensor | None, log_terms: dict[str, Tensor]
     ) -> Tensor:
-        """The loss alone; fills ``parts``."""
-        return self.calibrated_loss_function(self(inputs), target, ignore_index=self.loss_ignore_index, parts=parts)
+        """The loss alone; fills ``log_terms``."""
+        return self.calibrated_loss_function(
+            self(inputs), target, ignore_index=self.loss_ignore_index, log_terms=log_terms
+        )
 
 
 class MarginAwareMixin(LossMixin):
@@ -183,6 +188,7 @@ class MarginAwareMixin(LossMixin):
             lambda x: x.sum(1, keepdim=True).expand(-1, 2),
             torch.zeros(0, channels, device="cpu"),
             torch.zeros(0, dtype=torch.long, device="cpu"),
+            prefix="margin_",
             lambda_r=margin_lambda_r,
             lambda_s=margin_lambda_s,
             epsilon=margin_epsilon,
@@ -196,9 +202,9 @@ class MarginAwareMixin(LossMixin):
         )
 
     def calibrated_loss_of(
-        self, inputs: Tensor, target: Tensor, index: Tensor | None, parts: dict[str, Tensor]
+        self, inputs: Tensor, target: Tensor, index: Tensor | None, log_terms: dict[str, Tensor]
     ) -> Tensor:
-        """The loss alone; fills ``parts``."""
+        """The loss alone; fills ``log_terms``."""
         return self.calibrated_loss_function(
-            self, inputs, target, task=self.loss_task, ignore_index=self.loss_ignore_index, parts=parts
+            self, inputs, target, task=self.loss_task, ignore_index=self.loss_ignore_index, log_terms=log_terms
         )

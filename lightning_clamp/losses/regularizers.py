@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lightning_clamp._checks import check_at_least, check_between, check_choice
 from lightning_clamp._rows import Task
-from lightning_clamp.losses._positions import Reduction, as_batch
+from lightning_clamp.losses._positions import Reduction, as_positions
 
 Reference: TypeAlias = Literal["code", "paper"]
 
@@ -23,7 +23,7 @@ def label_smoothing_loss(
     task: Task = "multiclass",
     ignore_index: int | None = None,
     reduction: Reduction = "mean",
-    parts: dict[str, Tensor] | None = None,
+    log_terms: dict[str, Tensor] | None = None,
 ) -> Tensor:
     r"""Cross-entropy with smoothed labels, :math:`(1 - \alpha)\,\mathrm{CE} + \frac{\alpha}{K} \sum_k -\log p_k`.
 
@@ -36,7 +36,7 @@ def label_smoothing_loss(
         task: ``"multiclass"``, or ``"binary"`` for a one-logit (sigmoid) head.
         ignore_index: Target value of positions to leave out.
         reduction: ``"mean"`` over the positions that count (0 if there are none), ``"sum"``, or ``"none"``.
-        parts: A dict that is given the mean ``cross_entropy``, for logging.
+        log_terms: A dict that is given the mean ``cross_entropy``, for logging.
 
     Returns:
         A scalar, or the shape of the target; float32, or float64 for float64 logits.
@@ -49,9 +49,9 @@ def label_smoothing_loss(
         Szegedy et al., "Rethinking the Inception Architecture", CVPR 2016; as in Liu et al. (MbLS), CVPR 2022.
     """
     check_between("alpha", alpha, 0, 1)
-    batch = as_batch(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
-    terms = {} if parts is None else {"cross_entropy": batch.cross_entropy()}
-    return batch.reduced(batch.cross_entropy(label_smoothing=alpha), reduction, parts, **terms)
+    positions = as_positions(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
+    terms = {} if log_terms is None else {"cross_entropy": positions.cross_entropy()}
+    return positions.reduced(positions.cross_entropy(label_smoothing=alpha), reduction, log_terms, **terms)
 
 
 def entropy_penalty_loss(
@@ -63,7 +63,7 @@ def entropy_penalty_loss(
     task: Task = "multiclass",
     ignore_index: int | None = None,
     reduction: Reduction = "mean",
-    parts: dict[str, Tensor] | None = None,
+    log_terms: dict[str, Tensor] | None = None,
 ) -> Tensor:
     r"""Cross-entropy minus the entropy of the prediction, :math:`\mathrm{CE} - \alpha H(p)` (confidence penalty, ECP).
 
@@ -76,7 +76,7 @@ def entropy_penalty_loss(
         task: As :func:`label_smoothing_loss`.
         ignore_index: As :func:`label_smoothing_loss`.
         reduction: As :func:`label_smoothing_loss`.
-        parts: A dict that is given the means ``cross_entropy`` and ``entropy`` (as ``reference`` has it).
+        log_terms: A dict that is given the means ``cross_entropy`` and ``entropy`` (as ``reference`` has it).
 
     Returns:
         A scalar, or the shape of the target.
@@ -90,15 +90,15 @@ def entropy_penalty_loss(
     """
     check_at_least("alpha", alpha, 0)
     check_choice("reference", reference, ("code", "paper"))
-    batch = as_batch(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
+    positions = as_positions(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
     # A class that is masked by a logit of -inf has no part in the entropy, where 0 * inf would be nan.
-    log_probs = F.log_softmax(batch.logits, 1).clamp_min(torch.finfo(batch.logits.dtype).min)
+    log_probs = F.log_softmax(positions.logits, 1).clamp_min(torch.finfo(positions.logits.dtype).min)
     entropy = -(log_probs.exp() * log_probs).sum(1)
     if reference == "code":
-        entropy = entropy / batch.logits.shape[1]
-    cross_entropy = F.nll_loss(log_probs, batch.target, reduction="none")
-    return batch.reduced(
-        cross_entropy - alpha * entropy, reduction, parts, cross_entropy=cross_entropy, entropy=entropy
+        entropy = entropy / positions.logits.shape[1]
+    cross_entropy = F.nll_loss(log_probs, positions.target, reduction="none")
+    return positions.reduced(
+        cross_entropy - alpha * entropy, reduction, log_terms, cross_entropy=cross_entropy, entropy=entropy
     )
 
 
@@ -111,7 +111,7 @@ def mbls_loss(
     task: Task = "multiclass",
     ignore_index: int | None = None,
     reduction: Reduction = "mean",
-    parts: dict[str, Tensor] | None = None,
+    log_terms: dict[str, Tensor] | None = None,
 ) -> Tensor:
     r"""Margin-based label smoothing, :math:`\mathrm{CE} + \frac{\alpha}{K} \sum_k \mathrm{relu}(\max_j z_j - z_k - m)`.
 
@@ -123,7 +123,7 @@ def mbls_loss(
         task: As :func:`label_smoothing_loss`.
         ignore_index: As :func:`label_smoothing_loss`.
         reduction: As :func:`label_smoothing_loss`.
-        parts: A dict that is given the means ``cross_entropy`` and ``regularizer`` (before ``alpha``).
+        log_terms: A dict that is given the means ``cross_entropy`` and ``regularizer`` (before ``alpha``).
 
     Returns:
         A scalar, or the shape of the target.
@@ -148,7 +148,7 @@ def mbls_loss(
         share = beyond.sum(1, keepdim=True) / (z.shape[1] * is_top.sum(1, keepdim=True))
         return value, beyond.mul_(-1 / z.shape[1]).addcmul_(is_top, share)
 
-    return _penalised(logits, target, penalty, alpha, task, ignore_index, reduction, parts)
+    return _penalised(logits, target, penalty, alpha, task, ignore_index, reduction, log_terms)
 
 
 def acls_loss(
@@ -163,7 +163,7 @@ def acls_loss(
     task: Task = "multiclass",
     ignore_index: int | None = None,
     reduction: Reduction = "mean",
-    parts: dict[str, Tensor] | None = None,
+    log_terms: dict[str, Tensor] | None = None,
 ) -> Tensor:
     r"""Adaptive and conditional label smoothing, :math:`\mathrm{CE} + \alpha R`.
 
@@ -190,7 +190,7 @@ def acls_loss(
         task: As for :func:`label_smoothing_loss`; one logit z counts as (-z/2, z/2).
         ignore_index: As for :func:`label_smoothing_loss`; the penalty is masked too, unlike in the official code.
         reduction: As :func:`label_smoothing_loss`.
-        parts: A dict that is given the means ``cross_entropy`` and ``regularizer`` (R, before ``alpha``).
+        log_terms: A dict that is given the means ``cross_entropy`` and ``regularizer`` (R, before ``alpha``).
 
     Returns:
         A scalar, or the shape of the target.
@@ -222,7 +222,7 @@ def acls_loss(
         is_top = torch.ge(z, top, out=torch.empty_like(z))
         return value, slope.addcmul_(is_top, 2 * positive * excess)
 
-    return _penalised(logits, target, penalty, alpha, task, ignore_index, reduction, parts)
+    return _penalised(logits, target, penalty, alpha, task, ignore_index, reduction, log_terms)
 
 
 class _RowPenalty(torch.autograd.Function):
@@ -253,12 +253,12 @@ def _penalised(
     task: Task,
     ignore_index: int | None,
     reduction: Reduction,
-    parts: dict[str, Tensor] | None,
+    log_terms: dict[str, Tensor] | None,
 ) -> Tensor:
     """Cross-entropy plus ``alpha`` times ``penalty(logits)``, which gives ``(N, ...)`` and its gradient."""
-    batch = as_batch(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
-    cross_entropy = batch.cross_entropy()
-    regularizer: Tensor = _RowPenalty.apply(batch.logits, penalty)
-    return batch.reduced(
-        cross_entropy + alpha * regularizer, reduction, parts, cross_entropy=cross_entropy, regularizer=regularizer
+    positions = as_positions(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
+    cross_entropy = positions.cross_entropy()
+    regularizer: Tensor = _RowPenalty.apply(positions.logits, penalty)
+    return positions.reduced(
+        cross_entropy + alpha * regularizer, reduction, log_terms, cross_entropy=cross_entropy, regularizer=regularizer
     )

@@ -6,16 +6,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_clamp._batch import Inputs, call_network, logits_of
 from lightning_clamp._checks import check_at_least
 from lightning_clamp._rows import Task
 from lightning_clamp.losses._modes import differentiable_twice, in_mode
-from lightning_clamp.losses._positions import as_batch
+from lightning_clamp.losses._positions import Positions, as_positions
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # it sets the compiler's stance
 def gauss_newton_sharpness(
     network: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[tuple[Inputs, Tensor]],
     *,
     task: Task = "multiclass",
     ignore_index: int | None = None,
@@ -29,9 +30,9 @@ def gauss_newton_sharpness(
     parameters do not count. The estimate never exceeds the eigenvalue (Rayleigh quotient).
 
     Args:
-        network: Maps inputs to logits; differentiable twice.
-        batches: Pairs ``(inputs, target)`` on the network's device, read once per iteration; of the target only the
-            ignored positions matter.
+        network: Maps inputs to logits, or to an output that has them as ``.logits``; differentiable twice.
+        batches: Pairs ``(inputs, target)`` on the network's device, read once per iteration; the inputs may be a dict
+            of the arguments of its forward, and of the target only the ignored positions matter.
         task: ``"multiclass"`` or ``"binary"``.
         ignore_index: Target value of positions to leave out.
         max_iterations: At least 1.
@@ -71,7 +72,7 @@ def _product(
     network: nn.Module,
     weights: list[nn.Parameter],
     direction: list[Tensor],
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[tuple[Inputs, Tensor]],
     task: Task,
     ignore_index: int | None,
 ) -> list[Tensor]:
@@ -79,26 +80,29 @@ def _product(
     total = [torch.zeros_like(value) for value in weights]
     count = 0
     for inputs, target in batches:
-        batch = as_batch(network(inputs), target, task=task, ignore_index=ignore_index, reduction="mean")
-        logits = batch.logits
-        # J v without forward-mode differentiation: v times the derivative of J^T u, which is linear in u.
-        unit = torch.zeros_like(logits, requires_grad=True)
-        pulled = torch.autograd.grad(logits, weights, unit, create_graph=True, materialize_grads=True)
-        (slope,) = torch.autograd.grad(pulled, unit, direction, retain_graph=True)
-        probs = F.softmax(logits.detach(), 1)
-        curved = probs * (slope - (probs * slope).sum(1, keepdim=True))
-        keep = batch.counted()
-        for part, value in zip(
-            total, torch.autograd.grad(logits, weights, curved * keep.unsqueeze(1), materialize_grads=True), strict=True
-        ):
+        logits = logits_of(call_network(network, inputs))
+        positions = as_positions(logits, target, task=task, ignore_index=ignore_index, reduction="mean")
+        for part, value in zip(total, _summed_product(positions, weights, direction), strict=True):
             part += value
-        count += int(keep.sum())
+        count += int(positions.counted().sum())
     if not count:
         raise ValueError(
             "There is nothing to measure the sharpness on: no batch holds a position that counts, or the batches can "
             "be read only once; pass a list or a DataLoader."
         )
     return [value / count for value in total]
+
+
+def _summed_product(positions: Positions, weights: list[nn.Parameter], direction: list[Tensor]) -> tuple[Tensor, ...]:
+    """The same for the sum over the positions of one batch that count."""
+    logits = positions.logits
+    # J v without forward-mode differentiation: v times the derivative of J^T u, which is linear in u.
+    unit = torch.zeros_like(logits, requires_grad=True)
+    pulled = torch.autograd.grad(logits, weights, unit, create_graph=True, materialize_grads=True)
+    (slope,) = torch.autograd.grad(pulled, unit, direction, retain_graph=True)
+    probs = F.softmax(logits.detach(), 1)
+    curved = probs * (slope - (probs * slope).sum(1, keepdim=True)) * positions.counted().unsqueeze(1)
+    return torch.autograd.grad(logits, weights, curved, materialize_grads=True)
 
 
 def _unit(vector: list[Tensor]) -> tuple[list[Tensor], float]:

@@ -8,8 +8,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lightning_clamp._batch import BatchKeys, Inputs, as_pair, call_network, check_batch_keys, logits_of
 from lightning_clamp._checks import check_at_least
 from lightning_clamp._rows import Task
+from lightning_clamp._trainer.data import as_validation, validation_batch
+from lightning_clamp.clamping import kept_random_state
 from lightning_clamp.losses._modes import in_mode
 from lightning_clamp.metrics import ExpectedCalibrationError, ExponentialMarginTail
 from lightning_clamp.sharpness.gauss_newton import gauss_newton_sharpness
@@ -30,12 +33,14 @@ class SharpnessMonitor(Callback):
     the history is in the processes that trained, and in the checkpoints.
 
     Args:
-        dataloader: Batches ``(inputs, target)`` to measure on. They are kept on the device and gone through some dozen
-            times: a few hundred samples, not shuffled, are enough.
+        dataloader: Batches to measure on, as the module's validation step would get them. They are kept on the device
+            and gone through some dozen times: a few hundred samples, not shuffled, are enough.
         name: What the logged names begin with.
         every_n_epochs: How often, at least 1.
         task: ``"multiclass"`` or ``"binary"``.
         ignore_index: Target value of positions to leave out.
+        batch_keys: Input and target of a batch: their keys, names or positions, where a batch is no pair. The input may
+            be a list of names of the arguments of ``forward``.
         max_iterations: Power iterations, at most, for the sharpness.
         tolerance: Relative change of the sharpness at which they stop.
 
@@ -43,7 +48,7 @@ class SharpnessMonitor(Callback):
         history: One dict per measurement: ``epoch`` (finished ones), ``ece``, ``margin_tail``, ``sharpness``.
 
     Raises:
-        ValueError: If ``every_n_epochs`` or ``max_iterations`` is below 1.
+        ValueError: If ``every_n_epochs`` or ``max_iterations`` is below 1, or ``batch_keys`` is no pair of keys.
 
     Reference:
         Morosini et al., "Too Sharp, Too Sure", 2026 (arXiv 2604.20614), theorem 4.1.
@@ -57,19 +62,22 @@ class SharpnessMonitor(Callback):
         every_n_epochs: int = 1,
         task: Task = "multiclass",
         ignore_index: int | None = None,
+        batch_keys: BatchKeys | None = None,
         max_iterations: int = 30,
         tolerance: float = 0.01,
     ) -> None:
         check_at_least("every_n_epochs", every_n_epochs, 1)
         check_at_least("max_iterations", max_iterations, 1)
+        check_batch_keys(batch_keys)
         self.dataloader = dataloader
         self.name = name
         self.every_n_epochs = every_n_epochs
         self.layout: dict[str, Any] = {"task": task, "ignore_index": ignore_index}
+        self.batch_keys = batch_keys
         self.max_iterations = max_iterations
         self.tolerance = tolerance
         self.history: list[dict[str, float]] = []
-        self._batches: list[tuple[Tensor, Tensor]] = []
+        self._batches: list[tuple[Inputs, Tensor]] = []
 
     @property
     def state_key(self) -> str:
@@ -77,18 +85,20 @@ class SharpnessMonitor(Callback):
         return f"{type(self).__qualname__}[{self.name}]"
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read the batches."""
+        """Read the batches.
+
+        Raises:
+            MisconfigurationException: If there are none, or they are not what ``batch_keys`` says.
+        """
         # A loader draws a seed when it is read, which training must not notice.
-        with torch.random.fork_rng(devices=[]):
-            batches = [
-                trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
-                for batch in self.dataloader
-            ]
-        if not batches or any(not isinstance(batch, tuple | list) or len(batch) != 2 for batch in batches):
-            raise MisconfigurationException(
-                "SharpnessMonitor needs a loader of batches (inputs, target), and one batch at least."
-            )
-        self._batches = [(inputs, target) for inputs, target in batches]
+        with kept_random_state(), as_validation(trainer):
+            batches = [validation_batch(trainer, pl_module, batch) for batch in self.dataloader]
+        if not batches:
+            raise MisconfigurationException("SharpnessMonitor needs a loader that yields one batch at least.")
+        try:
+            self._batches = [as_pair(batch, self.batch_keys) for batch in batches]
+        except TypeError as error:
+            raise MisconfigurationException(f"SharpnessMonitor cannot use its loader. {error}") from error
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure."""
@@ -116,7 +126,7 @@ class SharpnessMonitor(Callback):
         ece, tail = ExpectedCalibrationError(**self.layout), ExponentialMarginTail(**self.layout)
         with in_mode(network, "eval"), torch.no_grad():
             for inputs, target in self._batches:
-                logits = network(inputs)
+                logits = logits_of(call_network(network, inputs))
                 for metric in (ece.to(logits.device), tail.to(logits.device)):
                     metric.update(logits, target)
         sharpness = gauss_newton_sharpness(

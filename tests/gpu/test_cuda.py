@@ -3,17 +3,27 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightning_clamp import CalibrationModule, NeuralClamping, calibrate, fit_clamp
-from lightning_clamp.losses import MarginAwareMixin
+from lightning_clamp.losses import ASLPMixin, Indexed, MarginAwareMixin
 from tests.clamping.test_scoring import DenseNet
-from tests.losses.test_label_perturbation import WithASLP, val_loader
-from tests.losses.test_label_perturbation import train_loader as indexed_maps
-from tests.losses.test_losses import drawn, every_loss, value_and_gradient
-from tests.losses.test_mixins import made
-from tests.losses.test_mixins import trainer as mixin_trainer
-from tests.scenarios import LitClassifier, batches, images, loader, sampled, shifted_images
-from tests.test_callback import train_loader, trainer
+from tests.scenarios import (
+    LitClassifier,
+    Segmenter,
+    batches,
+    drawn,
+    every_loss,
+    images,
+    loader,
+    made,
+    maps,
+    sampled,
+    shifted_images,
+    train_loader,
+    trainer,
+    value_and_gradient,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -90,17 +100,18 @@ def test_losses_are_those_of_the_cpu(loss):
 
 
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-mixed"])
-def test_the_margin_aware_loss_trains_on_the_device(precision):
+def test_the_margin_aware_loss_trains_on_the_device(precision, tmp_path):
     found = {}
     for accelerator, kind in (("cpu", "32-true"), ("cuda", precision)):
         torch.manual_seed(0)
-        run = mixin_trainer(max_steps=1, accelerator=accelerator, devices=1, precision=kind)
+        run = trainer(tmp_path, max_steps=1, accelerator=accelerator, devices=1, precision=kind)
         run.fit(made(MarginAwareMixin, margin_clip=None), loader(100, 20))
         found[accelerator] = float(run.callback_metrics["train/loss"])
     assert found["cuda"] == pytest.approx(found["cpu"], rel=0.03)
 
 
-def test_alpha_is_kept_on_the_device():
-    model = WithASLP(aslp_warmup_epochs=1)
-    mixin_trainer(max_epochs=3, accelerator="cuda", devices=1).fit(model, indexed_maps(), val_loader())
+def test_alpha_is_kept_on_the_device(tmp_path):
+    model = made(ASLPMixin, Segmenter, aslp_warmup_epochs=1)
+    train_set, val_set = (DataLoader(data, batch_size=4) for data in (Indexed(maps(8)), maps(2)))
+    trainer(tmp_path, max_epochs=3, accelerator="cuda", devices=1).fit(model, train_set, val_set)
     assert (model.aslp_alphas.values > 0).all()

@@ -7,20 +7,20 @@ import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from lightning_clamp import CalibrationModule, calibrate
 from lightning_clamp.losses import ASLPMixin, Indexed, LabelPerturbationRule, SCBCEMixin, sc_bce_loss
 from lightning_clamp.losses.aslp import _STATE as STATE
 from lightning_clamp.losses.aslp import ImageAlphas
 from lightning_clamp.losses.label_perturbation import signed_logit
-from tests.losses.test_losses import OFFICIAL
+from tests import references as ref
+from tests.scenarios import Segmenter, maps, trainer
 
-ASLP = OFFICIAL["aslp"]
+ASLP = ref.OFFICIAL_LOSSES["aslp"]
 
 
 def official_maps() -> tuple[Tensor, Tensor, Tensor]:
@@ -77,7 +77,7 @@ def test_dynamic_moderation_adds_truncated_noise():
 
 
 def test_images_are_perturbed_as_often_as_alpha_says():
-    parts: dict[str, Tensor] = {}
+    log_terms: dict[str, Tensor] = {}
     draws, again = (
         sc_bce_loss(
             torch.ones(8000, 1),
@@ -85,13 +85,13 @@ def test_images_are_perturbed_as_often_as_alpha_says():
             alpha=torch.linspace(0, 1, 4).repeat(2000),
             reduction="none",
             generator=torch.Generator().manual_seed(0),
-            parts=parts,
+            log_terms=log_terms,
         )
         for _ in range(2)
     )
     flipped = (draws > 1).float().reshape(2000, 4).mean(0)
     torch.testing.assert_close(flipped, torch.linspace(0, 1, 4), atol=0.03, rtol=0)
-    assert parts["perturbed"] == pytest.approx(0.5, abs=0.02)
+    assert log_terms["perturbed"] == pytest.approx(0.5, abs=0.02)
     assert torch.equal(draws, again)
 
 
@@ -164,7 +164,7 @@ def test_the_signed_logit_is_the_difference_of_the_two_cross_entropies():
 
 def test_maximum_entropy_looks_at_the_best_accuracy():
     alpha, logits, target = torch.tensor([0.2, 0.3]), torch.tensor([1.0, -1.0]), torch.ones(2)
-    rule = LabelPerturbationRule(2.0, eta=0.01, lambd=10.0, rule="MEI")
+    rule = LabelPerturbationRule(2.0, eta=0.01, lambda_=10.0, rule="MEI")
     for accuracy, expected in ((0.9, [0.21, 0.29]), (0.8, [0.20, 0.28])):
         moved = rule.updated(alpha, logits, target, accuracy=accuracy, best_accuracy=0.9)
         torch.testing.assert_close(moved, torch.tensor(expected))
@@ -172,36 +172,9 @@ def test_maximum_entropy_looks_at_the_best_accuracy():
     logits[0] = torch.nan
     moved = rule.updated(alpha, logits, target, accuracy=0.9, best_accuracy=0.9)
     torch.testing.assert_close(moved, torch.tensor([0.2, 0.29]))
-    for name, bad in (("eta", -1), ("lambd", -1), ("rule", "MM"), ("beta", 3)):
+    for name, bad in (("eta", -1), ("lambda_", -1), ("rule", "MM"), ("beta", 3)):
         with pytest.raises(ValueError, match=f"`{name}` must"):
             LabelPerturbationRule(**{"beta": 2.0, name: bad})
-
-
-class Segmenter(LightningModule):
-    """One logit per pixel, as a user would write it."""
-
-    def __init__(self, lr: float = 0.1, accuracy: float | None = 0.9) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        # Right on most pixels from the start, so that α rises.
-        self.conv = nn.Conv2d(1, 1, 1)
-        nn.init.constant_(self.conv.weight, 4.0)
-        nn.init.constant_(self.conv.bias, -2.0)
-        self.seen: list[float] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
-
-    def training_step(self, batch, batch_idx):
-        return F.binary_cross_entropy_with_logits(self(batch[0]), batch[1])
-
-    def validation_step(self, batch, batch_idx, dataloader_idx=0):
-        if self.hparams["accuracy"] is not None:
-            self.log("val_accuracy", self.hparams["accuracy"])
-        self.log("val_loss", 0.3)
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=self.hparams["lr"])
 
 
 class WithASLP(ASLPMixin, Segmenter):
@@ -210,19 +183,6 @@ class WithASLP(ASLPMixin, Segmenter):
 
 class WithSCBCE(SCBCEMixin, Segmenter):
     pass
-
-
-def maps(n: int = 8) -> TensorDataset:
-    generator = torch.Generator().manual_seed(0)
-    target = (torch.rand(n, 1, 4, 4, generator=generator) < 0.4).float()
-    return TensorDataset(target + 0.3 * torch.randn(n, 1, 4, 4, generator=generator), target)
-
-
-def trainer(**options) -> Trainer:
-    return Trainer(**{
-        "max_epochs": 4, "accelerator": "cpu", "logger": False, "enable_checkpointing": False,
-        "enable_progress_bar": False, "enable_model_summary": False, **options,
-    })  # fmt: skip
 
 
 def train_loader(n: int = 8, size: int = 4) -> DataLoader:
@@ -235,10 +195,10 @@ def val_loader() -> DataLoader:
 
 def test_alpha_is_learned_after_the_warm_up_and_is_in_the_checkpoint(tmp_path):
     model = WithASLP(aslp_warmup_epochs=3)
-    run = trainer(max_epochs=3)
+    run = trainer(tmp_path, max_epochs=3)
     run.fit(model, train_loader(), val_loader())
     assert model.aslp_alphas.values.tolist() == [0.0] * 8
-    run = trainer(max_epochs=5)
+    run = trainer(tmp_path, max_epochs=5)
     model = WithASLP(aslp_warmup_epochs=3, aslp_kind="SI")
     run.fit(model, train_loader(), val_loader())
     learned = model.aslp_alphas.values
@@ -250,7 +210,7 @@ def test_alpha_is_learned_after_the_warm_up_and_is_in_the_checkpoint(tmp_path):
     plain = Segmenter.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
     assert torch.equal(plain.conv.weight, model.conv.weight)
     resumed = WithASLP(aslp_warmup_epochs=3, aslp_kind="SI")
-    trainer(max_epochs=5).fit(resumed, train_loader(), val_loader(), ckpt_path=tmp_path / "last.ckpt")
+    trainer(tmp_path, max_epochs=5).fit(resumed, train_loader(), val_loader(), ckpt_path=tmp_path / "last.ckpt")
     assert torch.equal(resumed.aslp_alphas.values, learned)
     assert WithASLP.load_from_checkpoint(tmp_path / "last.ckpt").aslp_learning.beta == 1.5
 
@@ -276,25 +236,23 @@ def test_a_resumed_run_knows_what_it_knew(tmp_path, interval):
         model = OfTheHook(aslp_warmup_epochs=0, aslp_eta=1e-9, lr=0.0)
         options = {"val_check_interval": interval, "num_sanity_val_steps": 0}
         if resumed:
-            options["callbacks"] = [ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}-{step}")]
-            trainer(max_epochs=2, enable_checkpointing=True, **options).fit(model, train_loader(), val_loader())
+            saving = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}-{step}")
+            trainer(tmp_path, saving, max_epochs=2, **options).fit(model, train_loader(), val_loader())
             model = OfTheHook(aslp_warmup_epochs=0, aslp_eta=1e-9, lr=0.0)
             checkpoint = max(tmp_path.glob("epoch=1-*.ckpt"))
             assert torch.load(checkpoint, weights_only=True)[STATE]["accuracy"] == pytest.approx(0.82)
-            trainer(max_epochs=3, **{**options, "callbacks": []}).fit(
-                model, train_loader(), val_loader(), ckpt_path=checkpoint
-            )
+            trainer(tmp_path, max_epochs=3, **options).fit(model, train_loader(), val_loader(), ckpt_path=checkpoint)
         else:
-            trainer(max_epochs=3, **options).fit(model, train_loader(), val_loader())
+            trainer(tmp_path, max_epochs=3, **options).fit(model, train_loader(), val_loader())
         ends.append((model.aslp_alphas.values, model._aslp_measured, model._aslp_best))
     torch.testing.assert_close(ends[0][0], ends[1][0], rtol=1e-5, atol=0)
     assert (ends[0][0] > 0).all()
     assert ends[0][1:] == ends[1][1:]
 
 
-def test_one_of_two_validation_sets_has_the_accuracy():
+def test_one_of_two_validation_sets_has_the_accuracy(tmp_path):
     model = WithASLP(aslp_warmup_epochs=1, aslp_accuracy="val_accuracy/dataloader_idx_1")
-    trainer(max_epochs=3).fit(model, train_loader(), [val_loader(), val_loader()])
+    trainer(tmp_path, max_epochs=3).fit(model, train_loader(), [val_loader(), val_loader()])
     assert (model.aslp_alphas.values > 0).all()
 
 
@@ -311,25 +269,27 @@ MISTAKES = {
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
 @pytest.mark.parametrize("case", MISTAKES)
-def test_mistakes_get_one_sentence_before_or_at_the_first_step(case):
+def test_mistakes_get_one_sentence_before_or_at_the_first_step(case, tmp_path):
     cls, options, loaders, error, sentence = MISTAKES[case]
     with pytest.raises(error, match=sentence):
-        trainer(limit_train_batches=2).fit(
+        trainer(tmp_path, limit_train_batches=2).fit(
             cls(**options), loaders.get("train", train_loader()), loaders.get("val", val_loader())
         )
 
 
-def test_a_validation_outside_of_a_fit_asks_for_no_accuracy():
+def test_a_validation_outside_of_a_fit_asks_for_no_accuracy(tmp_path):
     model = WithASLP(accuracy=None)
-    trainer().validate(model, val_loader(), verbose=False)
-    module = calibrate(trainer(), model, DataLoader(maps(20), batch_size=5), task="binary", method="temperature")
+    trainer(tmp_path).validate(model, val_loader(), verbose=False)
+    module = calibrate(
+        trainer(tmp_path), model, DataLoader(maps(20), batch_size=5), task="binary", method="temperature"
+    )
     assert isinstance(module, CalibrationModule)
 
 
 def test_options_are_checked_when_the_module_is_made():
-    with pytest.raises(ValueError, match="`rule`"):
+    with pytest.raises(ValueError, match="`aslp_rule`"):
         WithASLP(aslp_rule="best")
-    with pytest.raises(ValueError, match="`beta`"):
+    with pytest.raises(ValueError, match="`aslp_beta`"):
         WithASLP(aslp_beta=3.0)
 
 
@@ -345,9 +305,9 @@ def test_indices_are_checked():
             alphas.of(index)
 
 
-def test_the_fixed_amount_takes_pairs():
+def test_the_fixed_amount_takes_pairs(tmp_path):
     model = WithSCBCE(sc_bce_alpha=0.5, sc_bce_kind="M")
-    run = trainer(max_epochs=1)
+    run = trainer(tmp_path, max_epochs=1)
     run.fit(model, DataLoader(maps(), batch_size=4), val_loader())
     assert 0 <= run.callback_metrics["train/perturbed"] <= 1
     assert run.callback_metrics["train/loss"] > 0
@@ -402,7 +362,7 @@ class Writing(WithASLP):
 def test_two_processes_end_with_one_set_of_alphas(tmp_path):
     model = Writing(aslp_warmup_epochs=1)
     model.folder = str(tmp_path)
-    trainer(max_epochs=3, devices=2, strategy="ddp_fork").fit(model, train_loader(9, 2), val_loader())
+    trainer(tmp_path, max_epochs=3, devices=2, strategy="ddp_fork").fit(model, train_loader(9, 2), val_loader())
     (one, accuracy), (other, same) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert accuracy == same == pytest.approx(0.94)
     assert torch.equal(one, other)

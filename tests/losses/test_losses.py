@@ -1,9 +1,6 @@
 """The losses of logits: the official numbers, the gradients, the layouts, and what is refused."""
 
 import inspect
-import json
-from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +10,8 @@ from torch.nn import functional as F
 from lightning_clamp import losses
 from lightning_clamp.losses import acls_loss, entropy_penalty_loss, mbls_loss, mmce_loss
 from tests import references as ref
+from tests.scenarios import LOSSES, drawn, every_loss, value_and_gradient
 
-OFFICIAL = json.loads((Path(__file__).parents[1] / "reference" / "losses.json").read_text())
 # What each official number was computed with.
 CASES = {
     "acls_default": (losses.acls_loss, {}),
@@ -35,36 +32,22 @@ CASES = {
     "ecp_1.0": (losses.entropy_penalty_loss, {"alpha": 1}),
     "ecp_0.1": (losses.entropy_penalty_loss, {}),
     "brier_torrvision": (losses.brier_loss, {}),
-    "mmce_total_l2": (losses.mmce_loss, {"lamda": 2}),
+    "mmce_total_l2": (losses.mmce_loss, {"lambda_": 2}),
     "nll_mdca_b1": (losses.mdca_loss, {}),
     "dca_mdca_b1": (losses.dca_loss, {"beta": 1}),
     "dca_fourm": (losses.dca_loss, {}),
 }
-# Margins at which both terms of ACLS, and MbLS, are at work on the logits drawn here.
-AT_WORK = {losses.acls_loss: {"margin": 1.5}, losses.mbls_loss: {"margin": 1.5}}
-FUNCTIONS = sorted({loss for loss, _ in CASES.values()}, key=lambda loss: loss.__name__)
-LOSSES = {loss.__name__: partial(loss, **AT_WORK.get(loss, {})) for loss in FUNCTIONS}
-every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 
 
-def value_and_gradient(loss, logits: Tensor, target: Tensor, **options) -> tuple[Tensor, Tensor]:
-    logits = logits.detach().requires_grad_()
-    value = loss(logits, target, **options)
-    (gradient,) = torch.autograd.grad(value.sum(), logits)
-    return value.detach(), gradient
-
-
-def drawn(*shape: int, seed: int = 0, scale: float = 4.0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    logits = scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
-    return logits, torch.randint(shape[1], (shape[0], *shape[2:]), generator=generator)
+def test_every_loss_has_an_official_number():
+    assert {loss.__name__ for loss, _ in CASES.values()} == set(LOSSES)
 
 
 @pytest.mark.parametrize("key", ["K10", "K2", "K100", "K10_s12"])
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients_are_the_official_ones(key, name):
     loss, options = CASES[name]
-    official = OFFICIAL["losses"][key][name]
+    official = ref.OFFICIAL_LOSSES["losses"][key][name]
     value, gradient = value_and_gradient(loss, *ref.official_inputs(key, 64), **options)
     assert value == pytest.approx(official["value"]["loss"], rel=1e-9)
     assert gradient.abs().sum() == pytest.approx(official["grad"]["abs_sum"], rel=1e-9)
@@ -73,17 +56,17 @@ def test_values_and_gradients_are_the_official_ones(key, name):
 
 
 @pytest.mark.parametrize("name", ["acls_default", "acls_m2", "mbls_m2", "nll_mdca_b1", "mmce_total_l2", "ecp_1.0"])
-def test_parts_are_the_terms_of_the_official_losses(name):
+def test_log_terms_are_those_of_the_official_losses(name):
     loss, options = CASES[name]
     logits, target = ref.official_inputs("K10", 64)
-    parts: dict[str, Tensor] = {}
-    total = loss(logits.requires_grad_(), target, **options, parts=parts)
-    assert parts["cross_entropy"] == pytest.approx(F.cross_entropy(logits, target).item(), rel=1e-12)
-    assert not any(part.requires_grad for part in parts.values())
-    official = OFFICIAL["losses"]["K10"][name]["value"]
+    log_terms: dict[str, Tensor] = {}
+    total = loss(logits.requires_grad_(), target, **options, log_terms=log_terms)
+    assert log_terms["cross_entropy"] == pytest.approx(F.cross_entropy(logits, target).item(), rel=1e-12)
+    assert not any(part.requires_grad for part in log_terms.values())
+    official = ref.OFFICIAL_LOSSES["losses"]["K10"][name]["value"]
     weight = {"acls_default": 0.1, "acls_m2": 0.5, "mbls_m2": 0.1, "mmce_total_l2": 2.0, "ecp_1.0": -1.0}.get(name, 1.0)
-    regularizer = parts.get("regularizer", parts.get("entropy"))
-    assert parts["cross_entropy"] + weight * regularizer == pytest.approx(total.item(), rel=1e-12)
+    regularizer = log_terms.get("regularizer", log_terms.get("entropy"))
+    assert log_terms["cross_entropy"] + weight * regularizer == pytest.approx(total.item(), rel=1e-12)
     if term := official.get("reg", official.get("ent")):
         assert regularizer == pytest.approx(term, rel=1e-11)
 
@@ -91,9 +74,9 @@ def test_parts_are_the_terms_of_the_official_losses(name):
 @every_loss
 def test_every_loss_notes_the_cross_entropy(loss):
     logits, target = drawn(8, 5)
-    parts: dict[str, Tensor] = {}
-    loss(logits, target, parts=parts)
-    assert parts["cross_entropy"] == pytest.approx(F.cross_entropy(logits, target).item())
+    log_terms: dict[str, Tensor] = {}
+    loss(logits, target, log_terms=log_terms)
+    assert log_terms["cross_entropy"] == pytest.approx(F.cross_entropy(logits, target).item())
 
 
 DEGENERATE = {
@@ -105,7 +88,7 @@ DEGENERATE = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(OFFICIAL["degenerate"]))
+@pytest.mark.parametrize("name", sorted(ref.OFFICIAL_LOSSES["degenerate"]))
 def test_all_right_all_wrong_and_one_row_are_the_official_ones(name):
     method, _, case = name.replace("_all_", " all_").replace("_single_", " single_").partition(" ")
     loss, options, minus_cross_entropy = DEGENERATE[method]
@@ -113,7 +96,7 @@ def test_all_right_all_wrong_and_one_row_are_the_official_ones(name):
     target = logits.argmax(1) if case.endswith("correct") else (logits.argmax(1) + 1) % 5
     value = loss(logits, target, **options) - minus_cross_entropy * F.cross_entropy(logits, target)
     (gradient,) = torch.autograd.grad(value, logits)
-    official = OFFICIAL["degenerate"][name]
+    official = ref.OFFICIAL_LOSSES["degenerate"][name]
     assert value.item() == pytest.approx(official["value"]["loss"], rel=1e-9)
     assert gradient.abs().sum() == pytest.approx(official["grad"]["loss"]["abs_sum"], rel=1e-9)
     assert gradient[0, :5].tolist() == pytest.approx(official["grad"]["loss"]["row0"], rel=1e-9, abs=1e-11)
@@ -284,7 +267,7 @@ def test_mmce_is_its_sum_over_pairs(n):
     excess = (predicted == target).double() - confidence
     kernel = torch.exp(-(confidence[:, None] - confidence[None]).abs() / 0.4)
     expected = F.cross_entropy(logits, target) + 3 * (excess[:, None] * excess[None] * kernel).sum() / n**2
-    torch.testing.assert_close(mmce_loss(logits, target, lamda=3), expected)
+    torch.testing.assert_close(mmce_loss(logits, target, lambda_=3), expected)
 
 
 LAYOUTS = {
@@ -375,7 +358,7 @@ def test_bad_input_gets_one_sentence(loss, case):
         (losses.entropy_penalty_loss, {"reference": "mean"}, "`reference`"),
         (losses.mdca_loss, {"beta": -1}, "`beta`"),
         (losses.dca_loss, {"beta": -1}, "`beta`"),
-        (losses.mmce_loss, {"lamda": -1}, "`lamda`"),
+        (losses.mmce_loss, {"lambda_": -1}, "`lambda_`"),
     ],
 )
 def test_options_out_of_range_are_named(loss, options, sentence):

@@ -1,51 +1,26 @@
-"""CalMO: the formula's numbers, the attack in image units, the network left as it was; sharpness and its monitor."""
+"""CalMO: the formula's numbers, the attack in image units, the network left as it was."""
 
-import json
-
-import numpy as np
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_clamp.losses import SharpnessMonitor, gauss_newton_sharpness, margin_aware_loss
+from lightning_clamp.losses import margin_aware_loss
 from lightning_clamp.losses.attack import Attack
-from lightning_clamp.metrics import expected_calibration_error, exponential_margin_tail
-from tests.losses.test_losses import OFFICIAL
-from tests.scenarios import LitClassifier, loader
+from lightning_clamp.metrics import exponential_margin_tail
+from tests import references as ref
+from tests.scenarios import Attending, formula_batch, formula_network
 
-FORMULA = OFFICIAL["calmo"]
-
-
-def formula_network() -> nn.Sequential:
-    """The network of the reference numbers: its weights are a formula."""
-    network = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 5)
-    ).double()
-    conv, linear = network[0], network[4]
-    waves = {conv.weight: (0.3, 1), conv.bias: (0.1, 0.5), linear.weight: (4, 0.3), linear.bias: (0.1, 2)}
-    for parameter, (scale, shift) in waves.items():
-        index = torch.arange(parameter.numel(), dtype=torch.float64).reshape(parameter.shape)
-        parameter.data = scale * torch.sin(index + shift)
-    return network
-
-
-def formula_batch(network: nn.Module) -> tuple[Tensor, Tensor]:
-    n, c, h, w = np.ogrid[0:40, 0:3, 0:8, 0:8]
-    inputs = torch.from_numpy(np.sin(0.13 * n + 0.7 * c + 0.21 * h * w / 8 + 0.05 * h))
-    predicted = network(inputs * 1.1 + 0.2).argmax(1)
-    return inputs, torch.where(torch.arange(40) % 5 == 0, (predicted + 1) % 5, predicted)
+FORMULA = ref.OFFICIAL_LOSSES["calmo"]
 
 
 def test_values_and_gradients_are_those_of_the_formula():
     network = formula_network()
-    parts: dict[str, Tensor] = {}
-    loss = margin_aware_loss(network, *formula_batch(network), clip=None, parts=parts)
+    log_terms: dict[str, Tensor] = {}
+    loss = margin_aware_loss(network, *formula_batch(network), clip=None, log_terms=log_terms)
     assert loss.item() == pytest.approx(FORMULA["total"], rel=1e-12)
     for part, name in (("cross_entropy", "ce"), ("divergence", "kl"), ("smoothness", "smooth")):
-        assert parts[part].item() == pytest.approx(FORMULA[name], rel=1e-12)
+        assert log_terms[part].item() == pytest.approx(FORMULA[name], rel=1e-12)
     loss.backward()
     conv, linear = network[0].weight.grad, network[4].weight.grad
     assert linear.norm() == pytest.approx(FORMULA["total_grad_fc_norm"], rel=1e-9)
@@ -71,21 +46,21 @@ def test_each_regularizer_alone():
 def test_six_steps_reach_the_ball_and_stay_inside():
     network = formula_network()
     inputs, target = formula_batch(network)
-    parts: dict[str, Tensor] = {}
-    margin_aware_loss(network, inputs, target, steps=6, clip=None, parts=parts)
-    assert parts["divergence"].item() == pytest.approx(FORMULA["pgd6_projection_binding"]["kl"], rel=1e-12)
+    log_terms: dict[str, Tensor] = {}
+    margin_aware_loss(network, inputs, target, steps=6, clip=None, log_terms=log_terms)
+    assert log_terms["divergence"].item() == pytest.approx(FORMULA["pgd6_projection_binding"]["kl"], rel=1e-12)
 
 
 def test_per_item_losses_and_diagnostics():
     network = formula_network()
     inputs, target = formula_batch(network)
-    parts: dict[str, Tensor] = {}
-    rows = margin_aware_loss(network, inputs, target, clip=None, reduction="none", parts=parts)
+    log_terms: dict[str, Tensor] = {}
+    rows = margin_aware_loss(network, inputs, target, clip=None, reduction="none", log_terms=log_terms)
     assert rows.shape == target.shape
     assert rows.mean().item() == pytest.approx(FORMULA["total"], rel=1e-12)
-    assert parts["margin_tail"] == pytest.approx(exponential_margin_tail(network(inputs), target).item())
-    assert parts["robust_margin"] < parts["margin"]
-    assert parts["robust_margin_tail"] > parts["margin_tail"]
+    assert log_terms["margin_tail"] == pytest.approx(exponential_margin_tail(network(inputs), target).item())
+    assert log_terms["robust_margin"] < log_terms["margin"]
+    assert log_terms["robust_margin_tail"] > log_terms["margin_tail"]
 
 
 def attack(**options) -> Attack:
@@ -129,7 +104,10 @@ def test_a_single_channel_may_have_numbers_for_its_normalisation():
         ({"std": (1.0, 0.0, 1.0)}, "`std` must be positive"),
         ({"mean": (0.1, 0.2)}, "no axis 1 of 2 channels"),
         ({"lambda_s": -1}, "`lambda_s`"),
-        ({}, r"Inputs of the range \[-1, 1\] lie outside clip=\(0, 1\): pass the mean and std of your normalisation"),
+        (
+            {},
+            r"Inputs of the range \[-1, 1\] lie outside clip=\(0, 1\): pass the `mean` and `std` of your normalisation",
+        ),
     ],
 )
 def test_mistakes_get_one_sentence(options, sentence):
@@ -204,25 +182,12 @@ def test_normalised_images_in_half_precision_are_within_their_range():
         torch.testing.assert_close(shift, expected, atol=0.5 * torch.finfo(dtype).eps, rtol=0)
 
 
-class Attending(nn.Module):
-    """A transformer's layer, whose fused attention has a first derivative only."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.layer(x).mean(1))
-
-
 def test_networks_with_attention_are_differentiated_twice():
     torch.manual_seed(0)
     network = Attending()
     inputs, target = torch.rand(5, 4, 8), torch.tensor([0, 1, 2, 0, 1])
     margin_aware_loss(network, inputs, target, clip=None).backward()
     assert all(parameter.grad.isfinite().all() for parameter in network.parameters())
-    assert gauss_newton_sharpness(network, [(inputs, target)], max_iterations=3) > 0
 
 
 def test_the_smoothness_of_large_images_does_not_underflow():
@@ -231,10 +196,10 @@ def test_the_smoothness_of_large_images_does_not_underflow():
     images, target = torch.rand(1, 1, 512, 512), torch.ones(1, 512, 512)
     found = {}
     for dtype in (torch.float32, torch.float16):
-        parts: dict[str, Tensor] = {}
+        log_terms: dict[str, Tensor] = {}
         with torch.autocast("cpu", dtype, enabled=dtype == torch.float16):
-            margin_aware_loss(conv, images, target, lambda_r=0, task="binary", parts=parts)
-        found[dtype] = parts["smoothness"].item()
+            margin_aware_loss(conv, images, target, lambda_r=0, task="binary", log_terms=log_terms)
+        found[dtype] = log_terms["smoothness"].item()
     assert found[torch.float16] == pytest.approx(found[torch.float32], rel=0.01)
 
 
@@ -261,8 +226,8 @@ def test_dense_outputs_and_one_logit():
     target = torch.randint(2, (3, 5, 5), generator=generator)
     marked = target.clone()
     marked[0, :2] = 255
-    parts: dict[str, Tensor] = {}
-    loss = margin_aware_loss(conv, images, marked, task="binary", ignore_index=255, lambda_s=0.5, parts=parts)
+    log_terms: dict[str, Tensor] = {}
+    loss = margin_aware_loss(conv, images, marked, task="binary", ignore_index=255, lambda_s=0.5, log_terms=log_terms)
     images.requires_grad_()
     sign = 2.0 * target - 1
     keep = marked != 255
@@ -270,8 +235,8 @@ def test_dense_outputs_and_one_logit():
     (gradient,) = torch.autograd.grad(margin, images)
     per_item = gradient.square().sum((1, 2, 3))
     expected = (per_item * keep.sum((1, 2))).sum() / keep.sum()
-    assert parts["smoothness"] == pytest.approx(expected.item())
-    assert parts["cross_entropy"] == pytest.approx(
+    assert log_terms["smoothness"] == pytest.approx(expected.item())
+    assert log_terms["cross_entropy"] == pytest.approx(
         F.binary_cross_entropy_with_logits(conv(images)[:, 0][keep], target[keep].double()).item()
     )
     assert loss.isfinite()
@@ -290,130 +255,3 @@ def test_no_attack_is_made_and_no_second_derivative_taken_where_the_weights_are_
     assert calls == [False, False]
     margin_aware_loss(network, inputs, target, lambda_s=0)
     assert len(calls) == 2 + 1 + 3 + 1
-
-
-def slopes_of(network: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """The logits, (N, K), and their derivatives in all weights, (N, K, P)."""
-    logits, weights = network(inputs), list(network.parameters())
-    rows = [torch.autograd.grad(z, weights, retain_graph=True) for z in logits.flatten()]
-    slopes = torch.stack([torch.cat([part.flatten() for part in row]) for row in rows]).reshape(*logits.shape, -1)
-    return logits.detach(), slopes
-
-
-def exact_sharpness(network: nn.Module, inputs: Tensor) -> float:
-    logits, slopes = slopes_of(network, inputs)
-    probs = logits.softmax(1)
-    middle = torch.diag_embed(probs) - probs[:, :, None] * probs[:, None]
-    matrix = torch.einsum("nka,nkl,nlb->ab", slopes, middle, slopes) / len(inputs)
-    return float(torch.linalg.eigvalsh(matrix)[-1])
-
-
-def test_sharpness_is_the_largest_eigenvalue():
-    network = formula_network()
-    inputs, target = formula_batch(network)
-    exact = exact_sharpness(network, inputs)
-    found = gauss_newton_sharpness(network, [(inputs, target)], tolerance=1e-10, max_iterations=500)
-    assert found == pytest.approx(exact, rel=1e-6)
-    parts = gauss_newton_sharpness(network, [(inputs[:7], target[:7]), (inputs[7:], target[7:])])
-    assert parts == pytest.approx(exact, rel=5e-3)
-    assert parts <= exact * (1 + 1e-12)
-    assert all(parameter.grad is None for parameter in network.parameters())
-
-
-def test_sharpness_and_error_are_bounded_by_the_margin_tail():
-    """Theorem 4.1, with the largest ||J|| of the data for C_J."""
-    network = formula_network()
-    inputs, target = formula_batch(network)
-    logits, slopes = slopes_of(network, inputs)
-    tail = float(exponential_margin_tail(logits, target))
-    assert float(expected_calibration_error(logits, target)) <= 4 * tail
-    largest = float(torch.linalg.matrix_norm(slopes, 2).amax())
-    assert gauss_newton_sharpness(network, [(inputs, target)]) <= 2 * largest**2 * 4 * tail
-
-
-def test_sharpness_of_what_is_ignored_or_frozen_does_not_count():
-    network = formula_network()
-    inputs, target = formula_batch(network)
-    marked = target.masked_fill(torch.arange(40) >= 10, -1)
-    options = {"tolerance": 1e-8, "max_iterations": 300}
-    few = gauss_newton_sharpness(network, [(inputs, marked)], ignore_index=-1, **options)
-    assert few == pytest.approx(exact_sharpness(network, inputs[:10]), rel=1e-4)
-    network[0].requires_grad_(False)
-    assert gauss_newton_sharpness(network, [(inputs, target)], **options) < exact_sharpness_of_all(network, inputs)
-    with pytest.raises(ValueError, match="no trainable parameters"):
-        gauss_newton_sharpness(network.requires_grad_(False), [(inputs, target)])
-    with pytest.raises(ValueError, match="no batch holds a position that counts"):
-        gauss_newton_sharpness(formula_network(), [])
-
-
-def exact_sharpness_of_all(network: nn.Module, inputs: Tensor) -> float:
-    copy = formula_network()
-    copy.load_state_dict(network.state_dict())
-    return exact_sharpness(copy, inputs)
-
-
-def trainer(**options) -> Trainer:
-    return Trainer(**{
-        "max_epochs": 3, "accelerator": "cpu", "logger": False, "enable_checkpointing": False,
-        "enable_progress_bar": False, "enable_model_summary": False, **options,
-    })  # fmt: skip
-
-
-def test_the_monitor_measures_and_draws_and_training_does_not_notice(tmp_path):
-    ends = []
-    for with_monitor in (True, False):
-        torch.manual_seed(0)
-        model = LitClassifier(lr=0.1)
-        monitor = SharpnessMonitor(loader(60, 3), every_n_epochs=2)
-        run = trainer(max_epochs=4, callbacks=[monitor] if with_monitor else [])
-        run.fit(model, loader(200, 1))
-        ends.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
-        if with_monitor:
-            assert [one["epoch"] for one in monitor.history] == [2, 4]
-            last = monitor.history[-1]
-            inputs, target = next(iter(loader(60, 3)))
-            logits = model(inputs).detach()
-            assert last["margin_tail"] == pytest.approx(float(exponential_margin_tail(logits, target)), rel=1e-5)
-            assert last["ece"] == pytest.approx(float(expected_calibration_error(logits, target)), rel=1e-5)
-            assert last["sharpness"] > 0
-            assert run.callback_metrics["monitor/sharpness"] == pytest.approx(last["sharpness"])
-            assert [panel.get_ylabel() for panel in monitor.plot().axes] == ["ECE", "margin tail", "sharpness"]
-    assert torch.equal(*ends)
-
-
-@pytest.mark.parametrize("how", ["compiled", "bf16-true"])
-def test_the_monitor_measures_compiled_and_cast_networks(how):
-    torch.compiler.reset()
-    model, monitor = LitClassifier(), SharpnessMonitor(loader(60, 3))
-    if how == "compiled":
-        model.net = torch.compile(model.net, backend="aot_eager")
-    precision = "32-true" if how == "compiled" else how
-    trainer(max_epochs=1, precision=precision, callbacks=[monitor]).fit(model, loader(100, 1))
-    plain = SharpnessMonitor(loader(60, 3))
-    trainer(max_epochs=1, callbacks=[plain]).fit(LitClassifier(), loader(100, 1))
-    rel = 1e-4 if how == "compiled" else 0.05
-    assert monitor.history[0]["sharpness"] == pytest.approx(plain.history[0]["sharpness"], rel=rel)
-
-
-def test_a_monitor_of_nothing_is_refused_before_training():
-    with pytest.raises(MisconfigurationException, match="and one batch at least"):
-        trainer(callbacks=[SharpnessMonitor([])]).fit(LitClassifier(), loader(100, 1))
-
-
-def test_two_monitors_have_two_names():
-    monitors = [SharpnessMonitor(loader(60, seed), name=name) for seed, name in ((1, "train"), (3, "held_out"))]
-    run = trainer(max_epochs=1, callbacks=monitors)
-    run.fit(LitClassifier(), loader(100, 1))
-    assert {"train/sharpness", "held_out/sharpness"} <= set(run.callback_metrics)
-    assert len({monitor.state_key for monitor in monitors}) == 2
-
-
-def test_the_monitor_goes_on_where_it_was():
-    monitor = SharpnessMonitor(loader(60, 3))
-    with pytest.raises(ValueError, match="Nothing has been measured"):
-        monitor.plot()
-    history = [{"epoch": 1, "ece": 0.1, "margin_tail": 2.0, "sharpness": 3.0}]
-    monitor.load_state_dict(json.loads(json.dumps({"history": history})))
-    assert monitor.state_dict() == {"history": history}
-    with pytest.raises(ValueError, match="`every_n_epochs` must be at least 1"):
-        SharpnessMonitor(loader(60, 3), every_n_epochs=0)

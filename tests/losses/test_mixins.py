@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningCLI
 from torch import nn
 from torch.nn import functional as F
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_clamp import NeuralClamping, losses
 from lightning_clamp.losses import ACLSMixin, FocalMixin, LossMixin, MarginAwareMixin, acls_loss
-from tests.scenarios import LitClassifier, Validating, loader
+from tests.scenarios import LitClassifier, Validating, loader, made, trainer
 
 # The mixin of each function, and the beginning of its options.
 OF_FUNCTION = {
@@ -34,21 +34,10 @@ OF_FUNCTION = {
     "mmce_loss": (losses.MMCEMixin, "mmce"),
     "sc_bce_loss": (losses.SCBCEMixin, "sc_bce"),
 }
-COMMON = {"task", "ignore_index", "reduction", "parts", "generator"}
+COMMON = {"task", "ignore_index", "reduction", "log_terms", "generator"}
 # With the defaults ACLS has nothing to do on logits as small as those of the tests.
 AT_WORK = {losses.ACLSMixin: {"acls_margin": 1.0, "acls_alpha": 1.0}}
 OF_CLASSES = [name for name in OF_FUNCTION if name not in ("sc_bce_loss", "margin_aware_loss")]
-
-
-def made(mixin: type, module: type = LitClassifier, **options):
-    return type(f"With{mixin.__name__}", (mixin, module), {})(**options)
-
-
-def trainer(**options) -> Trainer:
-    return Trainer(**{
-        "max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False,
-        "enable_progress_bar": False, "enable_model_summary": False, **options,
-    })  # fmt: skip
 
 
 def test_every_loss_has_its_mixin():
@@ -62,7 +51,7 @@ def test_the_options_of_a_mixin_are_those_of_its_function(name):
     mixin, prefix = OF_FUNCTION[name]
     function = inspect.signature(getattr(losses, name)).parameters.values()
     expected = {
-        f"{prefix}_{one.name}": (one.default, one.annotation)
+        f"{prefix}_{one.name}".rstrip("_"): (one.default, one.annotation)
         for one in function
         if one.kind is one.KEYWORD_ONLY and one.name not in COMMON
     }
@@ -73,12 +62,12 @@ def test_the_options_of_a_mixin_are_those_of_its_function(name):
 
 
 @pytest.mark.parametrize("name", OF_CLASSES)
-def test_a_step_is_one_of_the_function(name):
+def test_a_step_is_one_of_the_function(name, tmp_path):
     mixin, _ = OF_FUNCTION[name]
     model = made(mixin, lr=0.1)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     batches = loader(100, 20)
-    run = trainer(max_steps=1)
+    run = trainer(tmp_path, max_steps=1)
     run.fit(model, batches)
 
     other = LitClassifier(lr=0.1)
@@ -100,9 +89,9 @@ def test_options_reach_the_function():
     torch.testing.assert_close(trained, expected)
 
 
-def test_the_margin_aware_mixin_attacks_the_module_itself():
+def test_the_margin_aware_mixin_attacks_the_module_itself(tmp_path):
     model = made(MarginAwareMixin, margin_clip=None, margin_lambda_s=0.2)
-    run = trainer(max_steps=1)
+    run = trainer(tmp_path, max_steps=1)
     run.fit(model, loader(100, 20))
     logged = run.callback_metrics
     total = logged["train/cross_entropy"] + 0.5 * logged["train/divergence"] + 0.2 * logged["train/smoothness"]
@@ -116,7 +105,7 @@ def test_the_state_dict_is_the_modules_and_the_options_are_hyperparameters(tmp_p
     assert dict(model.hparams) == {
         "lr": 0.05, "temperature": 2.0, "focal_gamma": 2.0, "loss_task": "multiclass", "loss_ignore_index": None
     }  # fmt: skip
-    run = trainer()
+    run = trainer(tmp_path)
     run.fit(model, loader(100, 20))
     run.save_checkpoint(tmp_path / "last.ckpt")
     again = type(model).load_from_checkpoint(tmp_path / "last.ckpt")
@@ -125,20 +114,20 @@ def test_the_state_dict_is_the_modules_and_the_options_are_hyperparameters(tmp_p
     assert LitClassifier.load_from_checkpoint(tmp_path / "last.ckpt").hparams["lr"] == 0.05
 
 
-def test_a_step_of_ones_own_calls_the_loss():
+def test_a_step_of_ones_own_calls_the_loss(tmp_path):
     class Custom(FocalMixin, LitClassifier):
         def training_step(self, batch, batch_idx):
             loss = self.calibrated_loss(*batch)
             self.log("own", loss)
             return loss
 
-    run = trainer(max_steps=1)
+    run = trainer(tmp_path, max_steps=1)
     run.fit(Custom(), loader(100, 20))
     assert {"own", "train/cross_entropy"} <= set(run.callback_metrics)
     assert "train/loss" not in run.callback_metrics
 
 
-def test_a_step_that_forgets_the_loss_is_told_so():
+def test_a_step_that_forgets_the_loss_is_told_so(tmp_path):
     """The natural mistake: the mixin on a class that has a step of its own already."""
 
     class Forgetful(ACLSMixin, LitClassifier):
@@ -146,15 +135,15 @@ def test_a_step_that_forgets_the_loss_is_told_so():
             return F.cross_entropy(self(batch[0]), batch[1])
 
     with pytest.warns(UserWarning, match=r"Forgetful did not call `self.calibrated_loss\(inputs, target\)`"):
-        trainer(max_steps=1).fit(Forgetful(), loader(100, 20))
+        trainer(tmp_path, max_steps=1).fit(Forgetful(), loader(100, 20))
 
 
-def test_the_loss_may_be_had_in_validation_and_logs_nothing_there():
+def test_the_loss_may_be_had_in_validation_and_logs_nothing_there(tmp_path):
     class Validating(FocalMixin, LitClassifier):
         def validation_step(self, batch, batch_idx):
             self.log("val_loss", self.calibrated_loss(*batch))
 
-    run = trainer()
+    run = trainer(tmp_path)
     run.fit(Validating(), loader(100, 20), loader(100, 40))
     # The training batch's, not the validation's.
     model = Validating()
@@ -183,10 +172,10 @@ class Crowded(LitClassifier):
 
 
 @pytest.mark.parametrize("mixin", [ACLSMixin, MarginAwareMixin])
-def test_names_of_the_module_are_its_own(mixin):
+def test_names_of_the_module_are_its_own(mixin, tmp_path):
     options = {"margin_clip": None} if mixin is MarginAwareMixin else {}
     model = made(mixin, Crowded, **options)
-    trainer(max_steps=1).fit(model, loader(100, 20), loader(100, 40))
+    trainer(tmp_path, max_steps=1).fit(model, loader(100, 20), loader(100, 40))
     assert isinstance(model.loss_function, nn.CrossEntropyLoss)
     assert (model.alpha, model.margin, model.rule) == (1, 2, 3)
     crowded = made(losses.ASLPMixin, Crowded)
@@ -196,17 +185,85 @@ def test_names_of_the_module_are_its_own(mixin):
 @pytest.mark.parametrize(
     ("mixin", "options", "sentence"),
     [
-        (ACLSMixin, {"acls_margin": -1}, "`margin` must be at least 0, got -1"),
-        (ACLSMixin, {"acls_reference": "Paper"}, "`reference` must be one of"),
+        (ACLSMixin, {"acls_margin": -1}, "`acls_margin` must be at least 0, got -1"),
+        (ACLSMixin, {"acls_reference": "Paper"}, "`acls_reference` must be one of"),
         (ACLSMixin, {"loss_task": "multilabel"}, "`loss_task` must be one of"),
-        (MarginAwareMixin, {"margin_std": (0.2, 0.0, 0.2)}, "`std` must be positive"),
+        (MarginAwareMixin, {"margin_std": (0.2, 0.0, 0.2)}, "`margin_std` must be positive"),
         (MarginAwareMixin, {"margin_std": (0.2, 0.2), "margin_mean": (0.5, 0.5, 0.5)}, "no axis 1 of 2 channels"),
-        (losses.SCBCEMixin, {"sc_bce_kind": "IH"}, "`kind` must be one of"),
+        (losses.SCBCEMixin, {"sc_bce_kind": "IH"}, "`sc_bce_kind` must be one of"),
     ],
 )
 def test_options_are_checked_when_the_module_is_made(mixin, options, sentence):
     with pytest.raises(ValueError, match=sentence):
         made(mixin, **options)
+
+
+# What each option is refused for, with all that have a wrong value.
+REFUSED = {
+    losses.ACLSMixin: {"acls_alpha": -1, "acls_pos_lambda": -1, "acls_neg_lambda": -1, "acls_margin": -1,
+                       "acls_reference": "Paper"},
+    losses.ASLPMixin: {"aslp_kind": "IH", "aslp_beta": 3, "aslp_rule": "best", "aslp_eta": -1, "aslp_lambda": -1},
+    losses.BrierMixin: {},
+    losses.DCAMixin: {"dca_beta": -1},
+    losses.DualFocalMixin: {"dual_focal_gamma": -1},
+    losses.EntropyPenaltyMixin: {"entropy_alpha": -1, "entropy_reference": "mean"},
+    losses.FLSDMixin: {"flsd_gamma": -1},
+    losses.FocalMixin: {"focal_gamma": -1},
+    losses.LabelSmoothingMixin: {"smoothing_alpha": 2},
+    losses.MarginAwareMixin: {"margin_lambda_r": -1, "margin_lambda_s": -1, "margin_epsilon": -1,
+                              "margin_step_size": -1, "margin_steps": -1, "margin_norm": "l1", "margin_std": 0.0,
+                              "margin_attack_mode": "test"},
+    losses.MbLSMixin: {"mbls_alpha": -1, "mbls_margin": -1},
+    losses.MDCAMixin: {"mdca_beta": -1},
+    losses.MMCEMixin: {"mmce_lambda": -1},
+    losses.SCBCEMixin: {"sc_bce_alpha": 2, "sc_bce_kind": "IH", "sc_bce_beta": 3},
+}  # fmt: skip
+# Any value will do, or it depends on the data: see below.
+NOT_ALONE = {"aslp_warmup_epochs", "aslp_accuracy", "margin_mean", "margin_clip"}
+
+
+@pytest.mark.parametrize(("mixin", "option"), [(mixin, option) for mixin in REFUSED for option in REFUSED[mixin]])
+def test_refused_options_are_named_as_the_mixin_names_them(mixin, option):
+    with pytest.raises(ValueError, match=f"^`{option}` must"):
+        made(mixin, **{option: REFUSED[mixin][option]})
+
+
+def test_no_option_of_a_mixin_is_forgotten():
+    assert {mixin.__name__ for mixin in REFUSED} | {"LossMixin"} == {n for n in losses.__all__ if n.endswith("Mixin")}
+    for mixin, refused in REFUSED.items():
+        options = inspect.signature(mixin.__init__).parameters.values()
+        assert {one.name for one in options if one.kind is one.KEYWORD_ONLY} - NOT_ALONE == set(refused)
+
+
+def test_refused_data_name_the_options_of_the_mixin():
+    inputs, target = next(iter(loader(10, 20)))
+    model = made(MarginAwareMixin, margin_mean=0.5)
+    with pytest.raises(
+        ValueError,
+        match=r"lie outside margin_clip=\(0, 1\): pass the `margin_mean` and `margin_std` .* margin_clip=None",
+    ):
+        model.calibrated_loss(inputs, target)
+    with pytest.raises(ValueError, match=r"^`margin_mean` or `margin_std` holds 2 numbers"):
+        made(MarginAwareMixin, margin_mean=(0.1, 0.2)).calibrated_loss(inputs, target)
+    with pytest.raises(ValueError, match=r"got -100\. Pass loss_ignore_index= for positions to leave out"):
+        made(FocalMixin).calibrated_loss(inputs, target - 100)
+    with pytest.raises(ValueError, match='say loss_task="binary" for a one-logit'):
+        made(FocalMixin, OneLogit).calibrated_loss(inputs, target)
+
+
+class OneLogit(LitClassifier):
+    def forward(self, x):
+        return super().forward(x)[:, :1]
+
+
+class Refusing(LitClassifier):
+    def forward(self, x):
+        raise ValueError("`gamma` must be that of the camera, not gamma=1.")
+
+
+def test_what_the_network_refuses_is_said_in_its_words():
+    with pytest.raises(ValueError, match=r"^`gamma` must be that of the camera, not gamma=1\.$"):
+        made(FocalMixin, Refusing).calibrated_loss(torch.zeros(1), torch.zeros(1))
 
 
 @pytest.mark.parametrize("mixin", [mixin for mixin, _ in OF_FUNCTION.values()] + [losses.ASLPMixin])
@@ -233,7 +290,7 @@ def test_arguments_by_position_are_the_modules(tmp_path):
 
     model = Positional(0.3, 1.5, acls_margin=4.0)
     assert (model.hparams["lr"], model.hparams["temperature"]) == (0.3, 1.5)
-    run = trainer()
+    run = trainer(tmp_path)
     run.fit(model, loader(100, 20))
     run.save_checkpoint(tmp_path / "last.ckpt")
     again = Positional.load_from_checkpoint(tmp_path / "last.ckpt")
@@ -241,14 +298,14 @@ def test_arguments_by_position_are_the_modules(tmp_path):
     assert again.calibrated_loss_function.keywords["margin"] == 4.0
 
 
-def test_manual_optimization_has_its_own_step():
+def test_manual_optimization_has_its_own_step(tmp_path):
     class Manual(FocalMixin, LitClassifier):
         def __init__(self, **options):
             super().__init__(**options)
             self.automatic_optimization = False
 
     with pytest.raises(MisconfigurationException, match=r"Manual optimizes manually.*`self.manual_backward\(loss\)`"):
-        trainer().fit(Manual(), loader(100, 20))
+        trainer(tmp_path).fit(Manual(), loader(100, 20))
 
     class Stepping(MarginAwareMixin, LitClassifier):
         def __init__(self, **options):
@@ -263,7 +320,7 @@ def test_manual_optimization_has_its_own_step():
 
     model = Stepping(margin_clip=None, lr=0.1)
     before = [parameter.clone() for parameter in model.parameters()]
-    trainer(max_steps=1).fit(model, loader(100, 20))
+    trainer(tmp_path, max_steps=1).fit(model, loader(100, 20))
     assert not torch.equal(before[0], next(model.parameters()))
 
 
@@ -301,45 +358,45 @@ def test_other_batches_get_one_sentence(batch, what):
         made(ACLSMixin).training_step(batch, 0)
 
 
-def test_an_index_after_the_pair_is_let_by():
+def test_an_index_after_the_pair_is_let_by(tmp_path):
     inputs, target = next(iter(loader(20, 20)))
     data = losses.Indexed(TensorDataset(inputs, target))
     assert len(data) == 20
-    trainer().fit(made(ACLSMixin), DataLoader(data, batch_size=10))
+    trainer(tmp_path).fit(made(ACLSMixin), DataLoader(data, batch_size=10))
 
 
-def test_a_mixin_of_ones_own():
+def test_a_mixin_of_ones_own(tmp_path):
     class MeanSquareMixin(LossMixin):
-        def calibrated_loss_of(self, inputs, target, index, parts):
+        def calibrated_loss_of(self, inputs, target, index, log_terms):
             probs = self(inputs).softmax(1)
-            parts["worst"] = probs.amin()
+            log_terms["worst"] = probs.amin()
             return F.mse_loss(probs, F.one_hot(target, 4).float())
 
-    run = trainer(max_steps=1)
+    run = trainer(tmp_path, max_steps=1)
     run.fit(made(MeanSquareMixin), loader(100, 20))
     assert {"train/loss", "train/worst"} <= set(run.callback_metrics)
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize("mixin", [ACLSMixin, MarginAwareMixin, losses.MMCEMixin])
-def test_lower_precision_gives_about_the_same_loss(mixin, precision):
+def test_lower_precision_gives_about_the_same_loss(mixin, precision, tmp_path):
     options = {"margin_clip": None} if mixin is MarginAwareMixin else {}
     found = {}
     for kind in ("32", precision):
         torch.manual_seed(0)
-        run = trainer(max_steps=1, precision=kind)
+        run = trainer(tmp_path, max_steps=1, precision=kind)
         run.fit(made(mixin, **options), loader(100, 20))
         found[kind] = run.callback_metrics["train/loss"].item()
     assert found[precision] == pytest.approx(found["32"], rel=0.03)
 
 
 @pytest.mark.parametrize("mixin", [ACLSMixin, MarginAwareMixin])
-def test_accumulated_batches_are_one_batch(mixin):
+def test_accumulated_batches_are_one_batch(mixin, tmp_path):
     options = {"margin_clip": None} if mixin is MarginAwareMixin else AT_WORK.get(mixin, {})
     ends = []
     for size, accumulate in ((100, 1), (25, 4)):
         model = made(mixin, lr=0.1, **options)
-        trainer(max_steps=1, accumulate_grad_batches=accumulate).fit(model, loader(100, 20, size=size))
+        trainer(tmp_path, max_steps=1, accumulate_grad_batches=accumulate).fit(model, loader(100, 20, size=size))
         ends.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
     torch.testing.assert_close(*ends)
 
@@ -358,14 +415,14 @@ def compiled_part(model):
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")
 @pytest.mark.parametrize("how", [compiled_whole, compiled_part])
 @pytest.mark.parametrize("mixin", [ACLSMixin, MarginAwareMixin, losses.MDCAMixin])
-def test_compiled_modules_train_as_they_do_uncompiled(mixin, how):
+def test_compiled_modules_train_as_they_do_uncompiled(mixin, how, tmp_path):
     """The margin's gradient is differentiated twice, which no compiled network allows: it is run as it was written."""
     torch.compiler.reset()
     options = {"margin_clip": None} if mixin is MarginAwareMixin else AT_WORK.get(mixin, {})
     ends = []
     for prepare in (lambda model: model, how):
         model = made(mixin, lr=0.1, **options)
-        trainer(max_steps=2).fit(prepare(model), loader(200, 20))
+        trainer(tmp_path, max_steps=2).fit(prepare(model), loader(200, 20))
         ends.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
     torch.testing.assert_close(*ends)
 
@@ -386,19 +443,19 @@ class Writing:
 def test_two_processes_step_like_one(mixin, tmp_path):
     options = {"margin_clip": None} if mixin is MarginAwareMixin else AT_WORK.get(mixin, {})
     one = made(mixin, lr=0.1, **options)
-    trainer(max_steps=1).fit(one, loader(100, 20))
+    trainer(tmp_path, max_steps=1).fit(one, loader(100, 20))
     two = type("Both", (mixin, Writing, LitClassifier), {})(lr=0.1, **options)
     two.folder = str(tmp_path)
-    trainer(max_steps=1, devices=2, strategy="ddp_fork").fit(two, loader(100, 20, size=50))
+    trainer(tmp_path, max_steps=1, devices=2, strategy="ddp_fork").fit(two, loader(100, 20, size=50))
     for rank in (0, 1):
         for value, expected in zip(torch.load(tmp_path / f"{rank}.pt"), one.parameters(), strict=True):
             torch.testing.assert_close(value, expected.detach())
 
 
-def test_a_calibrated_training_may_be_clamped_too():
+def test_a_calibrated_training_may_be_clamped_too(tmp_path):
     model = made(ACLSMixin, Validating)
     clamping = NeuralClamping(loader(400, 30), output_maps=("temperature",), grids=())
-    trainer(callbacks=[clamping]).fit(model, loader(200, 20), loader(100, 40))
+    trainer(tmp_path, clamping).fit(model, loader(200, 20), loader(100, 40))
     assert clamping.result.after["nll"] < clamping.result.before["nll"]
 
 

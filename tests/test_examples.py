@@ -1,0 +1,99 @@
+"""Every example runs, prints what it says, and explains itself."""
+
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lightning_clamp
+
+ROOT = Path(lightning_clamp.__file__).parents[1]
+pytestmark = pytest.mark.slow
+
+
+def ran(script, *options):
+    command = [sys.executable, ROOT / "examples" / script, *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_quickstart_runs_and_writes_what_it_says(tmp_path):
+    assert "held-out test" in ran("quickstart.py", "--epochs", "8", "--out", tmp_path)
+    assert (tmp_path / "reliability.png").stat().st_size > 10_000
+    assert list((tmp_path / "checkpoints").glob("*-calibrated.ckpt"))
+    assert list(tmp_path.rglob("events.out.tfevents.*"))
+
+
+def test_a_text_model_is_calibrated(tmp_path):
+    printed = ran("text.py", "--epochs", "1", "--modules", "pickle", "ssl", "--out", tmp_path)
+    assert "outputs alone" in printed
+    assert "clamp: " in printed
+    assert (tmp_path / "text.png").stat().st_size > 10_000
+
+
+def test_several_processes_fit_the_clamp_of_one(tmp_path):
+    printed = ran("ddp.py", "--strategy", "ddp_fork", "--epochs", "1", "--out", tmp_path)
+    assert "801 samples of 801 were read by 2 processes" in printed
+    assert float(re.search(r"largest difference of their logits: (\S+),", printed)[1]) < 1e-4
+    assert (tmp_path / "reliability.png").stat().st_size > 10_000
+
+
+def test_losses_are_compared(tmp_path):
+    printed = ran("compare_losses.py", "--seeds", "1", "--losses", "ce", "acls", "--epochs", "2", "--out", tmp_path)
+    assert printed.count("then clamped") == 2
+    assert "adaptive ECE" in (tmp_path / "comparison.md").read_text()
+    assert (tmp_path / "comparison.png").stat().st_size > 10_000
+
+
+def test_segmentation_is_compared(tmp_path):
+    options = ("--epochs", "1", "--size", "16", "--losses", "bce", "aslp", "--out", tmp_path)
+    assert ran("segmentation.py", *options).count("+ clamp") == 2
+    for picture in ("confidence", "reliability"):
+        assert (tmp_path / f"{picture}.png").stat().st_size > 10_000
+
+
+LOG_PROBABILITIES = """
+import numpy as np
+
+def logprobs():
+    rng = np.random.default_rng(0)
+    truth = rng.normal(size=(1500, 20)).astype("float32") * 2
+    labels = (truth + rng.gumbel(size=truth.shape)).argmax(1)
+    logits = 2 * truth
+    return logits - np.log(np.exp(logits).sum(1, keepdims=True)), labels
+"""
+
+
+def test_the_benchmarks_print_their_tables(tmp_path):
+    """On made-up outputs, and with those peers that are installed."""
+    (tmp_path / "load.py").write_text(LOG_PROBABILITIES)
+    printed = ran("benchmarks", "--smoke", "--data", tmp_path, "--out", tmp_path)
+    (default,) = [line for line in printed.splitlines() if line.startswith("| default | +") or "| default | -" in line]
+    # These outputs have a temperature and nothing else: it is neither better nor worse, also than vector scaling.
+    assert default.endswith("| +0.0 | 0 of 1 | 0 | 0 of 1 |")
+    assert "What the default chose" in printed
+    assert (tmp_path / "quality.png").stat().st_size > 10_000
+    again = ran("benchmarks", "--again", tmp_path / "quality.csv", "--out", tmp_path)
+    start = printed.index("### cifar100")
+    assert again[again.index("### cifar100") :].strip() == printed[start : printed.rindex("\n\n")].strip()
+
+
+SCRIPTS = [
+    path
+    for folder in ("examples", "docs")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if "def main(" in path.read_text()
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_every_example_explains_itself(script, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(script.parent)
+    monkeypatch.setattr(sys, "argv", [script.name, "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(script), run_name="__main__")
+    assert "usage:" in capsys.readouterr().out
