@@ -1,7 +1,6 @@
 """The wording of refusals: labels and options out of range."""
 
 import math
-
 import re
 from collections.abc import Callable
 

@@ -1,5 +1,6 @@
 """Networks and data whose right answer is known."""
 
+import random
 from functools import partial
 
 import numpy as np
@@ -12,6 +13,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_clamp import losses
+from lightning_clamp._rows import as_rows
+from lightning_clamp.clamping.ranks import ALONE
 
 SHIFT = torch.tensor([0.5, -0.4, 0.3]).reshape(3, 1, 1)
 
@@ -244,3 +247,49 @@ def drawn(*shape: int, seed: int = 0, scale: float = 4.0) -> tuple[Tensor, Tenso
     generator = torch.Generator().manual_seed(seed)
     logits = scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
     return logits, torch.randint(shape[1], (shape[0], *shape[2:]), generator=generator)
+
+
+def trace(network: nn.Module) -> dict:
+    """Everything that must be as it was."""
+    return {
+        "values": {name: value.clone() for name, value in network.state_dict().items()},
+        "grad": {n: None if p.grad is None else p.grad.clone() for n, p in network.named_parameters()},
+        "requires_grad": [p.requires_grad for p in network.parameters()],
+        "training": [m.training for m in network.modules()],
+        "rng": torch.get_rng_state().clone(),
+        "random": random.getstate(),
+    }
+
+
+def assert_same(first: dict, second: dict) -> None:
+    for part in ("values", "grad"):
+        for name, value in first[part].items():
+            assert (value is None and second[part][name] is None) or torch.equal(value, second[part][name])
+    assert torch.equal(first["rng"], second["rng"])
+    for part in ("requires_grad", "training", "random"):
+        assert first[part] == second[part]
+
+
+class DenseNet(nn.Module):
+    """Per-pixel logits of three classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.Tanh(), nn.Conv2d(5, 3, 1))
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+class RowList(list):
+    """Rows as a fit takes them, of one process."""
+
+    ranks = ALONE
+
+
+def rows(logits, target) -> RowList:
+    return RowList(as_rows(a.double(), b) for a, b in zip(logits.split(100), target.split(100), strict=True))

@@ -11,8 +11,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_clamp import CalibrationModule, NeuralClamping, calibrate, fit_clamp
 from lightning_clamp._batch import as_pair, check_batch_keys, input_of, logits_of, with_logits
-from tests.scenarios import LitClassifier, SmallNet, batches, loader, shifted_images
-from tests.test_callback import train_loader, trainer
+from tests.scenarios import LitClassifier, SmallNet, batches, loader, shifted_images, train_loader, trainer
 
 OPTIONS = {"grids": (1,), "output_maps": ("temperature",)}
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import (
     Callback,
     EMAWeightAveraging,
@@ -18,25 +18,19 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_clamp import CalibrationModule, NeuralClamping
-from tests.clamping.test_frozen import assert_same, trace
-from tests.scenarios import SHIFT, LitClassifier, SmallNet, Validating, images, loader, sampled
-
-
-def trainer(tmp_path, *callbacks, **options):
-    settings = {
-        "max_epochs": 1,
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "default_root_dir": tmp_path,
-        "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-    }
-    return Trainer(callbacks=list(callbacks), **{**settings, **options})
-
-
-def train_loader():
-    return loader(200, seed=20, shift=False)
+from tests.scenarios import (
+    SHIFT,
+    LitClassifier,
+    SmallNet,
+    Validating,
+    assert_same,
+    images,
+    loader,
+    sampled,
+    trace,
+    train_loader,
+    trainer,
+)
 
 
 @pytest.fixture(scope="module")

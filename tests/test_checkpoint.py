@@ -18,8 +18,7 @@ from lightning_clamp.checkpoint import (
     state_of_result,
 )
 from lightning_clamp.spec import Spec
-from tests.scenarios import LitClassifier, SmallNet, batches, images, loader, shifted_images
-from tests.test_callback import train_loader, trainer
+from tests.scenarios import LitClassifier, SmallNet, batches, images, loader, shifted_images, train_loader, trainer
 
 
 def calibrated(clamp=None, network=None) -> CalibrationResult:

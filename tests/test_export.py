@@ -19,8 +19,7 @@ from torch.export import Dim
 import lightning_clamp
 from lightning_clamp import CalibrationModule, Clamp
 from lightning_clamp.export import fold, to_exported_program, to_onnx
-from tests.scenarios import LitClassifier, SmallNet, images, loader
-from tests.test_callback import trainer
+from tests.scenarios import LitClassifier, SmallNet, images, loader, trainer
 
 DOCS = Path(lightning_clamp.__file__).parent.parent / "docs"
 

@@ -33,7 +33,8 @@ FLOORS = (
     ("export",),
     ("module",),
     ("callback", "standalone"),
-    ("cli", "__main__"),
+    ("cli",),
+    ("__main__",),
 )
 # Losses measure margins as the metrics do.
 BESIDE = {("losses", "metrics")}
@@ -72,7 +73,9 @@ def test_questions_go_downstairs_only():
         (name, other)
         for name, others in GRAPH.items()
         for other in others
-        if wing(name) != wing(other) and floor[wing(other)] >= floor[wing(name)] and (wing(name), wing(other)) not in BESIDE
+        if wing(name) != wing(other)
+        and floor[wing(other)] >= floor[wing(name)]
+        and (wing(name), wing(other)) not in BESIDE
     ]
     assert not upstairs
 

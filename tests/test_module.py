@@ -3,8 +3,7 @@ import torch
 from torch.nn import functional as F
 
 from lightning_clamp import CalibrationModule, Clamp
-from tests.scenarios import LitClassifier, SmallNet, images, loader
-from tests.test_callback import trainer
+from tests.scenarios import LitClassifier, SmallNet, images, loader, trainer
 
 
 def test_forward_is_scale_of_network_of_perturb():

@@ -12,8 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lightning_clamp import Clamp, NeuralClamping, fit_clamp
 from lightning_clamp.report import plot_perturbation, scalars
-from tests.scenarios import LitClassifier, batches, loader, shifted_images
-from tests.test_callback import train_loader, trainer
+from tests.scenarios import LitClassifier, batches, loader, shifted_images, train_loader, trainer
 
 KEYS = {
     *(f"calibration/{when}/{name}" for when in ("before", "after") for name in ("nll", "ece", "accuracy")),

@@ -7,9 +7,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_clamp import CalibrationModule, Clamp, NeuralClamping, calibrate, fit_clamp
-from tests.clamping.test_frozen import assert_same, trace
-from tests.scenarios import LitClassifier, loader
-from tests.test_callback import train_loader, trainer
+from tests.scenarios import LitClassifier, assert_same, loader, trace, train_loader, trainer
 
 OPTIONS = {"output_maps": ("temperature",), "grids": (1,)}
 HELD_OUT = loader(600, seed=30)

@@ -8,14 +8,15 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_clamp._batch import BatchKeys, Inputs, as_pair, call_network, check_batch_keys, logits_of
+from lightning_clamp._batch import BatchKeys, Inputs, call_network, logits_of
 from lightning_clamp._checks import check_at_least
 from lightning_clamp._rows import Task
 from lightning_clamp._trainer.data import as_validation, validation_batch
-from lightning_clamp.clamping import kept_random_state
+from lightning_clamp.clamping.frozen import kept_random_state
 from lightning_clamp.losses._modes import in_mode
 from lightning_clamp.metrics import ExpectedCalibrationError, ExponentialMarginTail
 from lightning_clamp.sharpness.gauss_newton import gauss_newton_sharpness
+from lightning_clamp.spec import Spec
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,12 +69,10 @@ class SharpnessMonitor(Callback):
     ) -> None:
         check_at_least("every_n_epochs", every_n_epochs, 1)
         check_at_least("max_iterations", max_iterations, 1)
-        check_batch_keys(batch_keys)
         self.dataloader = dataloader
         self.name = name
         self.every_n_epochs = every_n_epochs
-        self.layout: dict[str, Any] = {"task": task, "ignore_index": ignore_index}
-        self.batch_keys = batch_keys
+        self.spec = Spec(task, ignore_index, batch_keys)
         self.max_iterations = max_iterations
         self.tolerance = tolerance
         self.history: list[dict[str, float]] = []
@@ -96,7 +95,7 @@ class SharpnessMonitor(Callback):
         if not batches:
             raise MisconfigurationException("SharpnessMonitor needs a loader that yields one batch at least.")
         try:
-            self._batches = [as_pair(batch, self.batch_keys) for batch in batches]
+            self._batches = [self.spec.pair(batch) for batch in batches]
         except TypeError as error:
             raise MisconfigurationException(f"SharpnessMonitor cannot use its loader. {error}") from error
 
@@ -123,14 +122,14 @@ class SharpnessMonitor(Callback):
 
     def measure(self, network: LightningModule) -> dict[str, float]:
         """The three numbers now."""
-        ece, tail = ExpectedCalibrationError(**self.layout), ExponentialMarginTail(**self.layout)
+        ece, tail = ExpectedCalibrationError(**self.spec.of_metrics), ExponentialMarginTail(**self.spec.of_metrics)
         with in_mode(network, "eval"), torch.no_grad():
             for inputs, target in self._batches:
                 logits = logits_of(call_network(network, inputs))
                 for metric in (ece.to(logits.device), tail.to(logits.device)):
                     metric.update(logits, target)
         sharpness = gauss_newton_sharpness(
-            network, self._batches, **self.layout, max_iterations=self.max_iterations, tolerance=self.tolerance
+            network, self._batches, **self.spec.of_metrics, max_iterations=self.max_iterations, tolerance=self.tolerance
         )
         return {"ece": float(ece.compute()), "margin_tail": float(tail.compute()), "sharpness": sharpness}
 

@@ -9,8 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_clamp import Clamp, fit_clamp
-from tests.clamping.test_frozen import assert_same, trace
-from tests.scenarios import SmallNet, batches, calibrated_logits, images, sampled, shifted_images
+from tests.scenarios import SmallNet, assert_same, batches, calibrated_logits, images, sampled, shifted_images, trace
 
 IDENTITY = nn.Identity()
 

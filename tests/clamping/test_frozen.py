@@ -1,10 +1,9 @@
-import random
-
 import pytest
 import torch
 from torch import nn
 
 from lightning_clamp.clamping.frozen import frozen
+from tests.scenarios import assert_same, trace
 
 
 def build() -> nn.Module:
@@ -13,27 +12,6 @@ def build() -> nn.Module:
     network[1].eval()
     network(torch.randn(5, 3)).sum().backward()
     return network
-
-
-def trace(network: nn.Module) -> dict:
-    """Everything that must be as it was."""
-    return {
-        "values": {name: value.clone() for name, value in network.state_dict().items()},
-        "grad": {n: None if p.grad is None else p.grad.clone() for n, p in network.named_parameters()},
-        "requires_grad": [p.requires_grad for p in network.parameters()],
-        "training": [m.training for m in network.modules()],
-        "rng": torch.get_rng_state().clone(),
-        "random": random.getstate(),
-    }
-
-
-def assert_same(first: dict, second: dict) -> None:
-    for part in ("values", "grad"):
-        for name, value in first[part].items():
-            assert (value is None and second[part][name] is None) or torch.equal(value, second[part][name])
-    assert torch.equal(first["rng"], second["rng"])
-    for part in ("requires_grad", "training", "random"):
-        assert first[part] == second[part]
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -11,8 +11,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from lightning_clamp import CalibrationModule, NeuralClamping, fit_clamp
 from lightning_clamp._batch import logits_of, with_logits
-from tests.scenarios import batches, sampled
-from tests.test_callback import trainer
+from tests.scenarios import batches, sampled, trainer
 
 
 class LitBert(LightningModule):

@@ -16,8 +16,7 @@ from lightning_clamp.clamping.output_map import (
     standard_error,
 )
 from lightning_clamp.clamping.temperature import fit_temperature
-from tests.clamping.test_temperature import rows
-from tests.scenarios import calibrated_logits
+from tests.scenarios import calibrated_logits, rows
 
 
 def distorted(n):

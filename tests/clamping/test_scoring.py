@@ -17,22 +17,7 @@ from lightning_clamp.clamping.perturbation import make_grid
 from lightning_clamp.clamping.score_pass import score_pass
 from lightning_clamp.clamping.scoring import bounded_step
 from lightning_clamp.spec import Spec
-from tests.scenarios import SHIFT, SmallNet, batches, calibrated_logits, images, sampled, shifted_images
-
-
-class DenseNet(nn.Module):
-    """Per-pixel logits of three classes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.Tanh(), nn.Conv2d(5, 3, 1))
-        generator = torch.Generator().manual_seed(5)
-        with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
-
-    def forward(self, x):
-        return self.layers(x)
+from tests.scenarios import SHIFT, DenseNet, SmallNet, batches, calibrated_logits, images, sampled, shifted_images
 
 
 def sums_at(network, x, y, size, coefficients=None, free=(0.7,), kind="temperature"):

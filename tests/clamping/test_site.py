@@ -7,9 +7,19 @@ from torch.utils.data import DataLoader
 
 from lightning_clamp import CalibrationModule, Clamp, NeuralClamping, calibrate, fit_clamp
 from lightning_clamp._trainer.hooks import ClampHooks
-from tests.clamping.test_scoring import DenseNet
-from tests.scenarios import SHIFT, LitClassifier, SmallNet, batches, images, loader, sampled, shifted_images
-from tests.test_callback import train_loader, trainer
+from tests.scenarios import (
+    SHIFT,
+    DenseNet,
+    LitClassifier,
+    SmallNet,
+    batches,
+    images,
+    loader,
+    sampled,
+    shifted_images,
+    train_loader,
+    trainer,
+)
 
 OPTIONS = {"grids": (1, 2), "output_maps": ("temperature",)}
 

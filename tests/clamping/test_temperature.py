@@ -6,18 +6,8 @@ from scipy.optimize import brentq
 from torch.nn import functional as F
 
 from lightning_clamp import fit_clamp
-from lightning_clamp._rows import as_rows
-from lightning_clamp.clamping.ranks import ALONE
 from lightning_clamp.clamping.temperature import fit_temperature
-from tests.scenarios import calibrated_logits
-
-
-class RowList(list):
-    ranks = ALONE
-
-
-def rows(logits, target):
-    return RowList(as_rows(a.double(), b) for a, b in zip(logits.split(100), target.split(100), strict=True))
+from tests.scenarios import calibrated_logits, rows
 
 
 def optimum(logits, target) -> float:

@@ -7,8 +7,8 @@ from torch.utils.data import DataLoader
 
 from lightning_clamp import CalibrationModule, NeuralClamping, calibrate, fit_clamp
 from lightning_clamp.losses import ASLPMixin, Indexed, MarginAwareMixin
-from tests.clamping.test_scoring import DenseNet
 from tests.scenarios import (
+    DenseNet,
     LitClassifier,
     Segmenter,
     batches,

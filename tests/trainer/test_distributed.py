@@ -19,8 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_clamp import CalibrationModule, NeuralClamping, calibrate
 from lightning_clamp._trainer.devices import take_group_down_at_exit
-from tests.scenarios import LitClassifier, Validating, loader
-from tests.test_callback import trainer
+from tests.scenarios import LitClassifier, Validating, loader, trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with the dataloaders"),

@@ -13,8 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_clamp import CalibrationModule, NeuralClamping, calibrate
 from lightning_clamp.checkpoint import fingerprint
-from tests.scenarios import LitClassifier, loader
-from tests.test_callback import train_loader, trainer
+from tests.scenarios import LitClassifier, loader, train_loader, trainer
 
 # Kills that must hit either stage, and at most how many are tried until they do: a busy machine is not where it was
 # when the stages were timed.

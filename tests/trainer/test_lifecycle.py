@@ -20,8 +20,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch.nn import functional as F
 
 from lightning_clamp import CalibrationModule, Clamp, NeuralClamping
-from tests.scenarios import LitClassifier, Validating, loader
-from tests.test_callback import train_loader, trainer
+from tests.scenarios import LitClassifier, Validating, loader, train_loader, trainer
 
 HELD_OUT = loader(1000, seed=30, size=250)
 UNSEEN = loader(200, seed=54)

@@ -1,0 +1,1 @@
+"""What runs a calibration inside a Lightning Trainer: data, ranks, weights, progress, and what comes out."""
