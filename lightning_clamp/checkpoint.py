@@ -27,7 +27,8 @@ _MARK, _SUFFIX = "-calibrated", ".ckpt"
 
 
 # Where to save: True beside the checkpoints that are there, False nowhere; or a folder, or a file that ends in .ckpt.
-SaveTo: TypeAlias = str | os.PathLike[str] | bool
+# Command lines try the types in this order.
+SaveTo: TypeAlias = bool | str | os.PathLike[str]
 
 
 def check_save_to(save_to: object) -> None:

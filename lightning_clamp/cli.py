@@ -63,7 +63,7 @@ class CalibratingTrainer(Trainer):
         datamodule: LightningDataModule | None = None,
         *,
         ckpt_path: str,
-        save_to: str | bool | None = None,
+        save_to: bool | str | None = None,
         weights_only: bool | None = None,
     ) -> CalibrationModule:
         """Calibrate a checkpoint, and save it with its clamp.

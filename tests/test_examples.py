@@ -2,7 +2,6 @@
 
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,42 +13,57 @@ ROOT = Path(lightning_clamp.__file__).parents[1]
 pytestmark = pytest.mark.slow
 
 
-def ran(script, *options):
-    command = [sys.executable, ROOT / "examples" / script, *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def ran(monkeypatch, capsys):
+    """Runs a script in this process, where torch and Lightning are imported already, and returns what it printed."""
+
+    def run(script, *options):
+        path = ROOT / "examples" / script
+        monkeypatch.syspath_prepend(path if path.is_dir() else path.parent)
+        monkeypatch.setattr(sys, "argv", [str(path), *map(str, options)])
+        capsys.readouterr()
+        before = set(sys.modules)
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        finally:
+            # Scripts call their neighbours by short names, such as "cases".
+            for name in set(sys.modules) - before:
+                if str(getattr(sys.modules[name], "__file__", "")).startswith(str(ROOT / "examples")):
+                    del sys.modules[name]
+        return capsys.readouterr().out
+
+    return run
 
 
-def test_the_quickstart_runs_and_writes_what_it_says(tmp_path):
+def test_the_quickstart_runs_and_writes_what_it_says(ran, tmp_path):
     assert "held-out test" in ran("quickstart.py", "--epochs", "8", "--out", tmp_path)
     assert (tmp_path / "reliability.png").stat().st_size > 10_000
     assert list((tmp_path / "checkpoints").glob("*-calibrated.ckpt"))
     assert list(tmp_path.rglob("events.out.tfevents.*"))
 
 
-def test_a_text_model_is_calibrated(tmp_path):
+def test_a_text_model_is_calibrated(ran, tmp_path):
     printed = ran("text.py", "--epochs", "1", "--modules", "pickle", "ssl", "--out", tmp_path)
     assert "outputs alone" in printed
     assert "clamp: " in printed
     assert (tmp_path / "text.png").stat().st_size > 10_000
 
 
-def test_several_processes_fit_the_clamp_of_one(tmp_path):
+def test_several_processes_fit_the_clamp_of_one(ran, tmp_path):
     printed = ran("ddp.py", "--strategy", "ddp_fork", "--epochs", "1", "--out", tmp_path)
     assert "801 samples of 801 were read by 2 processes" in printed
     assert float(re.search(r"largest difference of their logits: (\S+),", printed)[1]) < 1e-4
     assert (tmp_path / "reliability.png").stat().st_size > 10_000
 
 
-def test_losses_are_compared(tmp_path):
+def test_losses_are_compared(ran, tmp_path):
     printed = ran("compare_losses.py", "--seeds", "1", "--losses", "ce", "acls", "--epochs", "2", "--out", tmp_path)
     assert printed.count("then clamped") == 2
     assert "adaptive ECE" in (tmp_path / "comparison.md").read_text()
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
 
 
-def test_segmentation_is_compared(tmp_path):
+def test_segmentation_is_compared(ran, tmp_path):
     options = ("--epochs", "1", "--size", "16", "--losses", "bce", "aslp", "--out", tmp_path)
     assert ran("segmentation.py", *options).count("+ clamp") == 2
     for picture in ("confidence", "reliability"):
@@ -68,7 +82,7 @@ def logprobs():
 """
 
 
-def test_the_benchmarks_print_their_tables(tmp_path):
+def test_the_benchmarks_print_their_tables(ran, tmp_path):
     """On made-up outputs, and with those peers that are installed."""
     (tmp_path / "load.py").write_text(LOG_PROBABILITIES)
     printed = ran("benchmarks", "--smoke", "--data", tmp_path, "--out", tmp_path)

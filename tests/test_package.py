@@ -21,17 +21,6 @@ def test_importing_the_package_imports_nothing_heavy():
     assert not set(HEAVY) & set(modules_after("import lightning_clamp"))
 
 
-def test_functions_of_losses_and_sharpness_import_no_lightning():
-    functions = [name for name in losses.__all__ if name.endswith("_loss")] + ["LabelPerturbationRule"]
-    found = modules_after(
-        f"from lightning_clamp.losses import {', '.join(functions)}\n"
-        "from lightning_clamp.sharpness import gauss_newton_sharpness"
-    )
-    assert "lightning_clamp.sharpness.gauss_newton" in found
-    roots = {name.split(".")[0] for name in found if name.startswith(("lightning", "pytorch_lightning"))}
-    assert roots <= {"lightning_clamp", "lightning_utilities"}
-
-
 @pytest.mark.parametrize("package", [lightning_clamp, losses, sharpness], ids=lambda package: package.__name__)
 def test_every_public_name_is_there_and_others_are_not(package):
     for name in package.__all__:

@@ -17,11 +17,11 @@ from lightning_clamp._rows import as_rows
 from lightning_clamp.clamping.newton import effective_parameters
 from lightning_clamp.clamping.output_map import (
     SHRINKAGES,
+    apply_map,
     fit_output_map,
     logit_square,
     map_derivatives,
     map_space,
-    mapped,
     standard_error,
 )
 
@@ -140,7 +140,7 @@ def _draw(logits: Tensor, target: Tensor, held: Tensor, held_target: Tensor) -> 
 
 
 def _losses(point: Tensor, logits: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(mapped(logits, point), target, reduction="none")
+    return F.cross_entropy(apply_map(logits, point), target, reduction="none")
 
 
 def _chosen(draw: Draw, rule: Rule, trials: Sequence[Trial]) -> Tensor:

@@ -6,13 +6,15 @@ import random
 import signal
 import time
 import warnings
+from unittest import mock
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_clamp import CalibrationModule, NeuralClamping, calibrate
-from lightning_clamp.checkpoint import fingerprint
+from lightning_clamp._trainer import run
+from lightning_clamp.checkpoint import calibrated_checkpoint, fingerprint
 from tests.scenarios import LitClassifier, loader, train_loader, trainer
 
 # Kills that must hit either stage, and at most how many are tried until they do: a busy machine is not where it was
@@ -39,12 +41,13 @@ class Reporting(NeuralClamping):
 
     def on_train_end(self, trainer, pl_module):
         self.pipe.send("calibrating")
-        super().on_train_end(trainer, pl_module)
+        with mock.patch.object(run, "calibrated_checkpoint", self.saving):
+            super().on_train_end(trainer, pl_module)
         self.pipe.send("done")
 
-    def _path_for(self, trainer, moment):
+    def saving(self, *args):
         self.pipe.send("saving")
-        return super()._path_for(trainer, moment)
+        return calibrated_checkpoint(*args)
 
 
 def train(folder, pipe):
@@ -52,10 +55,10 @@ def train(folder, pipe):
     warnings.simplefilter("ignore")
     # That the newest file has a name of its own would make it easy: here it has that of the older one.
     callback = Reporting(pipe, CALIBRATION, **OPTIONS)
-    run = trainer(
+    once = trainer(
         folder, callback, ModelCheckpoint(folder, filename="trained", save_last=True, enable_version_counter=False)
     )
-    run.fit(Heavy(), train_loader())
+    once.fit(Heavy(), train_loader())
 
 
 def started(folder):
