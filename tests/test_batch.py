@@ -146,6 +146,7 @@ def dicts(pairs: DataLoader) -> DataLoader:
 KEYS = ("image", "label")
 
 
+@pytest.mark.slow
 def test_a_module_of_dicts_comes_out_as_one_of_pairs_does(tmp_path):
     held_out, test = loader(1000, seed=30), loader(200, seed=40)
     expected = NeuralClamping(held_out, **OPTIONS)

@@ -85,6 +85,7 @@ def calibrated(checkpoint):
     return checkpoint.replace(".ckpt", "-calibrated.ckpt")
 
 
+@pytest.mark.slow
 def test_fit_trains_calibrates_and_saves(trained, calibrated, here):
     from examples.digits import DigitsClassifier
 
@@ -106,6 +107,7 @@ def held_out_nll(module: torch.nn.Module) -> float:
 
 
 # Lightning's own: the callback that saved the checkpoint is not among those of the test.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_test_and_predict_use_the_clamp_of_a_calibrated_checkpoint(checkpoint, calibrated, here):
     from examples.digits import DigitsClassifier
@@ -123,6 +125,7 @@ def test_test_and_predict_use_the_clamp_of_a_calibrated_checkpoint(checkpoint, c
     torch.testing.assert_close(run.trainer.predict_loop.predictions[0], module(x).softmax(1))
 
 
+@pytest.mark.slow
 def test_calibrate_does_what_the_function_does(checkpoint, here):
     from examples.digits import DigitsClassifier, DigitsData
 
@@ -146,6 +149,7 @@ def recorded(monkeypatch):
     return seen
 
 
+@pytest.mark.slow
 def test_every_option_of_calibrate_is_that_of_the_callback(checkpoint, recorded, here):
     given = {
         "method": "published", "task": "binary", "ignore_index": 7, "cache_bytes": 5, "perturb_at": "net.3",
@@ -167,6 +171,7 @@ def test_every_option_of_calibrate_is_that_of_the_callback(checkpoint, recorded,
     assert named - {"method"} == set(passed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "path"),
     [
@@ -209,6 +214,7 @@ class OwnCalibrationData(OwnData):
         return loader(1000, 30, shift=False)
 
 
+@pytest.mark.slow
 def test_a_model_trained_elsewhere_is_built_with_its_own_hyperparameters(here):
     path = plain_checkpoint(temperature=3.0, lr=0.0)
     command = ["calibrate", "--model=tests.test_cli.OwnCalibrationData", *PLAIN, "--ckpt_path", path]
@@ -218,6 +224,7 @@ def test_a_model_trained_elsewhere_is_built_with_its_own_hyperparameters(here):
     assert float(saved.clamp.temperature) == pytest.approx(3.0, rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_model_may_come_with_its_validation_set(here):
     path = plain_checkpoint()
     command = ["calibrate", "--model=tests.test_cli.OwnData", *PLAIN, "--ckpt_path", path]
@@ -233,11 +240,13 @@ def test_pictures_are_drawn_into_folders(calibrated, here, capsys):
     assert "--out must be a folder, and 'taken' is a file" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_mistake_in_the_users_code_keeps_its_traceback(here):
     with pytest.raises(KeyError, match="somebody's model"):
         main(["validate", "--model=tests.test_cli.OwnData", "--model.fails=true", *PLAIN])
 
 
+@pytest.mark.slow
 def test_report_needs_the_file_alone_and_draws_what_is_in_it(checkpoint, calibrated, here, capsys):
     options = [*DIGITS, "--data.n_calibration=300", *PLAIN, "--calibration.method=temperature"]
     main(["calibrate", *options, "--ckpt_path", checkpoint, "--save_to=temperature.ckpt"])
@@ -261,6 +270,7 @@ def printed(capsys, *args: str) -> str:
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [["fit"], ["calibrate", "--ckpt_path=a.ckpt", "--save_to=b.ckpt"]])
 def test_a_printed_config_is_the_same_run(command, here, capsys):
     options = ["--calibration.grids=[1,2]", "--calibration.output_maps=[bias]", "--calibration.batch_keys=[[a,b],c]"]
@@ -274,6 +284,7 @@ def test_a_printed_config_is_the_same_run(command, here, capsys):
     assert config["model"]["init_args"]["width"] == 3
 
 
+@pytest.mark.slow
 def test_a_saved_config_serves_again(trained, checkpoint, recorded, here, capsys):
     saved = trained / "tensorboard" / "version_0" / "config.yaml"
     again = printed(capsys, "fit", "--config", str(saved))
@@ -282,6 +293,7 @@ def test_a_saved_config_serves_again(trained, checkpoint, recorded, here, capsys
     assert recorded[0][3].hparams["n_calibration"] == 300
 
 
+@pytest.mark.slow
 def test_a_config_that_is_there_is_not_overwritten(here):
     here_and_now = {"save_dir": ".", "name": "", "version": ""}
     logger = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": here_and_now}
@@ -333,6 +345,7 @@ def test_ones_own_command_line_sets_the_options(here):
     assert clamping.plan.spec.batch_keys == (["a", "b"], 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
@@ -394,6 +407,7 @@ def test_all_commands_are_listed(here, capsys):
     assert "{fit,validate,test,predict,calibrate,report}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_two_processes_calibrate_like_one(two_processes, here):
     process, folder = two_processes
     assert process.wait(timeout=300) == 0, (folder / "shown").read_text()
@@ -422,6 +436,7 @@ def yaml_blocks() -> dict[str, str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:NeuralClamping has calibrated nothing yet")
 def test_the_page_runs(here, capsys):
     commands = "".join(block for block in blocks("bash") if block.startswith("lightning-clamp")).splitlines()

@@ -187,6 +187,7 @@ def test_ones_own_data_take_less_than_15_lines(elsewhere):
     assert names["result"].after["nll"] < names["result"].before["nll"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("page", "n_blocks"), [("how-it-works", 1), ("choosing", 2), ("loggers", 2)])
 def test_the_python_of_the_guides_runs(page, n_blocks, elsewhere):
     blocks = python_blocks(f"docs/{page}.md")

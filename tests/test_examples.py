@@ -1,5 +1,6 @@
 """Every example runs, prints what it says, and explains itself."""
 
+import logging
 import re
 import runpy
 import sys
@@ -22,10 +23,12 @@ def ran(monkeypatch, capsys):
         monkeypatch.syspath_prepend(path if path.is_dir() else path.parent)
         monkeypatch.setattr(sys, "argv", [str(path), *map(str, options)])
         capsys.readouterr()
-        before = set(sys.modules)
+        logger = logging.getLogger("lightning.pytorch")
+        before, level = set(sys.modules), logger.level
         try:
             runpy.run_path(str(path), run_name="__main__")
         finally:
+            logger.setLevel(level)
             # Scripts call their neighbours by short names, such as "cases".
             for name in set(sys.modules) - before:
                 if str(getattr(sys.modules[name], "__file__", "")).startswith(str(ROOT / "examples")):

@@ -127,6 +127,7 @@ def onnx_logits(module: CalibrationModule, example: object, inputs: dict[str, Te
     return torch.from_numpy(logits)
 
 
+@pytest.mark.slow
 def test_a_classifier_of_torchvision():
     module = CalibrationModule(torchvision.models.resnet18(num_classes=10), vector(10, torch.randn(3, 32, 32)))
     example, x = torch.rand(1, 3, 32, 32), torch.rand(3, 3, 32, 32)
@@ -135,6 +136,7 @@ def test_a_classifier_of_torchvision():
     assert close(reloaded(module, example)(x), module(x))
 
 
+@pytest.mark.slow
 def test_a_classifier_of_timm():
     network = timm.create_model("test_resnet.r160_in1k", pretrained=False, num_classes=10)
     module = CalibrationModule(network, vector(10, torch.randn(3, 32, 32)))
@@ -144,6 +146,7 @@ def test_a_classifier_of_timm():
     assert close(onnx_logits(module, example, {"inputs": x}), module(x))
 
 
+@pytest.mark.slow
 def test_a_dict_of_inputs_and_a_perturbation_inside_of_the_network():
     clamp = vector(3, torch.randn(8))
     plain = CalibrationModule(Tokens(), Clamp(None, clamp.log_temperature, clamp.class_bias, clamp.class_scale))
@@ -224,6 +227,7 @@ def user_class(folder: Path) -> type[nn.Module]:
     return module.Net
 
 
+@pytest.mark.slow
 def test_what_was_exported_works_where_the_package_is_not_installed(tmp_path, capsys):
     module = CalibrationModule(user_class(tmp_path)(), vector(4, torch.randn(3, 8, 8)))
     example, x = images(2, seed=1), images(9, seed=2)
@@ -392,6 +396,7 @@ def test_a_coarse_network_folds_in_float32():
     assert close(fold(module, images(4)).network(images(4)), module(images(4)))
 
 
+@pytest.mark.slow
 def test_compiled_it_is_the_same():
     for kind in ("vector", "both", "dense"):
         module = KINDS[kind]()
@@ -408,6 +413,7 @@ def test_compiled_it_is_the_same_with_and_without_a_perturbation_inside_of_the_n
         assert close(compiled(images(5)), module(images(5)))
 
 
+@pytest.mark.slow
 def test_the_python_of_the_page_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     module, x = CalibrationModule(user_class(tmp_path)(), vector(4, torch.randn(3, 8, 8))), images(6)

@@ -81,6 +81,7 @@ def test_questions_go_downstairs_only():
     assert not upstairs
 
 
+@pytest.mark.slow
 def test_what_is_plain_torch_needs_no_lightning():
     modules = ", ".join(f"lightning_clamp.{name}" for name in ("clamping", "metrics", "losses", "sharpness", "spec"))
     functions = [name for name in losses.__all__ if name.endswith("_loss")] + ["LabelPerturbationRule"]

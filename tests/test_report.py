@@ -67,6 +67,7 @@ def test_an_untouched_input_has_no_picture():
         plot_perturbation(Clamp())
 
 
+@pytest.mark.slow
 def test_every_logger_and_the_callback_metrics_get_the_numbers(tmp_path):
     callback = plain()
     loggers = [TensorBoardLogger(tmp_path / "tb"), CSVLogger(tmp_path / "csv")]
@@ -128,6 +129,7 @@ def test_steps_are_those_of_the_metrics_of_training_and_never_go_backwards(tmp_p
     assert [step for step, _ in steps] == sorted(step for step, _ in steps)
 
 
+@pytest.mark.slow
 def test_mlflow_gets_numbers_and_figures(tmp_path, monkeypatch):
     # The skinny client has no other local store than files, which it wants to be asked for.
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
@@ -186,6 +188,7 @@ def written_offline(path):
     return logged
 
 
+@pytest.mark.slow
 def test_weights_and_biases_gets_numbers_and_figures(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")

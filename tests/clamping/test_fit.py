@@ -76,6 +76,7 @@ def test_plain_neural_clamping_has_no_output_map():
     assert result.clamp.class_bias is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["clamp", "temperature"])
 def test_batches_and_order_do_not_matter(method):
     network, x, y = shifted_images(1200)
@@ -162,6 +163,7 @@ def test_dense_outputs_leave_ignored_pixels_out(method):
         assert float(spoiled.clamp.temperature) > 2.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["clamp", "published", "temperature"])
 @pytest.mark.parametrize("shape", ["(N,)", "(N, 1)", "dense"])
 @pytest.mark.filterwarnings("ignore:The network was left as it is")
@@ -223,6 +225,7 @@ def test_a_bias_helps_where_no_temperature_does():
     assert result.after["nll"] == pytest.approx(ideal, abs=0.002)
 
 
+@pytest.mark.slow
 def test_a_clamp_that_would_raise_the_nll_is_not_returned():
     """Focal loss with a large exponent ends far too warm."""
     network = SmallNet()
@@ -447,6 +450,7 @@ def test_a_map_whose_scales_are_not_positive_is_left_out():
     assert "left out: vector because its best map is not positive" in result.reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("classes", "n"), [(3, 10), (10, 60), (10, 100), (10, 250)])
 def test_a_handful_of_samples_gets_little_more_than_a_temperature(classes, n):
     """Akaike's estimate means nothing where there are about as many parameters as samples."""
@@ -485,6 +489,7 @@ def test_items_that_are_ignored_change_no_figure():
         assert one.criterion == pytest.approx(other.criterion, abs=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [60, 300, 1500])
 def test_with_few_samples_and_many_classes_the_temperature_is_not_made_worse(n):
     """100 classes and a calibrated network: unshrunk vector scaling would lose whole nats here."""

@@ -63,6 +63,7 @@ def sentences(n: int, seed: int) -> DataLoader:
     return DataLoader(found, batch_size=None)
 
 
+@pytest.mark.slow
 def test_a_huggingface_model_is_clamped_at_its_embeddings(tmp_path):
     options = {"batch_keys": (["input_ids", "attention_mask"], "labels"), "perturb_at": "bert.bert.encoder"}
     held_out, test = sentences(1500, 1), sentences(1000, 2)
@@ -94,6 +95,7 @@ class Amplified(nn.Module):
         return with_logits(output, 4 * (logits_of(output) - self.mean) / self.spread)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [

@@ -121,6 +121,7 @@ def test_the_standard_error_is_that_of_the_paired_differences():
     assert standard_error(rows(logits, target), one, one) == 0
 
 
+@pytest.mark.slow
 def test_the_expected_change_is_unbiased_where_the_model_is_right():
     """Held-out minus calibration loss of vector scaling is twice its effective parameters over 2n, on average."""
     spread = []

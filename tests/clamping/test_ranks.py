@@ -12,6 +12,8 @@ from lightning_clamp.clamping.ranks import ALONE
 from tests.ranks import on_ranks
 from tests.scenarios import SHIFT, SmallNet, batches, images, sampled, shifted_images
 
+pytestmark = pytest.mark.ddp
+
 
 class DenseNet(nn.Module):
     """Three classes for every pixel."""
@@ -129,6 +131,7 @@ def assert_close(first, second, where=""):
         assert first == second, where
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_with_parts_of_any_size_agree_with_one_process(alone, together, case):
     for theirs in together:

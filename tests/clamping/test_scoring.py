@@ -31,6 +31,7 @@ def sums_at(network, x, y, size, coefficients=None, free=(0.7,), kind="temperatu
     return sums, grid
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["temperature", "bias", "vector"])
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("size", [1, 2])
@@ -76,6 +77,7 @@ def test_sums_are_additive_over_any_split():
         torch.testing.assert_close(total, part, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_the_score_test_is_chi_squared_where_the_input_is_right():
     """Labels drawn from the network itself: the statistic has mean p and the p-values are uniform."""
     network = SmallNet()
@@ -90,6 +92,7 @@ def test_the_score_test_is_chi_squared_where_the_input_is_right():
     assert 0.03 < float((statistics > chi2.ppf(0.9, 3)).double().mean()) < 0.2
 
 
+@pytest.mark.slow
 def test_a_known_shift_and_temperature_are_recovered():
     network, x, y = shifted_images(20000, temperature=2.0)
     result = fit_clamp(network, batches(x, y, 2000), grids=(1,), output_maps=("temperature",))
@@ -147,6 +150,7 @@ def test_passes_are_bounded(max_passes):
     assert result.passes == 2 + sum(passes - 1 for passes in fitted.values())
 
 
+@pytest.mark.slow
 def test_repeated_pixels_cost_and_count_what_one_would():
     """A dense output that repeats one decision 16 times: Takeuchi's trace must charge 16 pixels as one sample."""
     network, x, y = shifted_images(4000)
@@ -178,6 +182,7 @@ def test_repeated_pixels_are_shrunk_as_one_would_be():
     torch.testing.assert_close(many.clamp.class_bias, once.clamp.class_bias, rtol=0.1, atol=0.02)
 
 
+@pytest.mark.slow
 def test_a_grid_that_was_let_in_is_stepped_however_many_classes_there_are():
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(3, 100, generator=generator)

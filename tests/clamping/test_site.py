@@ -38,6 +38,7 @@ class Staged(nn.Module):
         return self.stages["second"](x=torch.tanh(self.first(x)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["classes", "pixels"])
 @pytest.mark.parametrize("method", ["clamp", "published"])
 def test_a_clamp_at_a_submodule_is_the_clamp_of_that_submodule(kind, method):
@@ -228,6 +229,7 @@ def staged(n: int = 600) -> tuple[Staged, Tensor, Tensor]:
     return network, x, sampled(network.stages["second"](hidden + 2 * SHIFT).detach().double() / 2)
 
 
+@pytest.mark.slow
 def test_a_network_that_was_traced_before_is_perturbed_all_the_same():
     network, x, y = staged()
     expected = fit_clamp(network, batches(x, y), **OWN)

@@ -25,7 +25,7 @@ from tests.scenarios import (
     value_and_gradient,
 )
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 HELD_OUT = loader(1000, seed=30, size=250)
 OPTIONS = {"output_maps": ("temperature",), "grids": (1,)}

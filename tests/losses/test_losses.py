@@ -279,6 +279,7 @@ LAYOUTS = {
 
 
 # Older compilers' own, about every autograd function.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @every_loss

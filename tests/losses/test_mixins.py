@@ -410,6 +410,7 @@ def compiled_part(model):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*LeafSpec")
 # Older compilers' own, about every autograd function.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")

@@ -80,6 +80,7 @@ def test_it_does_not_depend_on_the_batches_or_the_random_state():
         assert first[name] == pytest.approx(second[name], abs=1e-9)
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_truth():
     """The change of the NLL, and of the ECE of networks that stay miscalibrated, 60 draws of 1,000 samples each.
 

@@ -438,6 +438,7 @@ def test_logits_between_0_and_1_are_logits():
     assert float(metric.compute()) == pytest.approx(float(expected_calibration_error(logits, target)))
 
 
+@pytest.mark.slow
 def test_forty_million_pixels_in_one_bin_do_not_saturate():
     metric = ExpectedCalibrationError()
     z = torch.tensor(0.97).logit()

@@ -340,6 +340,7 @@ def test_forward_gives_the_batch_value_and_adds_to_the_whole(metric_class):
     torch.testing.assert_close(flat(metric.compute()), computed(make(metric_class), (logits, target)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric_class", METRICS)
 def test_a_compiled_caller_gets_the_same(metric_class):
     logits, target = calibrated_logits(64)

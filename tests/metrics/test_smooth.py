@@ -33,6 +33,7 @@ def test_relplot_agrees_where_it_follows_the_definition():
     assert float(found) == float(smooth_calibration_error(probs, target, **options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["K10", "K100", "K100_s24"])
 @pytest.mark.parametrize("sigma", [0.05, 0.2])
 def test_relplot_differs_by_its_ends_and_its_kernel(key, sigma):
@@ -58,6 +59,7 @@ def test_confidence_1_has_its_full_weight():
     assert ref.smooth_relplot(confidence, correct, 0.05) > 0.38
 
 
+@pytest.mark.slow
 @given(st.integers(1, 40), st.sampled_from([0.01, 0.03, 0.1, 0.5, 1.0]), st.integers(0, 10**6))
 @settings(deadline=None, max_examples=40)
 def test_it_is_the_definition(n, sigma, seed):
@@ -70,6 +72,7 @@ def test_it_is_the_definition(n, sigma, seed):
     )
 
 
+@pytest.mark.slow
 @given(st.integers(1, 60), st.integers(0, 10**6))
 @settings(deadline=None, max_examples=40)
 def test_the_bandwidth_is_where_it_meets_the_error(n, seed):

@@ -36,6 +36,7 @@ def test_the_monitor_measures_and_draws_and_training_does_not_notice(tmp_path):
     assert torch.equal(*ends)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["compiled", "bf16-true"])
 def test_the_monitor_measures_compiled_and_cast_networks(how, tmp_path):
     torch.compiler.reset()

@@ -21,6 +21,8 @@ from lightning_clamp import CalibrationModule, NeuralClamping, calibrate
 from lightning_clamp._trainer.devices import take_group_down_at_exit
 from tests.scenarios import LitClassifier, Validating, loader, trainer
 
+pytestmark = pytest.mark.ddp
+
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with the dataloaders"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
@@ -65,6 +67,7 @@ def assert_same(first, second):
         assert second.change[name] == pytest.approx(interval, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 3])
 def test_the_result_of_one_process_is_back_in_the_main_process(tmp_path, n):
     _, _, alone = fitted(tmp_path / "alone", 1)
@@ -107,6 +110,7 @@ class Shipping(LitClassifier):
         self.log("clamped", float(bool(self._forward_hooks)), sync_dist=True)
 
 
+@pytest.mark.slow
 def test_spawned_processes_leave_their_result_behind_and_end_in_order(tmp_path):
     run, model, callback = fitted(tmp_path / "run", 2, strategy="ddp_spawn", model=Shipping(tmp_path / "exit"))
     assert [path.read_text() for path in tmp_path.glob("exit.*")] == 2 * ["group at exit: False"]
@@ -123,6 +127,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_two_nodes_fit_the_clamp_of_one(tmp_path):
     """Two agents of torchrun on one machine, as on two hosts."""
     port, script = free_port(), Path(__file__).with_name("multinode.py")
@@ -148,6 +153,7 @@ def test_two_nodes_fit_the_clamp_of_one(tmp_path):
             torch.testing.assert_close(theirs["clamp"][name], value, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:NeuralClamping will calibrate on the validation set")
 def test_the_validation_set_is_read_without_lightnings_repeats(tmp_path):
     """51 samples that Lightning pads to 26 and 26."""
@@ -181,6 +187,7 @@ class OwnStream(IterableDataset):
         return iter(self.pairs[:40] if dist.get_rank() == 0 else self.pairs[40:])
 
 
+@pytest.mark.slow
 def test_an_iterable_set_that_deals_itself_out_is_read_as_it_is(tmp_path):
     results = []
     for n in (1, 2):
@@ -200,6 +207,7 @@ class FailingOnOne(LitClassifier):
         return super().forward(x)
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_costs_the_clamp_and_no_rank_hangs(tmp_path):
     callback = NeuralClamping(loader(301, seed=30))
     with warnings.catch_warnings():
@@ -227,6 +235,7 @@ def test_one_rank_logs_and_saves(tmp_path):
     assert [path.name for path in (tmp_path / "run").glob("*calibrated*")] == [Path(callback.checkpoint_path).name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_spawn"])
 def test_a_model_that_was_trained_earlier_is_calibrated_on_several_devices(tmp_path, strategy):
     model, options = LitClassifier(), {"output_maps": ("temperature",), "grids": (1,)}

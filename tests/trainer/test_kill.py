@@ -74,6 +74,7 @@ def moments(pipe):
     return {pipe.recv(): time.perf_counter() for _ in range(3)}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork")
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_a_kill_loses_nothing(tmp_path, capsys):

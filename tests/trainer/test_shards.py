@@ -21,6 +21,8 @@ from lightning_clamp._trainer.shards import Shard
 from lightning_clamp.clamping.ranks import ALONE, Ranks
 from tests.ranks import on_ranks
 
+pytestmark = pytest.mark.ddp
+
 N = 101
 DATA = TensorDataset(torch.arange(N))
 
@@ -110,6 +112,7 @@ def dealt(request, tmp_path_factory):
     return on_ranks(request.param, tmp_path_factory.mktemp("shards") / "run", read_all)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOADERS)
 def test_parts_add_up_to_the_whole_without_repeats(dealt, name):
     whole = sorted(samples(LOADERS[name]()))
