@@ -529,3 +529,12 @@ def test_the_calibrated_module_can_be_had_while_the_model_is_tested(tmp_path):
     run.test(model, loader(200, seed=40), verbose=False)
     torch.testing.assert_close(asking.module(asking.batch), asking.clamped)
     torch.testing.assert_close(callback.calibrated_module()(asking.batch), asking.clamped)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "nearest"),
+    [("dataloader", "dataloaders"), ("calibration_dataloader", "dataloaders"), ("output_map", "output_maps")],
+)
+def test_an_unknown_argument_names_the_nearest(wrong, nearest):
+    with pytest.raises(TypeError, match=f"NeuralClamping has no argument `{wrong}`: did you mean `{nearest}`"):
+        NeuralClamping(**{wrong: None})

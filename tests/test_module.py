@@ -1,8 +1,10 @@
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from lightning_clamp import CalibrationModule, Clamp
+from lightning_clamp import CalibrationModule, Clamp, fit_clamp
+from lightning_clamp.spec import Spec
 from tests.scenarios import LitClassifier, SmallNet, images, loader, trainer
 
 
@@ -42,3 +44,50 @@ def test_a_test_batch_that_is_no_pair_is_refused_in_one_sentence(tmp_path):
     data = torch.utils.data.DataLoader(images(20), batch_size=10)
     with pytest.raises(TypeError, match=r"Every batch must be a pair \(inputs, target\), got Tensor"):
         trainer(tmp_path).test(module, data, verbose=False)
+
+
+def one_column(n: int = 400):
+    """A network of one logit, twice too sure, and labels."""
+    network = nn.Sequential(nn.Linear(3, 1))
+    x = torch.randn(n, 3)
+    y = torch.rand(n, 1) < (network(x) / 2).detach().sigmoid()
+    return network, x, y.long()
+
+
+def test_a_result_brings_its_settings_along():
+    network, x, y = one_column()
+    result = fit_clamp(network, [(x, y)], task="binary", ignore_index=7)
+    module = CalibrationModule.from_result(network, result)
+    assert module.spec == result.spec == Spec("binary", 7)
+    torch.testing.assert_close(module.predict_proba(x), module(x).sigmoid())
+    assert module.result is result
+    assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("shape", [(-1, 1), (-1,)])
+def test_one_logit_is_not_taken_for_a_softmax(shape):
+    """Over one column it would be 1 everywhere."""
+    network, x, y = one_column()
+    clamp = fit_clamp(network, [(x, y)], task="binary").clamp
+    module = CalibrationModule(nn.Sequential(network, nn.Flatten(0) if len(shape) == 1 else nn.Identity()), clamp)
+    for call in (module, module.predict_proba):
+        with pytest.raises(ValueError, match=r'for a one-logit .* say task="binary"'):
+            call(x)
+
+
+def test_a_calibrated_file_is_loaded_with_the_network_s_class():
+    with pytest.raises(TypeError, match=r"CalibrationModule.from_checkpoint\(path, YourModule\)"):
+        CalibrationModule.load_from_checkpoint("x.ckpt")
+
+
+def test_an_unknown_setting_names_the_nearest():
+    with pytest.raises(TypeError, match="CalibrationModule has no argument `batch_key`: did you mean `batch_keys`"):
+        CalibrationModule(SmallNet(), Clamp(), batch_key=(0, 1))
+
+
+def test_a_result_prints_as_its_table():
+    network, x, y = one_column()
+    printed = repr(fit_clamp(network, [(x, y)], task="binary"))
+    assert printed.startswith("calibration set     before     after    change")
+    assert "chosen: " in printed
+    assert len(printed) < 1000

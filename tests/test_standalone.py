@@ -150,3 +150,29 @@ def test_data_without_a_calibration_set_are_refused_in_a_sentence(tmp_path):
         calibrate(trainer(tmp_path), LitClassifier())
     with pytest.raises(ValueError, match="no submodule 'nett' to perturb at; it has net"):
         calibrate(trainer(tmp_path), LitClassifier(), HELD_OUT, perturb_at="nett")
+
+
+def test_a_datamodule_may_be_named_and_is_not_for_beside_loaders(tmp_path):
+    named = calibrate(trainer(tmp_path), LitClassifier(), datamodule=Data(), **OPTIONS)
+    assert named.result.n_samples == 600
+    with pytest.raises(
+        MisconfigurationException, match="Pass `dataloaders` or a `datamodule` to calibrate on, not both"
+    ):
+        calibrate(trainer(tmp_path), LitClassifier(), HELD_OUT, Data())
+
+
+@pytest.mark.parametrize(
+    ("save_to", "where"),
+    [("folder", "folder/epoch=0-step=0-calibrated.ckpt"), ("mine.ckpt", "mine.ckpt"), (False, None), (True, None)],
+)
+def test_where_it_is_saved(tmp_path, save_to, where):
+    place = save_to if isinstance(save_to, bool) else tmp_path / save_to
+    calibrate(trainer(tmp_path), LitClassifier(), HELD_OUT, save_to=place, **OPTIONS)
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.ckpt")] == ([] if where is None else [where])
+
+
+def test_a_place_that_is_none_is_refused_before_any_work(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"`save_to` must be a folder, a file that ends in .ckpt, True or False, got 5"
+    ):
+        calibrate(trainer(tmp_path), LitClassifier(), HELD_OUT, save_to=5)
