@@ -4,7 +4,8 @@ Class outputs, dense outputs and one-logit heads differ only in how their tensor
 (metrics, temperature, scores) works on :class:`Rows`; the layouts are known here alone.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -99,6 +100,28 @@ def item_blocks(
     size = max(1, _block_elements(logits) * len(logits) // max(1, logits.numel()))
     for part, labels in zip(torch.split(logits, size), torch.split(target, size), strict=True):
         yield as_rows(part, labels, task=task, ignore_index=ignore_index)
+
+
+def merged(parts: Iterable[Rows]) -> Iterator[Rows]:
+    """The same rows and items in blocks of about the size of :func:`row_blocks`, or of one part if that is larger."""
+    waiting: list[Rows] = []
+    for part in parts:
+        if waiting and sum(one.logits.numel() for one in (*waiting, part)) > _block_elements(part.logits):
+            yield _joined(waiting)
+            waiting = []
+        waiting.append(part)
+    if waiting:
+        yield _joined(waiting)
+
+
+def _joined(parts: Sequence[Rows]) -> Rows:
+    offsets = accumulate((part.n_items for part in parts), initial=0)
+    return Rows(
+        torch.cat([part.logits for part in parts]),
+        torch.cat([part.target for part in parts]),
+        torch.cat([part.item + offset for part, offset in zip(parts, offsets, strict=False)]),
+        sum(part.n_items for part in parts),
+    )
 
 
 def is_one_block(logits: Tensor) -> bool:

@@ -126,8 +126,8 @@ def fold(module: Calibrated, example: Any = None) -> Folded:
     r"""Move the output map into the weights of the network's last layer.
 
     A linear layer or convolution with one output per class that ends the network takes it exactly:
-    :math:`a \circ (W h + c) / T + b = (a / T \circ W) h + (a / T \circ c + b)`. The last such layer is taken with which
-    the logits of the example come out calibrated.
+    :math:`a \circ (W h + c) / T + b = (a / T \circ W) h + (a / T \circ c + b)`, and as exactly a matrix in place of a.
+    The last such layer is taken with which the logits of the example come out calibrated.
 
     Args:
         module: The calibrated model; it is left alone.
@@ -178,11 +178,13 @@ def _inputs(module: Calibrated, example: Any) -> Inputs:
 
 
 def _output_map(clamp: Clamp) -> tuple[Tensor, Tensor]:
-    """Factors and offsets of the map that the clamp applies to logits, ``(C,)`` or ``(1,)``, float64."""
-    sizes = [part.numel() for part in (clamp.class_scale, clamp.class_bias) if part is not None]
-    zeros = torch.zeros(1, max(sizes, default=1), dtype=torch.float64)
+    """The map that the clamp applies to logits, float64: factors, ``(C,)`` or ``(1,)``, or a matrix; and offsets."""
+    sizes = [len(part) for part in (clamp.class_scale, clamp.class_matrix, clamp.class_bias) if part is not None]
+    size = max(sizes, default=1)
+    zeros, unit = torch.zeros(1, size, dtype=torch.float64), torch.eye(size, dtype=torch.float64)
     offsets = clamp.scale(zeros)
-    return (clamp.scale(zeros + 1) - offsets)[0], offsets[0]
+    matrix = (clamp.scale(unit) - offsets).T
+    return matrix if clamp.class_matrix is not None else matrix.diagonal(), offsets[0]
 
 
 def _last_layers(network: nn.Module, n_outputs: int) -> Iterator[str]:
@@ -233,6 +235,9 @@ def _tried(
 
 def _put_into(layer: nn.Module, output_map: tuple[Tensor, Tensor]) -> None:
     factors, offsets = output_map
+    matrix = factors if factors.ndim == 2 else None
     for name, parameter in layer.named_parameters(recurse=False):
-        scaled = parameter.double() * factors.reshape(-1, *[1] * (parameter.ndim - 1))
+        # One row per output, whatever else a weight has.
+        flat = parameter.double().reshape(len(parameter), -1)
+        scaled = (factors[:, None] * flat if matrix is None else matrix @ flat).reshape(parameter.shape)
         parameter.copy_(scaled + offsets if name == "bias" else scaled)

@@ -20,14 +20,18 @@ RefusalCode: TypeAlias = Literal[
     "no temperature",
     "too few samples for the map",
     "too many classes",
+    "no such matrix",
     "no usable map",
 ]
 _OF_THE_MAP: tuple[RefusalCode, ...] = (
     "no temperature",
     "too few samples for the map",
     "too many classes",
+    "no such matrix",
     "no usable map",
 )
+# What nobody asked for that the data cannot have: not worth a word.
+_SILENT: tuple[RefusalCode, ...] = ("no such grid", "no such matrix")
 
 
 class Refusal(NamedTuple):
@@ -35,6 +39,11 @@ class Refusal(NamedTuple):
 
     code: RefusalCode
     words: str
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether it goes without saying."""
+        return self.code in _SILENT
 
     @property
     def of_the_map(self) -> bool:

@@ -11,24 +11,28 @@ from lightning_clamp.clamping.perturbation import shifted
 class Clamp(nn.Module):
     r"""What calibration learned: :math:`\mathrm{softmax}(a \circ f(x + \delta) / T + b)`.
 
-    The tensors are buffers, so no optimizer, average or gradient check ever sees them, and stay float32 at least when
-    a module around them is cast. ``Clamp()`` is the identity.
+    A matrix may take the place of a. The tensors are buffers, so no optimizer, average or gradient check ever sees
+    them, and stay float32 at least when a module around them is cast. ``Clamp()`` is the identity.
 
     Args:
         perturbation: :math:`\delta`, the shape of one input, or None for no perturbation.
         log_temperature: Logarithm of the temperature, a scalar; a temperature is thus always positive.
         class_bias: :math:`b`, shape ``(C,)``, or None. One value for a one-logit head.
         class_scale: :math:`a`, shape ``(C,)``, or None. One value for a one-logit head.
+        class_matrix: In place of a: :math:`A`, shape ``(C, C)``, or None; class k's logit becomes
+            :math:`\sum_j A_{kj} z_j / T + b_k`.
 
     Reference:
         Tang, Chen and Ho, "Neural Clamping: Joint Input Perturbation and Temperature Scaling for Neural Network
-        Calibration", TMLR 2024; with class bias and scale, vector scaling of Guo et al., ICML 2017.
+        Calibration", TMLR 2024; with class bias and scale or matrix, vector and matrix scaling of Guo et al., ICML
+        2017.
     """
 
     perturbation: Tensor | None
     log_temperature: Tensor
     class_bias: Tensor | None
     class_scale: Tensor | None
+    class_matrix: Tensor | None
 
     def __init__(
         self,
@@ -36,6 +40,7 @@ class Clamp(nn.Module):
         log_temperature: float | Tensor = 0.0,
         class_bias: Tensor | None = None,
         class_scale: Tensor | None = None,
+        class_matrix: Tensor | None = None,
     ) -> None:
         super().__init__()
         log_temperature = torch.as_tensor(log_temperature, dtype=None if _is_float(log_temperature) else torch.float32)
@@ -44,12 +49,15 @@ class Clamp(nn.Module):
         self.register_buffer("perturbation", _copied(perturbation))
         self.register_buffer("log_temperature", _copied(log_temperature))
         self.register_buffer("class_bias", _copied(class_bias))
+        if class_scale is not None and class_matrix is not None:
+            raise ValueError("A clamp has a `class_scale` or a `class_matrix`: put the scale on its diagonal.")
         self.register_buffer("class_scale", _copied(class_scale))
+        self.register_buffer("class_matrix", _copied(class_matrix))
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> "Clamp":
         """Rebuild a clamp from its :meth:`~torch.nn.Module.state_dict`; parts that are absent were not chosen."""
-        names = {"perturbation", "log_temperature", "class_bias", "class_scale"}
+        names = {"perturbation", "log_temperature", "class_bias", "class_scale", "class_matrix"}
         if unknown := set(state) - names:
             raise ValueError(
                 f"A clamp has {sorted(names)}, got also {sorted(unknown)}: is this another module's state?"
@@ -69,7 +77,7 @@ class Clamp(nn.Module):
     @property
     def is_identity(self) -> bool:
         """Whether the clamp changes nothing."""
-        parts = (self.perturbation, self.class_bias, self.class_scale)
+        parts = (self.perturbation, self.class_bias, self.class_scale, self.class_matrix)
         return float(self.log_temperature) == 0.0 and all(part is None for part in parts)
 
     def perturb(self, inputs: Tensor) -> Tensor:
@@ -88,6 +96,8 @@ class Clamp(nn.Module):
         factor = (-self.log_temperature.to(scores)).exp()
         if self.class_scale is not None:
             factor = factor * _per_class(self.class_scale, scores)
+        if self.class_matrix is not None:
+            scores = _mixed(scores, self.class_matrix)
         scores = scores * factor
         return scores if self.class_bias is None else scores + _per_class(self.class_bias, scores)
 
@@ -107,8 +117,19 @@ class Clamp(nn.Module):
         parts = [f"temperature={float(self.temperature):.4g}"]
         if self.perturbation is not None:
             parts.append(f"perturbation={tuple(self.perturbation.shape)}, norm={self.perturbation_norm:.4g}")
-        parts += [name for name in ("class_bias", "class_scale") if getattr(self, name) is not None]
+        parts += [name for name in ("class_bias", "class_scale", "class_matrix") if getattr(self, name) is not None]
         return ", ".join(parts)
+
+
+def _mixed(logits: Tensor, matrix: Tensor) -> Tensor:
+    """``matrix @ logits`` along axis 1, one class after the other.
+
+    Not a product of matrices, which autocast would make one of half precision.
+    """
+    mixed = _per_class(matrix[:, 0], logits) * logits[:, :1]
+    for j in range(1, matrix.shape[1]):
+        mixed = mixed + _per_class(matrix[:, j], logits) * logits[:, j : j + 1]
+    return mixed
 
 
 def _per_class(values: Tensor, logits: Tensor) -> Tensor:

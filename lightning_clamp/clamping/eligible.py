@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 
 from lightning_clamp.clamping.candidate import Candidate, Refusal
-from lightning_clamp.clamping.output_map import MapSpace
+from lightning_clamp.clamping.output_map import OutputMap, n_parameters
 from lightning_clamp.clamping.perturbation import Grid, available_sizes, make_grid
 from lightning_clamp.clamping.summary import MIN_SAMPLES, DatasetSummary
 
@@ -13,6 +13,8 @@ from lightning_clamp.clamping.summary import MIN_SAMPLES, DatasetSummary
 _MOST_ELEMENTS = 2**26
 # Entries of an output map's curvature; some eight such matrices are held at once, 2 GB in all.
 _MOST_CURVATURE = 2**25
+# A matrix has as many entries as classes squared, and its curvature as many as that squared.
+_MOST_MATRIX_CLASSES = 30
 # Below this many samples the estimate of the held-out change is itself too uncertain, for a map of ten parameters.
 _FEWEST = 100
 
@@ -34,13 +36,21 @@ def eligible_grids(sizes: Iterable[int], summary: DatasetSummary) -> tuple[list[
     return eligible, refused
 
 
-def refuse_map(space: MapSpace, summary: DatasetSummary) -> Refusal | None:
-    """Why an output map of this kind is not fitted; None if it is."""
-    if (2 * summary.n_classes) ** 2 > _MOST_CURVATURE:
+def refuse_map(kind: OutputMap, n_classes: int, n_independent: float) -> Refusal | None:
+    """Why an output map of this kind is not fitted; None if it is.
+
+    Args:
+        kind: Which.
+        n_classes: C.
+        n_independent: Independent rows that say what the rows of the calibration set do.
+    """
+    if kind == "matrix" and n_classes > _MOST_MATRIX_CLASSES:
+        return Refusal("no such matrix", f"a matrix is for {_MOST_MATRIX_CLASSES} classes at most")
+    if (2 * n_classes) ** 2 > _MOST_CURVATURE:
         return Refusal("too many classes", "the curvature of so many classes would not fit in memory")
-    needed = min(_FEWEST, MIN_SAMPLES * (space.n_parameters - 1))
-    if summary.n_samples < needed:
-        return Refusal("too few samples for the map", f"{summary.n_samples} samples are fewer than {needed}")
+    needed = min(_FEWEST, MIN_SAMPLES * (n_parameters(kind, n_classes) - 1))
+    if n_independent < needed:
+        return Refusal("too few samples for the map", f"{n_independent:.0f} samples are fewer than {needed}")
     return None
 
 

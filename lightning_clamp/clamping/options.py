@@ -23,14 +23,15 @@ class ClampOptions:
     Attributes:
         grids: Perturbations to consider, as sides r of an r×r grid of coefficients per channel; ``()`` leaves the input
             alone.
-        output_maps: Output maps to consider: ``"bias"`` and ``"vector"``; the temperature always takes part, and
-            ``("temperature",)`` is plain Neural Clamping. With one logit, ``"vector"`` is ``"bias"``: one scale has no
-            deviations.
+        output_maps: Output maps to consider: ``"bias"``, ``"vector"`` (a scale and a bias for each class) and
+            ``"matrix"`` (each class's logit also counts for the others; up to 30 classes). The temperature always takes
+            part, and ``("temperature",)`` is plain Neural Clamping. With one logit both are ``"bias"``, with two
+            classes a matrix is a vector.
         max_passes: Most passes spent on one grid, at least 1.
     """
 
     grids: Sequence[int] = (1, 2, 4, 8)
-    output_maps: Sequence[OutputMap] = ("temperature", "vector")
+    output_maps: Sequence[OutputMap] = ("temperature", "vector", "matrix")
     max_passes: int = 6
 
     def __post_init__(self) -> None:

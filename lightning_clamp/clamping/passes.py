@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_clamp._batch import Inputs, logits_of, map_tensors, n_items
-from lightning_clamp._rows import Rows
+from lightning_clamp._rows import Rows, merged
 from lightning_clamp.clamping.frozen import module_of
 from lightning_clamp.clamping.perturbation import shifted
 from lightning_clamp.clamping.ranks import ALONE, Ranks
@@ -174,6 +174,7 @@ class Logits:
         self.data = data
         self.perturbation = perturbation
         self._kept: list[tuple[Tensor, Tensor]] | None = None if recompute else []
+        self._rows: list[Rows] = []
         self._bytes = 0
 
     @property
@@ -197,7 +198,15 @@ class Logits:
             yield from self.data.forward(self.perturbation, "logits")
 
     def __iter__(self) -> Iterator[Rows]:
-        """Yield the rows batch by batch, logits as float64."""
+        """Yield the rows, logits as float64: batch by batch, or in few large blocks where they are kept."""
+        if self._kept is None:
+            yield from self._doubled()
+            return
+        if not self._rows:
+            self._rows = list(merged(self._doubled()))
+        yield from self._rows
+
+    def _doubled(self) -> Iterator[Rows]:
         for logits, target in self.batches():
             rows = self.data.rows(logits, target)
             yield rows._replace(logits=rows.logits.double())

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import torch
+
 from lightning_clamp.clamping.candidate import Candidate
 
 
@@ -22,14 +24,27 @@ def reason(chosen: Candidate, candidates: Sequence[Candidate]) -> str:
         )
     else:
         words = "temperature alone: there was no richer candidate"
-    return f"{words}{_left_out(candidates)}"
+    return f"{words}{_strongest(chosen)}{_left_out(candidates)}"
+
+
+def _strongest(chosen: Candidate) -> str:
+    """Which class's logit a matrix lets count most for another class."""
+    if chosen.clamp is None or chosen.clamp.class_matrix is None:
+        return ""
+    matrix = chosen.clamp.class_matrix.double()
+    # What a logit does to all other classes alike, it does to none.
+    others = ~torch.eye(len(matrix), dtype=torch.bool)
+    centred = (matrix - (matrix * others).sum(0) / (len(matrix) - 1)) * others
+    to, source = divmod(int(centred.abs().argmax()), len(matrix))
+    word = "raises" if float(centred[to, source]) > 0 else "lowers"
+    return f"; above all, class {source}'s logit {word} class {to}"
 
 
 def _left_out(candidates: Sequence[Candidate]) -> str:
-    """What was not fitted, by the reason for it; nothing of grids that inputs without height and width cannot have."""
+    """What was not fitted, by the reason for it; nothing of what goes without saying."""
     names: dict[str, list[str]] = {}
     for one in candidates:
-        if one.refusal is not None and one.refusal.code != "no such grid":
+        if one.refusal is not None and not one.refusal.is_silent:
             names.setdefault(one.refusal.words, []).append(one.left_out)
     sentences = [f"{' and '.join(those)} because {words}" for words, those in names.items()]
     return f" (left out: {'; '.join(sentences)})" if sentences else ""

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from lightning_clamp._batch import Inputs, chunks
 from lightning_clamp.clamping.newton import LossDerivatives
-from lightning_clamp.clamping.output_map import MapSpace, apply_map, map_curvature, map_scores
+from lightning_clamp.clamping.output_map import MapSpace, errors
 from lightning_clamp.clamping.passes import CalibrationSet, Logits, summed
 from lightning_clamp.clamping.perturbation import Grid
 
@@ -49,13 +49,11 @@ def score_pass(
         RuntimeError: If the network's output does not depend differentiably on its input.
     """
     logits_seen = Logits(data, perturbation)
-    point = space.point(free)
 
     def batch_sums() -> Iterator[tuple[Tensor, ...]]:
         for inputs, target in data.read(what):
-            logits, gradient, of_map = _input_scores(data, inputs, target, perturbation, point)
+            logits, gradient, of_map = _input_scores(data, inputs, target, perturbation, space, free)
             logits_seen.keep(logits, target)
-            of_map = space.reduced(of_map)
             terms = []
             for grid in grids:
                 scores = torch.cat([grid.project(gradient), of_map], 1)
@@ -63,11 +61,11 @@ def score_pass(
                 curvature = outer
                 if dense_scale is not None:
                     step, most = _STEP * (dense_scale or 1.0), _CHUNK_ELEMENTS // logits[:1].numel()
-                    curvature = _gauss_newton(data, inputs, target, perturbation, space, point, grid, step, most)
+                    curvature = _gauss_newton(data, inputs, target, perturbation, space, free, grid, step, most)
                 terms += [scores.sum(0), curvature, outer]
             yield tuple(terms)
 
-    sizes = [grid.n_coefficients + space.n_parameters for grid in grids]
+    sizes = [grid.n_coefficients + len(free) for grid in grids]
     shapes = [shape for size in sizes for shape in ((size,), (size, size), (size, size))]
     total = summed(batch_sums(), shapes, data.ranks)
     if dense_scale is not None:
@@ -77,9 +75,14 @@ def score_pass(
 
 
 def _input_scores(
-    data: CalibrationSet, inputs: Inputs, target: Tensor, perturbation: Tensor | None, point: Tensor
+    data: CalibrationSet,
+    inputs: Inputs,
+    target: Tensor,
+    perturbation: Tensor | None,
+    space: MapSpace,
+    free: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits of one batch, the loss's gradient to every input, and every item's score in the map, ``(N, 2C)``."""
+    """Logits of one batch, the loss's gradient to every input, and every item's score in the map, ``(N, q)``."""
     logits, moved = data.tracked(inputs, perturbation)
     if not logits.requires_grad:
         raise RuntimeError(
@@ -88,11 +91,11 @@ def _input_scores(
         )
     rows = data.rows(logits, target)
     rows = rows._replace(logits=rows.logits.double())
-    scaled = apply_map(rows.logits, point)
+    scaled = space.apply(rows.logits, free)
     loss = F.cross_entropy(scaled, rows.target, reduction="sum")
     (gradient,) = torch.autograd.grad(loss, moved)
     fixed = rows._replace(logits=rows.logits.detach())
-    return logits.detach(), gradient, map_scores(scaled.detach().softmax(1), fixed)
+    return logits.detach(), gradient, space.pull_per_item(fixed, errors(scaled.detach().softmax(1), fixed))
 
 
 def _gauss_newton(
@@ -101,7 +104,7 @@ def _gauss_newton(
     target: Tensor,
     perturbation: Tensor | None,
     space: MapSpace,
-    point: Tensor,
+    free: Tensor,
     grid: Grid,
     step: float,
     most_columns: int,
@@ -114,8 +117,8 @@ def _gauss_newton(
     most ``most_columns`` of them, of one item each, are held at once.
     """
     images = [grid.image(unit) for unit in step * torch.eye(grid.n_coefficients, dtype=torch.float64)]
-    p, scale = len(images), point.to(target.device).chunk(2)[0]
-    n = p + space.n_parameters
+    p = len(images)
+    n = p + len(free)
     total = torch.zeros(n, n, dtype=torch.float64, device=target.device)
     with torch.no_grad():
         chunk = max(1, most_columns // (p + 1))
@@ -126,15 +129,14 @@ def _gauss_newton(
             for image in images:
                 moved = image if perturbation is None else perturbation.cpu() + image
                 there = data.rows(data.perturbed_logits(part, moved), labels).logits.double()
-                columns.append(scale * (there - logits) / step)
+                columns.append(space.linear(there - logits, free) / step)
             jacobian = torch.stack(columns)  # (p, M, C)
-            probs = apply_map(logits, point).softmax(1)
+            probs = space.apply(logits, free).softmax(1)
             centred = jacobian - (jacobian * probs).sum(2, keepdim=True)
             weighted = centred * probs
-            # The map's own columns of J are the logits (scale) and 1 (bias) of one class each.
-            across = space.reduced(torch.cat([(weighted * logits).sum(1), weighted.sum(1)], 1))
+            across = torch.stack([space.pull(logits, column) for column in weighted])
             total[:p, :p] += weighted.flatten(1) @ centred.flatten(1).T
             total[:p, p:] += across
             total[p:, :p] += across.T
-            total[p:, p:] += space.reduced_twice(map_curvature(probs, logits))
+            total[p:, p:] += space.curvature(logits, probs)
     return total

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from lightning_clamp.clamping.criterion import Estimate, estimate
 from lightning_clamp.clamping.newton import LossDerivatives, ScoreTest, effective_parameters, newton_step, score_test
-from lightning_clamp.clamping.output_map import MapFit, fit_output_map
 from lightning_clamp.clamping.passes import CalibrationSet, Logits
 from lightning_clamp.clamping.perturbation import Grid
 from lightning_clamp.clamping.score_pass import score_pass
+from lightning_clamp.clamping.shrinkage import MapFit, refit
 from lightning_clamp.clamping.summary import DatasetSummary
 
 # A step that promises less than this share of a nat per parameter is lost in the fit's own error, half a nat each.
@@ -83,7 +83,9 @@ class GridFit(NamedTuple):
         """What the coefficients cost, in units of one parameter: their number, or for dense outputs their trace."""
         if self.sums is None or not dense:
             return float(self.n_coefficients)
-        return effective_parameters(self.sums, self.ridge) - self.map_fit.effective_parameters
+        p = self.n_coefficients
+        own = LossDerivatives(self.sums.gradient[p:], self.sums.curvature[p:, p:], self.sums.covariance[p:, p:])
+        return effective_parameters(self.sums, self.ridge) - effective_parameters(own, self.ridge[p:])
 
 
 def start_without_grid(summary: DatasetSummary, map_fit: MapFit, standard_error: float = 0.0) -> GridFit:
@@ -166,7 +168,7 @@ def _evaluate(
     space = previous.map_fit.space
     perturbation = grid.image(coefficients).to(summary.parameter_dtype)
     (sums,), logits = score_pass(data, perturbation, space, free, [grid], dense_scale=summary.dense_scale, what=what)
-    map_fit = fit_output_map(logits, space, previous.map_fit.shrinkage, free, dense=summary.dense)
+    map_fit = refit(logits, previous.map_fit, free, summary.n_rows, dense=summary.dense)
     if map_fit is None:
         return None
     return previous._replace(perturbation=perturbation, logits=logits, map_fit=map_fit, point=point, sums=sums)

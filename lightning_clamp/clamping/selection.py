@@ -5,6 +5,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 from lightning_clamp.clamping.candidate import Candidate, Refusal
 from lightning_clamp.clamping.clamp import Clamp
 from lightning_clamp.clamping.criterion import estimate
@@ -13,27 +16,18 @@ from lightning_clamp.clamping.options import ClampOptions
 from lightning_clamp.clamping.outcome import MethodOutcome
 from lightning_clamp.clamping.output_map import (
     OUTPUT_MAPS,
-    SHRINKAGES,
-    MapFit,
     MapSpace,
     OutputMap,
-    fit_output_map,
-    logit_square,
     map_space,
+    n_parameters,
     standard_error,
-    temperature_fit,
 )
 from lightning_clamp.clamping.passes import CalibrationSet
 from lightning_clamp.clamping.reason import reason
 from lightning_clamp.clamping.scoring import GridFit, first_pass, fit_grid, start_without_grid
+from lightning_clamp.clamping.shrinkage import MapFit, average, fit_path, refit, temperature_map
 from lightning_clamp.clamping.summary import DatasetSummary
 from lightning_clamp.clamping.temperature import NO_TEMPERATURE, TemperatureFit
-
-# Samples for each of a map's effective deviations from the temperature: with fewer, the estimate of the held-out change
-# is itself too uncertain.
-_PER_DEVIATION = 4
-# Weaker and weaker shrinkage is tried until the criterion has risen this often in a row.
-_PATIENCE = 2
 
 
 def choose_clamp(
@@ -57,7 +51,8 @@ def choose_clamp(
     if not base.interior and base.log_temperature < 0:
         # Every sample is right, and the colder the better, with any output map.
         return MethodOutcome(Clamp(), summary.logits, NO_TEMPERATURE)
-    comparison = _comparison(summary, base, _kinds(options.output_maps, binary=data.spec.binary), data.spec.binary)
+    kinds = _kinds(options.output_maps, summary.n_classes, binary=data.spec.binary)
+    comparison = _comparison(summary, base, kinds, data.spec.binary)
     grids, refused = eligible_grids(options.grids, summary)
     fitted = _candidates(start_without_grid(summary, comparison.base), comparison)
     candidates = refused + [candidate for candidate, _ in fitted]
@@ -70,12 +65,12 @@ def choose_clamp(
     for grid, first in sorted(zip(grids, firsts, strict=True), key=lambda pair: pair[1].predicted.criterion):
         if best.rank + first.predicted.criterion >= chosen.rank:
             refusal = Refusal("costs more than it promises", "the first pass promises less than it costs")
-            candidates.append(_unfitted(first, map_fit.space, comparison, refusal))
+            candidates.append(_unfitted(first, map_fit.space.kind, comparison, refusal))
             continue
         fit = fit_grid(data, summary, grid, first, options.max_passes)
         if fit.perturbation is None:
             refusal = Refusal("no step helps", "no step was taken, or none lowered the loss")
-            candidates.append(_unfitted(fit, map_fit.space, comparison, refusal))
+            candidates.append(_unfitted(fit, map_fit.space.kind, comparison, refusal))
             continue
         history += [{"grid": grid.size, **step} for step in fit.history]
         on_grid = [candidate for candidate, _ in _candidates(fit, comparison)]
@@ -87,10 +82,16 @@ def choose_clamp(
     return MethodOutcome(chosen.clamp, logits, reason(chosen, candidates), tuple(candidates), chosen, tuple(history))
 
 
-def _kinds(outputs: Iterable[OutputMap], *, binary: bool) -> list[OutputMap]:
+def _kinds(asked: Iterable[OutputMap], n_classes: int, *, binary: bool) -> list[OutputMap]:
     """The output maps to fit beside the temperature, the smaller first."""
-    asked = {"bias" if binary and kind == "vector" else kind for kind in outputs}
-    return [kind for kind in OUTPUT_MAPS[1:] if kind in asked]
+    kinds: set[OutputMap] = set(asked)
+    if binary and kinds & {"vector", "matrix"}:
+        # One logit has one scale, which is the temperature's.
+        kinds = kinds - {"vector", "matrix"} | {"bias"}
+    elif n_classes == 2 and "matrix" in kinds:
+        # Two scales say already all that a matrix of two classes can.
+        kinds = kinds - {"matrix"} | {"vector"}
+    return [kind for kind in OUTPUT_MAPS[1:] if kind in kinds]
 
 
 class _Comparison(NamedTuple):
@@ -101,79 +102,70 @@ class _Comparison(NamedTuple):
         binary: Whether the network has one logit.
         base: Temperature scaling of the unchanged logits.
         finite: Whether that is a finite temperature, or the hottest that is considered.
-        spaces: Parameters of the output maps to fit beside the temperature.
+        spaces: Parameters of the output maps to fit beside the temperature, by kind; or why one is not fitted.
     """
 
     summary: DatasetSummary
     binary: bool
     base: MapFit
     finite: bool
-    spaces: tuple[MapSpace, ...]
+    spaces: dict[OutputMap, MapSpace | Refusal]
 
 
 def _comparison(summary: DatasetSummary, base: TemperatureFit, kinds: Sequence[OutputMap], binary: bool) -> _Comparison:
-    square = logit_square(summary.logits) if kinds else 1.0
-    space = map_space("temperature", summary.n_classes, square)
-    fit = temperature_fit(summary.logits, space, base, dense=summary.dense)
-    spaces = tuple(map_space(kind, summary.n_classes, square, fit.effective_parameters) for kind in kinds)
+    rows, classes = summary.logits, summary.n_classes
+    fit = temperature_map(rows, classes, base, dense=summary.dense)
+    spaces: dict[OutputMap, MapSpace | Refusal] = {}
+    for kind in kinds:
+        refusal = refuse_map(kind, classes, summary.n_rows / fit.effective_parameters)
+        spaces[kind] = refusal or map_space(kind, rows, classes, fit.effective_parameters)
     return _Comparison(summary, binary, fit, base.interior, spaces)
 
 
 def _candidates(fit: GridFit, comparison: _Comparison) -> list[tuple[Candidate, MapFit | None]]:
     """Every output map on the logits of one grid, each with the shrinkage that the criterion prefers."""
-    return [_of_temperature(fit, comparison), *(_best_of_map(fit, space, comparison) for space in comparison.spaces)]
+    return [_of_temperature(fit, comparison), *(_best_of_map(fit, kind, comparison) for kind in comparison.spaces)]
 
 
 def _of_temperature(fit: GridFit, comparison: _Comparison) -> tuple[Candidate, MapFit | None]:
-    space = comparison.base.space
     map_fit = comparison.base if comparison.finite else None
     if fit.size:
-        map_fit = fit_output_map(fit.logits, space, 0.0, fit.map_fit.free[-1:], dense=comparison.summary.dense)
+        map_fit = _temperature_on(fit, comparison)
     if map_fit is None:
         refusal = Refusal("no temperature", "no finite temperature is best")
-        return _unfitted(fit, space, comparison, refusal), None
+        return _unfitted(fit, "temperature", comparison, refusal), None
     return _fitted(fit, map_fit, comparison), map_fit
 
 
-def _best_of_map(fit: GridFit, space: MapSpace, comparison: _Comparison) -> tuple[Candidate, MapFit | None]:
-    """The output map of one kind whose shrinkage has the lowest criterion, from the strongest on."""
-    if refusal := refuse_map(space, comparison.summary):
-        return _unfitted(fit, space, comparison, refusal), None
+def _temperature_on(fit: GridFit, comparison: _Comparison) -> MapFit | None:
+    """The temperature alone on a grid's logits."""
+    summary, start = comparison.summary, fit.map_fit.free[-1:]
+    return refit(fit.logits, comparison.base, start, summary.n_rows, dense=summary.dense)
+
+
+def _best_of_map(fit: GridFit, kind: OutputMap, comparison: _Comparison) -> tuple[Candidate, MapFit | None]:
+    """The output maps of one kind, averaged over the strengths of their shrinkage; and the best single one of them."""
+    summary, base = comparison.summary, comparison.base
+    space = comparison.spaces[kind]
+    if isinstance(space, Refusal):
+        return _unfitted(fit, kind, comparison, space), None
     started = time.perf_counter()
-    best: tuple[Candidate, MapFit] | None = None
-    free, risen = space.temperature_only(1 / float(fit.map_fit.free[-1])), 0
-    for shrinkage in SHRINKAGES:
-        map_fit = fit_output_map(fit.logits, space, shrinkage, free, dense=comparison.summary.dense)
-        if map_fit is None and best is None:
-            continue
-        if map_fit is None or _deviations(map_fit, comparison) * _PER_DEVIATION > comparison.summary.n_samples:
-            break
-        free = map_fit.free
-        candidate = _fitted(fit, map_fit, comparison)
-        if best is None or candidate.rank < best[0].rank:
-            best, risen = (candidate, map_fit), 0
-        else:
-            risen += 1
-        if risen == _PATIENCE:
-            break
-    if best is None:
-        words = "its best map is not positive, or has too many deviations from the temperature for these samples"
-        return _unfitted(fit, space, comparison, Refusal("no usable map", words)), None
-    candidate, map_fit = best
-    return replace(candidate, seconds=fit.seconds + time.perf_counter() - started), map_fit
+    start = _temperature_on(fit, comparison) if fit.size else base
+    path = list(fit_path(fit.logits, space, base, start or base, summary.n_rows, dense=summary.dense))
+    if not path:
+        refusal = Refusal("no usable map", "no map of that kind has a positive temperature")
+        return _unfitted(fit, kind, comparison, refusal), None
+    candidate = _fitted(fit, average(path, start or base, fit.logits, summary.n_rows), comparison)
+    seconds = fit.seconds + time.perf_counter() - started
+    return replace(candidate, seconds=seconds), min(path, key=lambda pair: pair[1])[0]
 
 
-def _deviations(map_fit: MapFit, comparison: _Comparison) -> float:
-    """How many independent deviations from the temperature a map has, whatever the samples' rows repeat."""
-    return map_fit.effective_parameters / comparison.base.effective_parameters - 1
-
-
-def _unfitted(fit: GridFit, space: MapSpace, comparison: _Comparison, refusal: Refusal | None = None) -> Candidate:
+def _unfitted(fit: GridFit, kind: OutputMap, comparison: _Comparison, refusal: Refusal | None = None) -> Candidate:
     """A candidate's name and cost, and what the first pass said of its grid."""
     candidate = Candidate(
         fit.size,
-        space.kind,
-        fit.n_coefficients + space.n_parameters,
+        kind,
+        fit.n_coefficients + n_parameters(kind, comparison.summary.n_classes),
         passes=fit.passes,
         seconds=fit.seconds,
         refusal=refusal,
@@ -195,11 +187,11 @@ def _fitted(fit: GridFit, map_fit: MapFit, comparison: _Comparison) -> Candidate
     effective = fit.effective_coefficients(dense=summary.dense) + map_fit.effective_parameters
     error = fit.standard_error
     if map_fit is not fit.map_fit:
-        error += standard_error(fit.logits, map_fit.point, fit.map_fit.point)
+        error += standard_error(fit.logits, map_fit.space, map_fit.free, (fit.map_fit.space, fit.map_fit.free))
     gain = base.nll - map_fit.nll
     expected = estimate(gain, effective - base.effective_parameters, summary.n_rows, error)
     return replace(
-        _unfitted(fit, map_fit.space, comparison),
+        _unfitted(fit, kind, comparison),
         shrinkage=None if kind == "temperature" else map_fit.shrinkage,
         effective_parameters=effective,
         achieved_gain=gain,
@@ -213,10 +205,12 @@ def _fitted(fit: GridFit, map_fit: MapFit, comparison: _Comparison) -> Candidate
 def _clamp(fit: GridFit, map_fit: MapFit, comparison: _Comparison) -> Clamp:
     """The clamp of a grid and an output map: the common scale is the temperature, the rest is relative to it."""
     dtype, common = comparison.summary.parameter_dtype, map_fit.free[-1]
-    scale, bias = map_fit.point.chunk(2)
-    return Clamp(
-        fit.perturbation,
-        -common.log().to(dtype),
-        None if map_fit.space.kind == "temperature" else (bias[1:] - bias[:1] if comparison.binary else bias).to(dtype),
-        (scale / common).to(dtype) if map_fit.space.kind == "vector" else None,
-    )
+    own, bias = map_fit.space.deviations(map_fit.free)
+    parts: dict[str, Tensor] = {}
+    if own is not None:
+        unit = torch.ones_like(own) if own.ndim == 1 else torch.eye(len(own), dtype=own.dtype)
+        parts["class_scale" if own.ndim == 1 else "class_matrix"] = (unit + own / common).to(dtype)
+    if bias is not None:
+        offset = map_fit.space.offset(map_fit.free)
+        parts["class_bias"] = (offset[1:] - offset[:1] if comparison.binary else offset - offset.mean()).to(dtype)
+    return Clamp(fit.perturbation, -common.log().to(dtype), **parts)

@@ -38,9 +38,11 @@ def test_every_candidate_is_on_record_with_its_figures():
     fitted = [c for c in result.candidates if not c.refusal]
     ruled_out = {c.grid: c.refusal.words for c in result.candidates if c.refusal}
     assert ruled_out == dict.fromkeys((2, 4, 8), "the first pass promises less than it costs")
-    assert [(c.grid, c.output_map) for c in fitted] == [(g, o) for g in (0, 1) for o in ("temperature", "vector")]
+    assert [(c.grid, c.output_map) for c in fitted] == [
+        (g, o) for g in (0, 1) for o in ("temperature", "vector", "matrix")
+    ]
     for candidate in result.candidates:
-        grid, maps = 3 * candidate.grid**2, {"temperature": 1, "vector": 7}
+        grid, maps = 3 * candidate.grid**2, {"temperature": 1, "vector": 7, "matrix": 15}
         assert candidate.n_parameters == grid + maps[candidate.output_map]
         assert (candidate.p_value is None) == (candidate.predicted_gain is None) == (candidate.grid == 0)
     for candidate in fitted:
@@ -50,7 +52,7 @@ def test_every_candidate_is_on_record_with_its_figures():
         if candidate.output_map == "temperature":
             assert candidate.effective_parameters == pytest.approx(candidate.n_parameters)
         else:
-            assert candidate.n_parameters - 6 < candidate.effective_parameters < candidate.n_parameters
+            assert 1 < candidate.effective_parameters - 3 * candidate.grid**2 < candidate.n_parameters
     assert result.chosen.criterion == min(c.criterion for c in fitted) < 0
     assert result.chosen.name in result.reason
 
@@ -362,7 +364,7 @@ BAD = {
     "seed": (bad(method="published", seed=1.5), ValueError, "`seed` must be a whole number of at least 0, got 1.5"),
     "nesterov": (bad(method="published", nesterov=True, momentum=0), ValueError, "`nesterov` needs a `momentum`"),
     "augmentation": (bad(method="published", augmentation=3), ValueError, "`augmentation` must be callable, or None"),
-    "output": (bad(output_maps=("matrix",)), ValueError, r"`output_maps` must be .* got \('matrix',\)"),
+    "output": (bad(output_maps=("tensor",)), ValueError, r"`output_maps` must be .* got \('tensor',\)"),
     "outputs as text": (
         bad(output_maps="temperature"),
         ValueError,
@@ -441,13 +443,14 @@ def test_a_class_that_is_separated_or_missing_has_a_finite_map():
     assert 0 < float(result.clamp.class_scale.min()) <= float(result.clamp.class_scale.max()) < 5
 
 
-def test_a_map_whose_scales_are_not_positive_is_left_out():
-    """The third class's logit says the opposite of what it should: its best scale is below zero."""
-    logits, y = calibrated_logits(4000, 3)
+def test_a_class_s_scale_may_be_negative():
+    """The third class's logit says the opposite of what it should: its scale comes out below zero."""
+    logits, y = calibrated_logits(6000, 3)
+    truth = F.cross_entropy(logits[4000:], y[4000:])
     logits[:, 2] *= -1
-    result = fit_clamp(IDENTITY, [(logits, y)], grids=())
-    assert result.chosen.output_map == "temperature"
-    assert "left out: vector because its best map is not positive" in result.reason
+    result = fit_clamp(IDENTITY, [(logits[:4000], y[:4000])], grids=(), output_maps=("vector",))
+    assert float(result.clamp.class_scale[2]) < 0 < float(result.clamp.class_scale[0])
+    assert float(F.cross_entropy(result.clamp.scale(logits[4000:]), y[4000:])) == pytest.approx(float(truth), abs=0.01)
 
 
 @pytest.mark.slow

@@ -17,13 +17,19 @@ from lightning_clamp.clamping.perturbation import make_grid
 from lightning_clamp.clamping.score_pass import score_pass
 from lightning_clamp.clamping.scoring import bounded_step
 from lightning_clamp.spec import Spec
-from tests.scenarios import SHIFT, DenseNet, SmallNet, batches, calibrated_logits, images, sampled, shifted_images
+from tests.scenarios import SHIFT, DenseNet, SmallNet, batches, calibrated_logits, images, rows, sampled, shifted_images
+
+
+def space_of(kind, y):
+    """Of any logits: only the centre is theirs."""
+    logits = calibrated_logits(100, 3 if y.ndim > 1 else 4)
+    return map_space(kind, rows(*logits), logits[0].shape[1])
 
 
 def sums_at(network, x, y, size, coefficients=None, free=(0.7,), kind="temperature"):
     """Score sums of a grid and an output map at these coefficients and free parameters of the map."""
     grid = make_grid(size, x.shape[1:])
-    space, free = map_space(kind, 3 if y.ndim > 1 else 4, 1.0), torch.as_tensor(free, dtype=torch.float64)
+    space, free = space_of(kind, y), torch.as_tensor(free, dtype=torch.float64)
     data = CalibrationSet(network, batches(x, y, 16), Spec(), cache_bytes=2**20)
     image = None if coefficients is None else grid.image(coefficients).to(x.dtype)
     with frozen(network):
@@ -32,7 +38,7 @@ def sums_at(network, x, y, size, coefficients=None, free=(0.7,), kind="temperatu
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["temperature", "bias", "vector"])
+@pytest.mark.parametrize("kind", ["temperature", "bias", "vector", "matrix"])
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("size", [1, 2])
 def test_gradient_and_curvature_are_those_of_automatic_differentiation(dense, size, kind):
@@ -42,14 +48,14 @@ def test_gradient_and_curvature_are_those_of_automatic_differentiation(dense, si
     x = images(n, dtype=torch.float64)
     y = torch.randint(3, (n, 8, 8)) if dense else torch.randint(4, (n,))
     grid = make_grid(size, (3, 8, 8))
-    space, p = map_space(kind, 3 if dense else 4, 1.0), grid.n_coefficients
-    free = space.temperature_only(1.3) + 0.1 * torch.randn(space.n_parameters)
+    space, p = space_of(kind, y), grid.n_coefficients
+    free = space.temperature_only(1.3) + 0.1 * torch.randn(len(space.weight))
     point = torch.cat([0.1 * torch.randn(p).double(), free])
     sums, _ = sums_at(network, x, y, size, point[:p], free, kind)
 
     def scaled(parameters):
-        scale, bias = (part.reshape(-1, *[1] * (y.ndim - 1)) for part in space.point(parameters[p:]).chunk(2))
-        return scale * network(x + grid.image(parameters[:p])) + bias
+        logits = network(x + grid.image(parameters[:p])).movedim(1, -1)
+        return space.apply(logits, parameters[p:]).movedim(-1, 1)
 
     def losses(parameters):
         return F.cross_entropy(scaled(parameters), y, reduction="none").reshape(n, -1).sum(1)
@@ -176,10 +182,14 @@ def test_repeated_pixels_are_shrunk_as_one_would_be():
     logits = 2 * logits + torch.linspace(-1, 1, 5).double()
     once = fit_clamp(nn.Identity(), batches(logits, y), grids=())
     tiled = logits[:, :, None, None].expand(-1, -1, 4, 4)
-    many = fit_clamp(nn.Identity(), batches(tiled, y[:, None, None].expand(-1, 4, 4)), grids=())
+    many_y = y[:, None, None].expand(-1, 4, 4)
+    many = fit_clamp(nn.Identity(), batches(tiled, many_y), grids=())
     assert once.chosen.output_map == many.chosen.output_map == "vector"
-    assert many.chosen.shrinkage == once.chosen.shrinkage
     torch.testing.assert_close(many.clamp.class_bias, once.clamp.class_bias, rtol=0.1, atol=0.02)
+    spaces = [
+        map_space("vector", rows(*data), 5, repeats) for data, repeats in (((logits, y), 1), ((tiled, many_y), 16))
+    ]
+    torch.testing.assert_close(spaces[1].weight, 16 * spaces[0].weight)
 
 
 @pytest.mark.slow

@@ -1,0 +1,232 @@
+r"""How an output map is shrunk: every strength of the ridge from one curvature, and the average over them.
+
+The curvature H is taken once, at the temperature alone. In the ridge's metric, with the common scale profiled out, one
+eigendecomposition says for every strength λ what the deviations cost, :math:`\sum_i e_i / (e_i + \lambda)`, and serves
+as the first inverse Hessian of the exact fit. The price is that at the temperature, not at the fit: where classes come
+out nearly separated, the curvature vanishes there, and with it a price taken there.
+
+Instead of the one strength that looks best, all of them are averaged, weighted by how good they look (exp of minus the
+criterion): the best of many looks good by chance. The loss is convex, so that of the mean map is at most the mean loss.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lightning_clamp.clamping.descent import Inverse, minimise
+from lightning_clamp.clamping.newton import LossDerivatives
+from lightning_clamp.clamping.output_map import MapSpace, map_derivatives, map_loss, map_space, standard_error
+from lightning_clamp.clamping.passes import RowSource
+from lightning_clamp.clamping.temperature import TemperatureFit, fit_temperature
+
+# Strengths, strongest first, in half decades: a class's bias has a prior standard deviation from .02 to 6.
+SHRINKAGES = tuple(10 ** (k / 2) for k in range(7, -4, -1))
+# A fit ends where another step would lower the summed loss by less than this many nats per effective parameter; half a
+# nat each is what over-fitting alone brings.
+_TOLERANCE = 0.002
+# Nats of the criterion by which a strength's weight in the average falls to 1/e of another's.
+_TEMPER = 3.0
+# Nats that the temperature alone is ahead by: the best of many looks good by chance.
+_HEAD_START = 3.0
+# Standard errors charged beside the effective parameters when strengths are weighed against each other.
+_CAUTION = 0.5
+# Weaker and weaker shrinkage is tried until the criterion is this many nats above the best.
+_HOPELESS = 15.0
+# Gradients, at least, after which the curvature is taken anew, to step with.
+_PATIENCE = 8
+
+
+@dataclass(frozen=True)
+class MapFit:
+    """An output map for given logits.
+
+    Attributes:
+        space: Its free parameters.
+        free: Their values, ``(q,)``, float64.
+        nll: Mean negative log-likelihood per row, in nats, without the ridge.
+        effective_parameters: What the parameters cost under the shrinkage, the temperature included.
+        shrinkage: λ.
+        path: What it was fitted with; None for the temperature.
+    """
+
+    space: MapSpace
+    free: Tensor
+    nll: float
+    effective_parameters: float
+    shrinkage: float = 0.0
+    path: "ShrinkagePath | None" = field(default=None, repr=False, compare=False)
+
+    @property
+    def ridge(self) -> Tensor:
+        """What the shrinkage adds to the curvature's diagonal, ``(q,)``."""
+        return self.shrinkage * self.space.weight
+
+    @property
+    def temperature(self) -> float:
+        """T, of the common scale."""
+        return 1 / float(self.free[-1])
+
+
+class ShrinkagePath:
+    """One curvature for every strength of the ridge.
+
+    Args:
+        at: Derivatives of the summed loss at the temperature alone.
+        weight: What the ridge charges each free parameter, the common scale last.
+    """
+
+    def __init__(self, at: LossDerivatives, weight: Tensor) -> None:
+        self._root = weight[:-1].rsqrt()
+        self._corner = at.curvature[-1, -1]
+        self._border = at.curvature[:-1, -1] * self._root
+        share = self._border / self._corner
+        matrix = _scaled(at.curvature, self._root) - torch.outer(self._border, share)
+        self._values, self._vectors = torch.linalg.eigh(matrix)
+        self._values = self._values.clamp_min(0.0)
+        if at.covariance is at.curvature:
+            self._costs, self._base = self._values, 1.0
+            return
+        # Of the deviations' scores with that of the common scale profiled out (Takeuchi, 1976).
+        covariance, edge, corner = at.covariance, at.covariance[:-1, -1] * self._root, at.covariance[-1, -1]
+        profiled = _scaled(covariance, self._root) - torch.outer(edge, share) - torch.outer(share, edge)
+        profiled = profiled + corner * torch.outer(share, share)
+        self._costs = ((profiled @ self._vectors) * self._vectors).sum(0).clamp_min(0.0)
+        self._base = float(corner / self._corner)
+
+    def effective_parameters(self, shrinkage: float) -> float:
+        """What the deviations cost at this strength, and the temperature, in units of one free parameter."""
+        return self._base + float((self._costs / (self._values + shrinkage)).sum())
+
+    def solve(self, shrinkage: float, gradient: Tensor) -> Tensor:
+        """``(H + λ diag(weight))⁻¹ gradient``."""
+        right = gradient[:-1] * self._root - gradient[-1] * self._border / self._corner
+        own = self._vectors @ ((self._vectors.T @ right) / (self._values + shrinkage))
+        common = (gradient[-1] - own @ self._border) / self._corner
+        return torch.cat([own * self._root, common.reshape(1)])
+
+
+def _scaled(matrix: Tensor, root: Tensor) -> Tensor:
+    """The deviations' block in the ridge's metric."""
+    return root[:, None] * matrix[:-1, :-1] * root
+
+
+def temperature_map(rows: RowSource, n_classes: int, fit: TemperatureFit, *, dense: bool) -> MapFit:
+    """A temperature that was fitted to rows, as an output map.
+
+    For dense outputs it counts as many parameters as rows say what one independent row would: the design effect.
+    """
+    space = map_space("temperature", rows, n_classes)
+    free = space.temperature_only(math.exp(fit.log_temperature))
+    if not dense:
+        return MapFit(space, free, fit.nll, 1.0)
+    at = map_derivatives(rows, space, free, dense=True)
+    return MapFit(space, free, fit.nll, float(at.covariance / at.curvature))
+
+
+def shrinkage_path(rows: RowSource, space: MapSpace, temperature: float, *, dense: bool) -> ShrinkagePath:
+    """The path of a kind of map on these logits."""
+    start = space.temperature_only(temperature)
+    return ShrinkagePath(map_derivatives(rows, space, start, dense=dense), space.weight)
+
+
+def fit_output_map(
+    rows: RowSource, space: MapSpace, path: ShrinkagePath, shrinkage: float, start: Tensor, n_rows: int
+) -> MapFit | None:
+    """Minimise the cross-entropy of the mapped logits and the ridge; every evaluation is a pass over the rows.
+
+    Args:
+        rows: Rows of logits, re-iterable.
+        space: The free parameters.
+        path: Of these logits, or of like ones: what is stepped with, and what the map costs.
+        shrinkage: λ, above 0.
+        start: The free parameters to start from.
+        n_rows: Number of rows.
+
+    Returns:
+        The minimum, or None where there is none with a positive temperature.
+
+    Reference:
+        Guo et al., ICML 2017, section 4.2 (vector and matrix scaling); the ridge is that of Hoerl and Kennard, 1970.
+    """
+    ridge = shrinkage * space.weight
+
+    def objective(free: Tensor) -> tuple[float, Tensor]:
+        loss, gradient = map_loss(rows, space, free)
+        return loss + 0.5 * float(ridge @ free**2), gradient + ridge * free
+
+    def renewed(point: Tensor) -> Inverse:
+        curvature = map_derivatives(rows, space, point, dense=False).curvature + ridge.diag()
+        root, failed = torch.linalg.cholesky_ex(curvature)
+        return inverse if int(failed) else lambda gradient: torch.cholesky_solve(gradient[:, None], root)[:, 0]
+
+    inverse = partial(path.solve, shrinkage)
+    # A curvature costs about as many gradients as there are parameters to the hundred.
+    patience = _PATIENCE + len(ridge) // 100
+    tolerance = _TOLERANCE * path.effective_parameters(shrinkage)
+    free, value = minimise(objective, start, inverse, renewed, tolerance=tolerance, patience=patience)
+    if not bool(torch.isfinite(free).all()) or float(free[-1]) <= 0:
+        return None
+    nll = (value - 0.5 * float(ridge @ free**2)) / n_rows
+    return MapFit(space, free, nll, path.effective_parameters(shrinkage), shrinkage, path)
+
+
+def refit(rows: RowSource, like: MapFit, start: Tensor, n_rows: int, *, dense: bool) -> MapFit | None:
+    """A map of the same kind and shrinkage, fitted to other logits from ``start``; None if there is none."""
+    if like.path is not None:
+        return fit_output_map(rows, like.space, like.path, like.shrinkage, start, n_rows)
+    fit = fit_temperature(rows, -math.log(float(start[-1])) if float(start[-1]) > 0 else 0.0)
+    return temperature_map(rows, like.space.n_classes, fit, dense=dense) if fit.interior else None
+
+
+def fit_path(
+    rows: RowSource, space: MapSpace, base: MapFit, start: MapFit, n_rows: int, *, dense: bool
+) -> Iterator[tuple[MapFit, float]]:
+    """The map at every strength, from the strongest on, each with its criterion: nats of the summed loss against base.
+
+    Args:
+        rows: Rows of logits.
+        space: The free parameters.
+        base: What changes are measured against; for dense outputs its effective parameters are the design effect, by
+            which rows are too many.
+        start: The temperature alone on these rows.
+        n_rows: Number of rows.
+        dense: Whether the rows of an item are correlated.
+    """
+    path = shrinkage_path(rows, space, start.temperature, dense=dense)
+    free, best = space.temperature_only(start.temperature), 0.0
+    for shrinkage in SHRINKAGES:
+        fit = fit_output_map(rows, space, path, shrinkage, free, n_rows)
+        if fit is None:
+            # Such as a network whose logits say the opposite: so strongly shrunk, only a negative temperature would do.
+            continue
+        free = fit.free
+        criterion = _criterion(rows, fit, start, n_rows) / base.effective_parameters
+        yield fit, criterion
+        best = min(best, criterion)
+        if criterion > best + _HOPELESS:
+            return
+
+
+def _criterion(rows: RowSource, fit: MapFit, start: MapFit, n_rows: int) -> float:
+    change = n_rows * (fit.nll - start.nll) + fit.effective_parameters - start.effective_parameters
+    error = standard_error(rows, fit.space, fit.free, (start.space, start.free))
+    return change + _CAUTION * n_rows * error
+
+
+def average(fits: list[tuple[MapFit, float]], start: MapFit, rows: RowSource, n_rows: int) -> MapFit:
+    """The mean of maps of one kind and the temperature alone, weighted by exp(-criterion / 3 nats).
+
+    Its effective parameters are the mean of theirs; its shrinkage is that of the map with the most weight.
+    """
+    space = fits[0][0].space
+    weights = torch.softmax(-torch.tensor([-_HEAD_START, *(criterion for _, criterion in fits)]).double() / _TEMPER, 0)
+    points = [space.temperature_only(start.temperature), *(fit.free for fit, _ in fits)]
+    costs = torch.tensor([start.effective_parameters, *(fit.effective_parameters for fit, _ in fits)]).double()
+    free = (weights[:, None] * torch.stack(points)).sum(0)
+    strongest = min(fits, key=lambda pair: pair[1])[0]
+    loss, _ = map_loss(rows, space, free)
+    return MapFit(space, free, loss / n_rows, float(weights @ costs), strongest.shrinkage)
