@@ -203,7 +203,7 @@ def tell(logs: Path) -> Story:
         clean,
         default=clamping.result,
         alone=fit_clamp(model, calibration.loader(), method="temperature"),
-        output_maps=fit_clamp(model, calibration.loader(), grids=()),
+        outputs=fit_clamp(model, calibration.loader(), grids=()),
         worse=study(model, calibration, test),
         same=study(model, clean_calibration, clean),
         logs=logs,

@@ -6,6 +6,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import lightning_clamp
@@ -96,7 +97,22 @@ def test_the_benchmarks_print_their_tables(ran, tmp_path):
     assert (tmp_path / "quality.png").stat().st_size > 10_000
     again = ran("benchmarks", "--again", tmp_path / "quality.csv", "--out", tmp_path)
     start = printed.index("### cifar100")
-    assert again[again.index("### cifar100") :].strip() == printed[start : printed.rindex("\n\n")].strip()
+    assert again[again.index("### cifar100") :].strip() == printed[start : printed.index("## Output maps")].strip()
+    assert "no saved logits" in printed
+
+
+def test_the_benchmarks_judge_output_maps_on_saved_logits(ran, tmp_path):
+    """Four classes of which each needs a bias, and again without anything but a temperature."""
+    rng = np.random.default_rng(0)
+    truth = 2 * rng.normal(size=(1200, 4))
+    target = (truth + rng.gumbel(size=truth.shape)).argmax(1)
+    (tmp_path / "hard").mkdir()
+    np.savez(tmp_path / "hard" / "plain.npz", z=2 * truth, y=target)
+    np.savez(tmp_path / "hard" / "biased-shifted.npz", z=2 * truth + [0, 3, -3, 6], y=target, n_calibration=600)
+    printed = ran("benchmarks", "--smoke", "--only", "maps", "--data", tmp_path, "--out", tmp_path)
+    assert "4 calibration sets of 2 networks and data" in printed
+    assert "| default against temperature | 2 / 0 of 4 |" in printed
+    assert "| biased-shifted | 250 |" in printed
 
 
 SCRIPTS = [

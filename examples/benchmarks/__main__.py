@@ -1,4 +1,4 @@
-"""The tables of docs/results.md: held-out quality against all other methods, the criterion, and speed.
+"""The tables of docs/results.md: held-out quality of all methods, output maps, the criterion, and speed.
 
 python examples/benchmarks --data DIR [--full] [--only quality] [--out DIR]
 
@@ -11,8 +11,11 @@ import argparse
 import platform
 import time
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import criterion
+import maps
 import quality
 import speed
 import torch
@@ -23,12 +26,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python examples/benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, help="folder with load.py and weights/, see cases.py")
+    parser.add_argument("--data", type=Path, help="folder with what cases.py and maps.py name")
     parser.add_argument("--again", type=Path, nargs="+", metavar="CSV", help="only the tables of these files, as one")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--full", action="store_true", help="all networks, shifts, sizes and directions")
     size.add_argument("--smoke", action="store_true", help="as little as shows that it runs")
-    parser.add_argument("--only", choices=("quality", "criterion", "speed"), help="one of the three")
+    parser.add_argument("--only", choices=("quality", "maps", "criterion", "speed"), help="one of the four")
     parser.add_argument("--case", action="append", help='one case of the quality tables, such as "nuclei-unet"; again')
     parser.add_argument("--sizes", type=int, nargs="+", help="other calibration sizes for them, such as 250 1000")
     parser.add_argument("--out", type=Path, default=Path("benchmarks"), help="for CSV and figure (default: benchmarks)")
@@ -47,7 +50,7 @@ def main() -> None:
         return
     if options.only in (None, "quality"):
         print("\n## Quality", flush=True)
-        plan = quality.FULL if options.full else quality.SMOKE if options.smoke else quality.SMALL
+        plan = plan_of(quality, options)
         if options.case:
             plan = plan._replace(cases=options.case)
         if options.sizes:
@@ -60,12 +63,21 @@ def main() -> None:
         except KeyboardInterrupt:
             print("Interrupted: these are the tables of what was done.")
         show(rows, options.out)
+    if options.only in (None, "maps"):
+        print(flush=True)
+        for part in maps.report(options.data, plan_of(maps, options)):
+            print(part, flush=True)
     sections = {"criterion": criterion.report, "speed": speed.report}
     for name, section in sections.items():
         if options.only in (None, name) and not options.smoke:
             for part in section(options.data, options.full):
                 print(part, flush=True)
     print(f"\n{time.perf_counter() - started:.0f} s in all.")
+
+
+def plan_of(section: ModuleType, options: argparse.Namespace) -> Any:
+    """The section's plan of the size that was asked for."""
+    return section.FULL if options.full else section.SMOKE if options.smoke else section.SMALL
 
 
 def show(rows: list[quality.Row], out: Path) -> None:

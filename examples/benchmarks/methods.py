@@ -14,8 +14,10 @@ from torchvision.transforms import v2
 
 from lightning_clamp import CalibrationResult, fit_clamp
 from lightning_clamp._rows import Rows, as_rows
-from lightning_clamp.clamping.output_map import fit_output_map, map_space
+from lightning_clamp.clamping.output_map import map_space
 from lightning_clamp.clamping.ranks import ALONE
+from lightning_clamp.clamping.shrinkage import MapFit, fit_output_map, shrinkage_path
+from lightning_clamp.clamping.temperature import fit_temperature
 
 # As little as makes a minimum exist where a class has no sample, or is separated.
 UNSHRUNK = 1e-3
@@ -105,18 +107,25 @@ class OneBatch(list[Rows]):
     ranks = ALONE
 
 
+def unshrunk_vector(logits: Tensor, target: Tensor) -> MapFit | None:
+    """Scale and bias per class, not shrunk (Guo et al., 2017); nothing where its best temperature is not positive."""
+    rows, classes = OneBatch([as_rows(logits.double(), target)]), logits.shape[1]
+    temperature = math.exp(fit_temperature(rows).log_temperature)
+    space = map_space("vector", rows, classes)
+    path = shrinkage_path(rows, space, temperature, dense=False)
+    return fit_output_map(rows, space, path, UNSHRUNK, space.temperature_only(temperature), len(target))
+
+
 def vector_scaling(cell: Cell) -> Outcome | None:
-    """Scale and bias per class, not shrunk (Guo et al., 2017); nothing where its best scales are not positive."""
+    """Vector scaling, not shrunk; nothing where it has no positive temperature."""
     if cell.calibration.task == "binary":
         return None
     started = time.perf_counter()
-    rows = OneBatch([as_rows(cell.outputs.double(), cell.calibration.target)])
-    space = map_space("vector", cell.outputs.shape[1], 1.0)
-    fit = fit_output_map(rows, space, UNSHRUNK, space.temperature_only(2.0), dense=False)
+    fit = unshrunk_vector(cell.outputs, cell.calibration.target)
     if fit is None:
         return None
-    scale, bias = fit.point.chunk(2)
-    return Outcome(scale * cell.held_outputs + bias, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return Outcome(fit.space.apply(cell.held_outputs.double(), fit.free), seconds)
 
 
 def peer(cell: Cell, *, fit: peers.Fit) -> Outcome | None:

@@ -183,6 +183,7 @@ PEERS: dict[str, Callable[[], Fit]] = {
     "netcal temperature": _silent(of_netcal),
     "probmetrics bisection": _silent(of_probmetrics, "TemperatureScalingCalibrator"),
     "probmetrics SVS": _silent(of_probmetrics, "SVSCalibrator"),
+    "probmetrics SMS": _silent(of_probmetrics, "SMSCalibrator"),
     "scikit-learn temperature": _silent(of_sklearn),
     "gpleiss (LBFGS 50 iterations, lr .01)": _silent(of_gpleiss),
 }

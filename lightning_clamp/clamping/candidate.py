@@ -59,7 +59,7 @@ class Candidate:
 
     Attributes:
         grid: Side r of the coefficient grid; 0 leaves the input alone.
-        output_map: ``"temperature"``, ``"bias"`` or ``"vector"``.
+        output_map: ``"temperature"``, ``"bias"``, ``"vector"`` or ``"matrix"``.
         n_parameters: Free parameters, the temperature included.
         shrinkage: Strength of the ridge that shrinks the output map towards the temperature; None without such a map.
         effective_parameters: What the parameters are charged for. Class outputs: their number, less what the ridge

@@ -35,11 +35,11 @@ def choose_clamp(
 ) -> MethodOutcome:
     r"""Fit output maps, then grids on top of the best of them, and choose by the expected held-out loss.
 
-    The output maps are scale and bias per class, shrunk towards the temperature; the strength of the shrinkage is one
-    of the choices. The perturbation is a smooth image, spanned by an r×r grid of coefficients per channel, fitted
-    together with the best output map by Fisher scoring. One pass says what every grid promises; a grid is fitted only
-    where that is better than the best candidate so far, the most promising first, and all output maps are then fitted
-    again on its logits. The choice is that of :mod:`~.criterion`.
+    The output maps are a scale and a bias per class, or a matrix, shrunk towards the temperature (:mod:`~.shrinkage`).
+    The perturbation is a smooth image, spanned by an r×r grid of coefficients per channel, fitted together with the
+    best output map by Fisher scoring. One pass says what every grid promises; a grid is fitted only where that is
+    better than the best candidate so far, the most promising first, and all output maps are then fitted again on its
+    logits. The choice is that of :mod:`~.criterion`.
 
     Args:
         data: Network and batches, frozen.
@@ -123,7 +123,7 @@ def _comparison(summary: DatasetSummary, base: TemperatureFit, kinds: Sequence[O
 
 
 def _candidates(fit: GridFit, comparison: _Comparison) -> list[tuple[Candidate, MapFit | None]]:
-    """Every output map on the logits of one grid, each with the shrinkage that the criterion prefers."""
+    """Every output map on the logits of one grid, and what a grid would start from."""
     return [_of_temperature(fit, comparison), *(_best_of_map(fit, kind, comparison) for kind in comparison.spaces)]
 
 
