@@ -40,6 +40,10 @@ def vector(n: int = 4, perturbation: Tensor | None = None) -> Clamp:
     return Clamp(perturbation, 0.4, torch.randn(n), torch.rand(n) + 0.5)
 
 
+def mixing() -> Clamp:
+    return Clamp(None, 0.4, torch.randn(4), class_matrix=torch.eye(4) + 0.3 * torch.randn(4, 4))
+
+
 class Dense(nn.Module):
     """Logits of every pixel, for images of any size."""
 
@@ -91,6 +95,8 @@ KINDS = {
     "perturbation": lambda: CalibrationModule(SmallNet(), Clamp(torch.randn(3, 8, 8), 0.4)),
     "both": lambda: CalibrationModule(SmallNet(), vector(4, torch.randn(3, 8, 8))),
     "dense": lambda: CalibrationModule(Dense(4), vector(4, torch.randn(3, 8, 8))),
+    "matrix": lambda: CalibrationModule(SmallNet(), mixing()),
+    "dense matrix": lambda: CalibrationModule(Dense(4), mixing()),
     "one logit per pixel": lambda: CalibrationModule(Dense(1), vector(1, torch.randn(3, 8, 8)), task="binary"),
 }
 

@@ -14,9 +14,9 @@ from torchvision.transforms import v2
 
 from lightning_clamp import CalibrationResult, fit_clamp
 from lightning_clamp._rows import Rows, as_rows
-from lightning_clamp.clamping.output_map import map_space
+from lightning_clamp.clamping.output_map import map_derivatives, map_space
 from lightning_clamp.clamping.ranks import ALONE
-from lightning_clamp.clamping.shrinkage import MapFit, fit_output_map, shrinkage_path
+from lightning_clamp.clamping.shrinkage import MapFit, ShrinkagePath, fit_output_map
 from lightning_clamp.clamping.temperature import fit_temperature
 
 # As little as makes a minimum exist where a class has no sample, or is separated.
@@ -112,8 +112,9 @@ def unshrunk_vector(logits: Tensor, target: Tensor) -> MapFit | None:
     rows, classes = OneBatch([as_rows(logits.double(), target)]), logits.shape[1]
     temperature = math.exp(fit_temperature(rows).log_temperature)
     space = map_space("vector", rows, classes)
-    path = shrinkage_path(rows, space, temperature, dense=False)
-    return fit_output_map(rows, space, path, UNSHRUNK, space.temperature_only(temperature), len(target))
+    start = space.temperature_only(temperature)
+    path = ShrinkagePath(map_derivatives(rows, space, start, dense=False), space.weight)
+    return fit_output_map(rows, space, path, UNSHRUNK, start, len(target))
 
 
 def vector_scaling(cell: Cell) -> Outcome | None:

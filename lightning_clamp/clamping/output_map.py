@@ -174,15 +174,21 @@ def map_space(kind: OutputMap, rows: RowSource, n_classes: int, repeats: float =
             is as many times stronger, so that it shrinks as it would that one.
     """
     centre, square = _moments(rows, n_classes) if kind in ("vector", "matrix") else (torch.zeros(n_classes), 1.0)
-    own = {
-        "temperature": torch.zeros(0, 0),
-        "bias": torch.zeros(0, 0),
-        "vector": torch.full((n_classes,), square),
-        "matrix": square * torch.full((n_classes, n_classes), n_classes - 1.0).fill_diagonal_(1.0),
-    }[kind]
-    bias = torch.zeros(0) if kind == "temperature" else torch.ones(n_classes)
-    weight = torch.cat([repeats * own.flatten(), repeats * bias, torch.zeros(1)]).double()
+    weight = torch.cat([repeats * _charges(kind, n_classes, square), torch.zeros(1, dtype=torch.float64)])
     return MapSpace(kind, n_classes, centre.double(), weight)
+
+
+def _charges(kind: OutputMap, n_classes: int, square: float) -> Tensor:
+    """What the ridge charges the deviations and the biases, float64."""
+    if kind == "temperature":
+        return torch.zeros(0, dtype=torch.float64)
+    bias = torch.ones(n_classes, dtype=torch.float64)
+    if kind == "bias":
+        return bias
+    if kind == "vector":
+        return torch.cat([square * bias, bias])
+    entries = (n_classes - 1) * torch.ones(n_classes, n_classes, dtype=torch.float64)
+    return torch.cat([square * entries.fill_diagonal_(1.0).flatten(), bias])
 
 
 def _moments(rows: RowSource, n_classes: int) -> tuple[Tensor, float]:

@@ -127,12 +127,6 @@ def temperature_map(rows: RowSource, n_classes: int, fit: TemperatureFit, *, den
     return MapFit(space, free, fit.nll, float(at.covariance / at.curvature))
 
 
-def shrinkage_path(rows: RowSource, space: MapSpace, temperature: float, *, dense: bool) -> ShrinkagePath:
-    """The path of a kind of map on these logits."""
-    start = space.temperature_only(temperature)
-    return ShrinkagePath(map_derivatives(rows, space, start, dense=dense), space.weight)
-
-
 def fit_output_map(
     rows: RowSource, space: MapSpace, path: ShrinkagePath, shrinkage: float, start: Tensor, n_rows: int
 ) -> MapFit | None:
@@ -196,8 +190,12 @@ def fit_path(
         n_rows: Number of rows.
         dense: Whether the rows of an item are correlated.
     """
-    path = shrinkage_path(rows, space, start.temperature, dense=dense)
     free, best = space.temperature_only(start.temperature), 0.0
+    at = map_derivatives(rows, space, free, dense=dense)
+    if not bool(torch.isfinite(at.curvature).all()) or float(at.curvature[-1, -1]) <= 0:
+        # Outputs that are certain, or the same for every sample, have no curvature to go by.
+        return
+    path = ShrinkagePath(at, space.weight)
     for shrinkage in SHRINKAGES:
         fit = fit_output_map(rows, space, path, shrinkage, free, n_rows)
         if fit is None:

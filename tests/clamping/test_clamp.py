@@ -78,3 +78,29 @@ def test_a_cast_of_the_module_around_it_keeps_float32(cast):
     for name, value in clamp.state_dict().items():
         assert value.dtype == kept
         assert torch.equal(value, before[name].to(kept))
+
+
+@pytest.mark.parametrize("shape", [(7, 4), (2, 4, 3, 5)])
+def test_a_matrix_mixes_the_classes_along_axis_1(shape):
+    logits, matrix, bias = torch.randn(shape), torch.randn(4, 4), torch.randn(4)
+    clamp = Clamp(log_temperature=0.7, class_bias=bias, class_matrix=matrix)
+    rows = logits.movedim(1, -1)
+    expected = (rows @ matrix.T / float(clamp.temperature) + bias).movedim(-1, 1)
+    torch.testing.assert_close(clamp.scale(logits), expected)
+    assert not clamp.is_identity
+    assert "class_matrix" in repr(clamp)
+    again = Clamp.from_state(clamp.state_dict())
+    assert torch.equal(again.scale(logits), clamp.scale(logits))
+
+
+def test_a_matrix_keeps_its_digits_under_autocast():
+    """A product of matrices would be rounded to bfloat16 there."""
+    logits, clamp = torch.randn(50, 4), Clamp(class_matrix=torch.randn(4, 4))
+    expected = clamp.scale(logits)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(clamp.scale(logits), expected)
+
+
+def test_a_scale_and_a_matrix_are_one_too_many():
+    with pytest.raises(ValueError, match="a `class_scale` or a `class_matrix`: put the scale on its diagonal"):
+        Clamp(class_scale=torch.ones(4), class_matrix=torch.eye(4))

@@ -560,3 +560,14 @@ def test_the_identity_clamp_is_measured_as_before():
     result = fit_clamp(IDENTITY, [(logits, y)], method="temperature")
     assert isinstance(result.clamp, Clamp)
     assert result.before["nll"] == pytest.approx(float(F.cross_entropy(logits, y)), rel=1e-12)
+
+
+@pytest.mark.parametrize("mask", [-1e9, torch.finfo(torch.float32).min], ids=["1e9", "finfo"])
+def test_masked_logits_are_calibrated_as_they_are(mask):
+    """Entries that a network rules out by a huge negative number: no overflow, and the temperature is unharmed."""
+    logits, y = calibrated_logits(1000)
+    masked = (2 * logits).float().masked_fill(torch.rand(1000, 5) < 0.2, mask)
+    masked.scatter_(1, y[:, None], (2 * logits).float().gather(1, y[:, None]))
+    result = fit_clamp(IDENTITY, [(masked, y)], grids=())
+    assert result.after["nll"] < result.before["nll"]
+    assert torch.isfinite(result.clamp.scale(masked)[masked > mask]).all()

@@ -16,7 +16,6 @@ from lightning_clamp.clamping.shrinkage import (
     average,
     fit_output_map,
     fit_path,
-    shrinkage_path,
     temperature_map,
 )
 from lightning_clamp.clamping.temperature import fit_temperature
@@ -48,8 +47,9 @@ def base_of(logits, target):
 def fitted(kind, logits, target, shrinkage):
     data, base = rows(logits, target), base_of(logits, target)
     space = map_space(kind, data, logits.shape[1])
-    path = shrinkage_path(data, space, base.temperature, dense=False)
-    fit = fit_output_map(data, space, path, shrinkage, space.temperature_only(base.temperature), len(target))
+    start = space.temperature_only(base.temperature)
+    path = ShrinkagePath(map_derivatives(data, space, start, dense=False), space.weight)
+    fit = fit_output_map(data, space, path, shrinkage, start, len(target))
     assert fit is not None
     return fit
 
