@@ -20,6 +20,7 @@ RefusalCode: TypeAlias = Literal[
     "no temperature",
     "too few samples for the map",
     "too many classes",
+    "too many passes",
     "no such matrix",
     "no usable map",
 ]
@@ -27,6 +28,7 @@ _OF_THE_MAP: tuple[RefusalCode, ...] = (
     "no temperature",
     "too few samples for the map",
     "too many classes",
+    "too many passes",
     "no such matrix",
     "no usable map",
 )

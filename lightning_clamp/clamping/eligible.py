@@ -36,16 +36,20 @@ def eligible_grids(sizes: Iterable[int], summary: DatasetSummary) -> tuple[list[
     return eligible, refused
 
 
-def refuse_map(kind: OutputMap, n_classes: int, n_independent: float) -> Refusal | None:
+def refuse_map(kind: OutputMap, n_classes: int, n_independent: float, *, kept: bool) -> Refusal | None:
     """Why an output map of this kind is not fitted; None if it is.
 
     Args:
         kind: Which.
         n_classes: C.
         n_independent: Independent rows that say what the rows of the calibration set do.
+        kept: Whether the logits are in memory; where they are not, each of the dozens of times that they are read is a
+            forward pass.
     """
     if kind == "matrix" and n_classes > _MOST_MATRIX_CLASSES:
         return Refusal("no such matrix", f"a matrix is for {_MOST_MATRIX_CLASSES} classes at most")
+    if kind == "matrix" and not kept:
+        return Refusal("too many passes", "the logits exceed `cache_bytes`, and it would take dozens of forward passes")
     if (2 * n_classes) ** 2 > _MOST_CURVATURE:
         return Refusal("too many classes", "the curvature of so many classes would not fit in memory")
     needed = min(_FEWEST, MIN_SAMPLES * (n_parameters(kind, n_classes) - 1))

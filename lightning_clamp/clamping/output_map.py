@@ -15,7 +15,8 @@ from lightning_clamp.clamping.passes import RowSource, summed
 
 OutputMap: TypeAlias = Literal["temperature", "bias", "vector", "matrix"]
 OUTPUT_MAPS: tuple[OutputMap, ...] = ("temperature", "bias", "vector", "matrix")
-_MOST_ELEMENTS = 2**26
+# Numbers of a chunk of rows that are held at once: 128 MB in float64, and a few times that in what is made of them.
+_MOST_ELEMENTS = 2**24
 
 
 def n_parameters(kind: OutputMap, n_classes: int) -> int:
@@ -116,7 +117,7 @@ class MapSpace:
         return total
 
     def _chunks(self, n_rows: int) -> Iterator[slice]:
-        """Rows of which each has a number per free parameter, as many as fit in half a gigabyte."""
+        """Rows of which each has a number per free parameter, so many at once."""
         size = max(1, _MOST_ELEMENTS // len(self.weight))
         return (slice(first, first + size) for first in range(0, n_rows, size))
 

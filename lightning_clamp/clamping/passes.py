@@ -182,6 +182,11 @@ class Logits:
         """The ranks that share the logits."""
         return self.data.ranks
 
+    @property
+    def are_kept(self) -> bool:
+        """Whether all ranks have them in memory, so that reading them again costs no forward pass."""
+        return all(self.ranks.gather(self._kept is not None))
+
     def keep(self, logits: Tensor, target: Tensor) -> None:
         """Remember a batch; past the limit all are forgotten."""
         self._bytes += logits.nbytes + target.nbytes

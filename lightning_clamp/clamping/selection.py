@@ -116,8 +116,9 @@ def _comparison(summary: DatasetSummary, base: TemperatureFit, kinds: Sequence[O
     rows, classes = summary.logits, summary.n_classes
     fit = temperature_map(rows, classes, base, dense=summary.dense)
     spaces: dict[OutputMap, MapSpace | Refusal] = {}
+    kept = rows.are_kept
     for kind in kinds:
-        refusal = refuse_map(kind, classes, summary.n_rows / fit.effective_parameters)
+        refusal = refuse_map(kind, classes, summary.n_rows / fit.effective_parameters, kept=kept)
         spaces[kind] = refusal or map_space(kind, rows, classes, fit.effective_parameters)
     return _Comparison(summary, binary, fit, base.interior, spaces)
 

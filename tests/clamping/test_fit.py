@@ -571,3 +571,10 @@ def test_masked_logits_are_calibrated_as_they_are(mask):
     result = fit_clamp(IDENTITY, [(masked, y)], grids=())
     assert result.after["nll"] < result.before["nll"]
     assert torch.isfinite(result.clamp.scale(masked)[masked > mask]).all()
+
+
+def test_a_matrix_is_not_fitted_to_logits_that_are_computed_again_each_time():
+    logits, y = calibrated_logits(1000)
+    result = fit_clamp(IDENTITY, [(2 * logits, y)], grids=(), cache_bytes=0)
+    assert "left out: matrix because the logits exceed `cache_bytes`" in result.reason
+    assert result.passes < 80
