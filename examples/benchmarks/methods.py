@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 
 from lightning_clamp import CalibrationResult, fit_clamp
 from lightning_clamp._rows import Rows, as_rows
-from lightning_clamp.clamping.output_map import map_derivatives, map_space
+from lightning_clamp.clamping.output_map import MapLoss, map_derivatives, map_space
 from lightning_clamp.clamping.ranks import ALONE
 from lightning_clamp.clamping.shrinkage import MapFit, ShrinkagePath, fit_output_map
 from lightning_clamp.clamping.temperature import fit_temperature
@@ -114,7 +114,7 @@ def unshrunk_vector(logits: Tensor, target: Tensor) -> MapFit | None:
     space = map_space("vector", rows, classes)
     start = space.temperature_only(temperature)
     path = ShrinkagePath(map_derivatives(rows, space, start, dense=False), space.weight)
-    return fit_output_map(rows, space, path, UNSHRUNK, start, len(target))
+    return fit_output_map(MapLoss(rows, space), path, UNSHRUNK, start, len(target))
 
 
 def vector_scaling(cell: Cell) -> Outcome | None:

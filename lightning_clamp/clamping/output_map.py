@@ -207,16 +207,32 @@ def _moments(rows: RowSource, n_classes: int) -> tuple[Tensor, float]:
     return centre, max(float(square / count / n_classes), torch.finfo(torch.float64).tiny)
 
 
-def map_loss(rows: RowSource, space: MapSpace, free: Tensor) -> tuple[float, Tensor]:
-    """Summed loss of the mapped logits, and its gradient in the free parameters, ``(q,)``."""
+class MapLoss:
+    """Summed loss of maps of one kind on the same rows, and its gradient in the free parameters, ``(q,)``.
 
-    def batch_sums(batch: Rows) -> tuple[Tensor, ...]:
-        log_probs = space.apply(batch.logits, free).log_softmax(1)
-        loss = F.nll_loss(log_probs, batch.target, reduction="sum")
-        return loss, space.pull(batch.logits, errors(log_probs.exp(), batch))
+    The last point is remembered: a fit mostly starts where another one ended.
+    """
 
-    loss, gradient = summed((batch_sums(batch) for batch in rows), [(), (len(free),)], rows.ranks)
-    return float(loss), gradient
+    def __init__(self, rows: RowSource, space: MapSpace) -> None:
+        self.rows = rows
+        self.space = space
+        self._last: tuple[Tensor, tuple[float, Tensor]] | None = None
+
+    def __call__(self, free: Tensor) -> tuple[float, Tensor]:
+        """Loss and gradient at a point."""
+        if self._last is None or not torch.equal(self._last[0], free):
+            self._last = free, self._computed(free)
+        return self._last[1]
+
+    def _computed(self, free: Tensor) -> tuple[float, Tensor]:
+        def batch_sums(batch: Rows) -> tuple[Tensor, ...]:
+            log_probs = self.space.apply(batch.logits, free).log_softmax(1)
+            loss = F.nll_loss(log_probs, batch.target, reduction="sum")
+            return loss, self.space.pull(batch.logits, errors(log_probs.exp(), batch))
+
+        shapes = [(), (len(free),)]
+        loss, gradient = summed((batch_sums(batch) for batch in self.rows), shapes, self.rows.ranks)
+        return float(loss), gradient
 
 
 def map_derivatives(rows: RowSource, space: MapSpace, free: Tensor, *, dense: bool) -> LossDerivatives:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_clamp.clamping.descent import Inverse, minimise
 from lightning_clamp.clamping.newton import LossDerivatives
-from lightning_clamp.clamping.output_map import MapSpace, map_derivatives, map_loss, map_space, standard_error
+from lightning_clamp.clamping.output_map import MapLoss, MapSpace, map_derivatives, map_space, standard_error
 from lightning_clamp.clamping.passes import RowSource
 from lightning_clamp.clamping.temperature import TemperatureFit, fit_temperature
 
@@ -127,14 +127,11 @@ def temperature_map(rows: RowSource, n_classes: int, fit: TemperatureFit, *, den
     return MapFit(space, free, fit.nll, float(at.covariance / at.curvature))
 
 
-def fit_output_map(
-    rows: RowSource, space: MapSpace, path: ShrinkagePath, shrinkage: float, start: Tensor, n_rows: int
-) -> MapFit | None:
+def fit_output_map(loss: MapLoss, path: ShrinkagePath, shrinkage: float, start: Tensor, n_rows: int) -> MapFit | None:
     """Minimise the cross-entropy of the mapped logits and the ridge; every evaluation is a pass over the rows.
 
     Args:
-        rows: Rows of logits, re-iterable.
-        space: The free parameters.
+        loss: Of a kind of map on rows of logits.
         path: Of these logits, or of like ones: what is stepped with, and what the map costs.
         shrinkage: λ, above 0.
         start: The free parameters to start from.
@@ -146,14 +143,15 @@ def fit_output_map(
     Reference:
         Guo et al., ICML 2017, section 4.2 (vector and matrix scaling); the ridge is that of Hoerl and Kennard, 1970.
     """
+    space = loss.space
     ridge = shrinkage * space.weight
 
     def objective(free: Tensor) -> tuple[float, Tensor]:
-        loss, gradient = map_loss(rows, space, free)
-        return loss + 0.5 * float(ridge @ free**2), gradient + ridge * free
+        value, gradient = loss(free)
+        return value + 0.5 * float(ridge @ free**2), gradient + ridge * free
 
     def renewed(point: Tensor) -> Inverse:
-        curvature = map_derivatives(rows, space, point, dense=False).curvature + ridge.diag()
+        curvature = map_derivatives(loss.rows, space, point, dense=False).curvature + ridge.diag()
         root, failed = torch.linalg.cholesky_ex(curvature)
         return inverse if int(failed) else lambda gradient: torch.cholesky_solve(gradient[:, None], root)[:, 0]
 
@@ -171,7 +169,7 @@ def fit_output_map(
 def refit(rows: RowSource, like: MapFit, start: Tensor, n_rows: int, *, dense: bool) -> MapFit | None:
     """A map of the same kind and shrinkage, fitted to other logits from ``start``; None if there is none."""
     if like.path is not None:
-        return fit_output_map(rows, like.space, like.path, like.shrinkage, start, n_rows)
+        return fit_output_map(MapLoss(rows, like.space), like.path, like.shrinkage, start, n_rows)
     fit = fit_temperature(rows, -math.log(float(start[-1])) if float(start[-1]) > 0 else 0.0)
     return temperature_map(rows, like.space.n_classes, fit, dense=dense) if fit.interior else None
 
@@ -195,9 +193,9 @@ def fit_path(
     if not bool(torch.isfinite(at.curvature).all()) or float(at.curvature[-1, -1]) <= 0:
         # Outputs that are certain, or the same for every sample, have no curvature to go by.
         return
-    path = ShrinkagePath(at, space.weight)
+    path, loss = ShrinkagePath(at, space.weight), MapLoss(rows, space)
     for shrinkage in SHRINKAGES:
-        fit = fit_output_map(rows, space, path, shrinkage, free, n_rows)
+        fit = fit_output_map(loss, path, shrinkage, free, n_rows)
         if fit is None:
             # Such as a network whose logits say the opposite: so strongly shrunk, only a negative temperature would do.
             continue
@@ -226,5 +224,5 @@ def average(fits: list[tuple[MapFit, float]], start: MapFit, rows: RowSource, n_
     costs = torch.tensor([start.effective_parameters, *(fit.effective_parameters for fit, _ in fits)]).double()
     free = (weights[:, None] * torch.stack(points)).sum(0)
     strongest = min(fits, key=lambda pair: pair[1])[0]
-    loss, _ = map_loss(rows, space, free)
+    loss, _ = MapLoss(rows, space)(free)
     return MapFit(space, free, loss / n_rows, float(weights @ costs), strongest.shrinkage)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from lightning_clamp import fit_clamp
 from lightning_clamp.clamping.descent import minimise
 from lightning_clamp.clamping.newton import effective_parameters, solve
-from lightning_clamp.clamping.output_map import map_derivatives, map_loss, map_space, n_parameters, standard_error
+from lightning_clamp.clamping.output_map import MapLoss, map_derivatives, map_space, n_parameters, standard_error
 from lightning_clamp.clamping.shrinkage import (
     SHRINKAGES,
     ShrinkagePath,
@@ -49,7 +49,7 @@ def fitted(kind, logits, target, shrinkage):
     space = map_space(kind, data, logits.shape[1])
     start = space.temperature_only(base.temperature)
     path = ShrinkagePath(map_derivatives(data, space, start, dense=False), space.weight)
-    fit = fit_output_map(data, space, path, shrinkage, start, len(target))
+    fit = fit_output_map(MapLoss(data, space), path, shrinkage, start, len(target))
     assert fit is not None
     return fit
 
@@ -73,7 +73,7 @@ def test_derivatives_are_those_of_automatic_differentiation(kind):
     torch.testing.assert_close(sums.gradient, scores.sum(0))
     torch.testing.assert_close(sums.covariance, scores.T @ scores)
     torch.testing.assert_close(sums.curvature, torch.autograd.functional.hessian(lambda f: losses(f).sum(), free))
-    loss, gradient = map_loss(rows(logits, target), space, free)
+    loss, gradient = MapLoss(rows(logits, target), space)(free)
     assert loss == pytest.approx(float(losses(free).sum()))
     torch.testing.assert_close(gradient, scores.sum(0))
 
