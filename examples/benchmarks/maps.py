@@ -286,7 +286,7 @@ def _promises(judged: Sequence[Judged]) -> str:
                 f"{rosy / len(own):.0%}" if own else "",
             ]
         )
-    head = "size", "cells", "promised", "found", "slope of found on promised", "beyond two standard errors", "too rosy"
+    head = "size", "sets", "promised", "found", "slope of found on promised", "beyond two standard errors", "too rosy"
     return _table(head, rows)
 
 
