@@ -61,7 +61,8 @@ def choose_clamp(
         return MethodOutcome(Clamp(), summary.logits, NO_TEMPERATURE, tuple(candidates))
     start = start_without_grid(summary, map_fit, best.standard_error or 0.0)
     chosen, logits, history = best, summary.logits, []
-    firsts = first_pass(data, summary, start, grids)
+    # Steps of a grid are bounded by the common scale.
+    firsts = first_pass(data, summary, start, grids := [] if map_fit.is_negative else grids)
     for grid, first in sorted(zip(grids, firsts, strict=True), key=lambda pair: pair[1].predicted.criterion):
         if best.rank + first.predicted.criterion >= chosen.rank:
             refusal = Refusal("costs more than it promises", "the first pass promises less than it costs")
@@ -204,13 +205,18 @@ def _fitted(fit: GridFit, map_fit: MapFit, comparison: _Comparison) -> Candidate
 
 
 def _clamp(fit: GridFit, map_fit: MapFit, comparison: _Comparison) -> Clamp:
-    """The clamp of a grid and an output map: the common scale is the temperature, the rest is relative to it."""
+    """The clamp of a grid and an output map: the common scale is the temperature, the rest is relative to it.
+
+    A common scale that is not positive is no temperature: the mean size of the classes' own scales takes its place.
+    """
     dtype, common = comparison.summary.parameter_dtype, map_fit.free[-1]
     own, bias = map_fit.space.deviations(map_fit.free)
     parts: dict[str, Tensor] = {}
     if own is not None:
-        unit = torch.ones_like(own) if own.ndim == 1 else torch.eye(len(own), dtype=own.dtype)
-        parts["class_scale" if own.ndim == 1 else "class_matrix"] = (unit + own / common).to(dtype)
+        whole = own + common * (torch.ones_like(own) if own.ndim == 1 else torch.eye(len(own), dtype=own.dtype))
+        if map_fit.is_negative:
+            common = (whole if own.ndim == 1 else whole.diagonal()).abs().mean()
+        parts["class_scale" if own.ndim == 1 else "class_matrix"] = (whole / common).to(dtype)
     if bias is not None:
         offset = map_fit.space.offset(map_fit.free)
         parts["class_bias"] = (offset[1:] - offset[:1] if comparison.binary else offset - offset.mean()).to(dtype)

@@ -66,6 +66,11 @@ class MapFit:
         return self.shrinkage * self.space.weight
 
     @property
+    def is_negative(self) -> bool:
+        """Whether the common scale is not positive."""
+        return float(self.free[-1]) <= 0
+
+    @property
     def temperature(self) -> float:
         """T, of the common scale."""
         return 1 / float(self.free[-1])
@@ -138,7 +143,8 @@ def fit_output_map(loss: MapLoss, path: ShrinkagePath, shrinkage: float, start: 
         n_rows: Number of rows.
 
     Returns:
-        The minimum, or None where there is none with a positive temperature.
+        The minimum, or None where it is not finite. The common scale may come out negative: scales of the classes'
+        own can make up for it, a bias cannot.
 
     Reference:
         Guo et al., ICML 2017, section 4.2 (vector and matrix scaling); the ridge is that of Hoerl and Kennard, 1970.
@@ -160,18 +166,22 @@ def fit_output_map(loss: MapLoss, path: ShrinkagePath, shrinkage: float, start: 
     patience = _PATIENCE + len(ridge) // 100
     tolerance = _TOLERANCE * path.effective_parameters(shrinkage)
     free, value = minimise(objective, start, inverse, renewed, tolerance=tolerance, patience=patience)
-    if not bool(torch.isfinite(free).all()) or float(free[-1]) <= 0:
+    if not bool(torch.isfinite(free).all()):
         return None
     nll = (value - 0.5 * float(ridge @ free**2)) / n_rows
     return MapFit(space, free, nll, path.effective_parameters(shrinkage), shrinkage, path)
 
 
 def refit(rows: RowSource, like: MapFit, start: Tensor, n_rows: int, *, dense: bool) -> MapFit | None:
-    """A map of the same kind and shrinkage, fitted to other logits from ``start``; None if there is none."""
+    """A map of the same kind and shrinkage, fitted to other logits from ``start``.
+
+    None where there is none with a positive common scale, by which steps of a grid are bounded.
+    """
     if like.path is not None:
-        return fit_output_map(MapLoss(rows, like.space), like.path, like.shrinkage, start, n_rows)
-    fit = fit_temperature(rows, -math.log(float(start[-1])) if float(start[-1]) > 0 else 0.0)
-    return temperature_map(rows, like.space.n_classes, fit, dense=dense) if fit.interior else None
+        fit = fit_output_map(MapLoss(rows, like.space), like.path, like.shrinkage, start, n_rows)
+        return None if fit is None or fit.is_negative else fit
+    alone = fit_temperature(rows, -math.log(float(start[-1])) if float(start[-1]) > 0 else 0.0)
+    return temperature_map(rows, like.space.n_classes, alone, dense=dense) if alone.interior else None
 
 
 def fit_path(
@@ -196,7 +206,7 @@ def fit_path(
     path, loss = ShrinkagePath(at, space.weight), MapLoss(rows, space)
     for shrinkage in SHRINKAGES:
         fit = fit_output_map(loss, path, shrinkage, free, n_rows)
-        if fit is None:
+        if fit is None or (fit.is_negative and space.kind == "bias"):
             # Such as a network whose logits say the opposite: so strongly shrunk, only a negative temperature would do.
             continue
         free = fit.free

@@ -200,14 +200,21 @@ def test_a_one_logit_calibration_equals_that_of_its_two_class_twin():
     assert one.chosen.n_parameters == two.chosen.n_parameters == 2
 
 
-@pytest.mark.filterwarnings("ignore:The network was left as it is")
-@pytest.mark.parametrize("wrong", [False, True])
-def test_where_no_temperature_is_best_nothing_is_changed(wrong):
+def test_where_the_colder_the_better_nothing_is_changed():
     logits, _ = calibrated_logits(300)
-    y = logits.argmin(1) if wrong else logits.argmax(1)
-    result = fit_clamp(IDENTITY, [(logits, y)], grids=())
+    with pytest.warns(UserWarning, match="no finite temperature"):
+        result = fit_clamp(IDENTITY, [(logits, logits.argmax(1))], grids=())
     assert result.clamp.is_identity
     assert "no finite temperature" in result.reason
+
+
+def test_where_only_a_negative_temperature_would_do_the_classes_scales_have_it():
+    logits, _ = calibrated_logits(300)
+    with pytest.warns(UserWarning, match="no finite temperature"):
+        assert fit_clamp(IDENTITY, [(logits, logits.argmin(1))], method="temperature").clamp.is_identity
+    result = fit_clamp(IDENTITY, [(logits, logits.argmin(1))], grids=())
+    assert float(result.clamp.temperature) > 0
+    assert result.after["accuracy"] > 0.98 > 0.02 > result.before["accuracy"]
 
 
 def test_a_bias_helps_where_no_temperature_does():

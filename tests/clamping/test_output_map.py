@@ -303,3 +303,13 @@ def test_descent_finds_the_minimum_of_a_function_its_inverse_knows_badly():
     )
     torch.testing.assert_close(point, centre, rtol=0, atol=1e-5)
     assert value == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("maps", [("vector",), ("matrix",)])
+def test_a_network_that_says_the_opposite_is_turned_round(maps):
+    """No temperature helps, and the common scale comes out negative: the classes' own scales carry the sign."""
+    logits, target = calibrated_logits(4000)
+    result = fit_clamp(torch.nn.Identity(), [(-2 * logits[:2000], target[:2000])], grids=(), output_maps=maps)
+    held = F.cross_entropy(result.clamp.scale(-2 * logits[2000:]), target[2000:])
+    assert float(held) < float(F.cross_entropy(logits[2000:], target[2000:])) + 0.02
+    assert 0 < float(result.clamp.temperature) < 10
