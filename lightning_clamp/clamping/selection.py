@@ -61,8 +61,10 @@ def choose_clamp(
         return MethodOutcome(Clamp(), summary.logits, NO_TEMPERATURE, tuple(candidates))
     start = start_without_grid(summary, map_fit, best.standard_error or 0.0)
     chosen, logits, history = best, summary.logits, []
-    # Steps of a grid are bounded by the common scale.
-    firsts = first_pass(data, summary, start, grids := [] if map_fit.is_negative else grids)
+    if map_fit.is_negative:
+        # Steps of a grid are bounded by the common scale.
+        grids = []
+    firsts = first_pass(data, summary, start, grids)
     for grid, first in sorted(zip(grids, firsts, strict=True), key=lambda pair: pair[1].predicted.criterion):
         if best.rank + first.predicted.criterion >= chosen.rank:
             refusal = Refusal("costs more than it promises", "the first pass promises less than it costs")
