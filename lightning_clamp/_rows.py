@@ -21,12 +21,6 @@ _BLOCK_ELEMENTS = 2**20
 _BLOCK_ELEMENTS_DEVICE = 2**26
 
 
-def check_task(task: object) -> None:
-    """Refuse an unknown task."""
-    if task not in TASKS:
-        raise ValueError(f"`task` must be one of {TASKS}, got {task!r}.")
-
-
 class Rows(NamedTuple):
     """Logits of every scored position, and the item (sample) each position belongs to.
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
 from lightning_clamp._batch import BatchKeys, Inputs, as_pair, check_batch_keys, input_of
-from lightning_clamp._rows import Rows, Task, as_rows, check_task
+from lightning_clamp._checks import check_choice
+from lightning_clamp._rows import TASKS, Rows, Task, as_rows
 
 
 # The same names once more, for type checkers, editors and command lines; the tests hold it against the dataclass. Every
@@ -55,7 +56,7 @@ class Spec:
     perturb_at: str | None = None
 
     def __post_init__(self) -> None:
-        check_task(self.task)
+        check_choice("task", self.task, TASKS)
         if self.ignore_index is not None and (
             isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int)
         ):

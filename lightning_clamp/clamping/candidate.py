@@ -2,13 +2,13 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 from lightning_clamp.clamping.clamp import Clamp
 from lightning_clamp.clamping.output_map import OutputMap
 
-# Why a candidate was left out. The first six are said of a grid before anything is fitted on it.
-RefusalCode: TypeAlias = Literal[
+# Why a candidate was left out: what is said of a grid, and of an output map.
+_GridCode: TypeAlias = Literal[
     "several inputs",
     "integer inputs",
     "inputs differ in shape",
@@ -17,6 +17,8 @@ RefusalCode: TypeAlias = Literal[
     "too large or too coarse",
     "costs more than it promises",
     "no step helps",
+]
+_MapCode: TypeAlias = Literal[
     "no temperature",
     "too few samples for the map",
     "too many classes",
@@ -24,14 +26,7 @@ RefusalCode: TypeAlias = Literal[
     "no such matrix",
     "no usable map",
 ]
-_OF_THE_MAP: tuple[RefusalCode, ...] = (
-    "no temperature",
-    "too few samples for the map",
-    "too many classes",
-    "too many passes",
-    "no such matrix",
-    "no usable map",
-)
+RefusalCode: TypeAlias = _GridCode | _MapCode
 # What nobody asked for that the data cannot have: not worth a word.
 _SILENT: tuple[RefusalCode, ...] = ("no such grid", "no such matrix")
 
@@ -50,7 +45,7 @@ class Refusal(NamedTuple):
     @property
     def of_the_map(self) -> bool:
         """Whether the output map is to blame, rather than the grid."""
-        return self.code in _OF_THE_MAP
+        return self.code in get_args(_MapCode)
 
 
 @dataclass(frozen=True)

@@ -139,11 +139,11 @@ class MapSpace:
 
         A class's logit depends on its own row of D and its own bias alone: blocks, class by class, and the border of s.
         """
-        classes, centred = self.n_classes, logits - self.centre.to(logits)
-        features = {"bias": [], "vector": [centred[:, :, None]], "matrix": [centred[:, None].expand(-1, classes, -1)]}
         corner = (probs * logits**2).sum().reshape(1, 1)
         if self.kind == "temperature":
             return corner
+        classes, centred = self.n_classes, logits - self.centre.to(logits)
+        features = {"bias": [], "vector": [centred[:, :, None]], "matrix": [centred[:, None].expand(-1, classes, -1)]}
         inputs = torch.cat([*features[self.kind], torch.ones_like(logits)[:, :, None]], 2)  # (M, C, m)
         weighted = probs[:, :, None] * inputs
         blocks = torch.einsum("nki,nkj->kij", weighted, inputs)

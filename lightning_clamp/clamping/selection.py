@@ -128,38 +128,40 @@ def _comparison(summary: DatasetSummary, base: TemperatureFit, kinds: Sequence[O
 
 def _candidates(fit: GridFit, comparison: _Comparison) -> list[tuple[Candidate, MapFit | None]]:
     """Every output map on the logits of one grid, and what a grid would start from."""
-    return [_of_temperature(fit, comparison), *(_best_of_map(fit, kind, comparison) for kind in comparison.spaces)]
-
-
-def _of_temperature(fit: GridFit, comparison: _Comparison) -> tuple[Candidate, MapFit | None]:
-    map_fit = comparison.base if comparison.finite else None
-    if fit.size:
-        map_fit = _temperature_on(fit, comparison)
-    if map_fit is None:
-        refusal = Refusal("no temperature", "no finite temperature is best")
-        return _unfitted(fit, "temperature", comparison, refusal), None
-    return _fitted(fit, map_fit, comparison), map_fit
+    alone = _temperature_on(fit, comparison)
+    maps = [_best_of_map(fit, kind, alone or comparison.base, comparison) for kind in comparison.spaces]
+    return [_of_temperature(fit, alone if fit.size or comparison.finite else None, comparison), *maps]
 
 
 def _temperature_on(fit: GridFit, comparison: _Comparison) -> MapFit | None:
-    """The temperature alone on a grid's logits."""
+    """The temperature alone on these logits; None where no finite one is best."""
+    if not fit.size:
+        return comparison.base
     summary, start = comparison.summary, fit.map_fit.free[-1:]
     return refit(fit.logits, comparison.base, start, summary.n_rows, dense=summary.dense)
 
 
-def _best_of_map(fit: GridFit, kind: OutputMap, comparison: _Comparison) -> tuple[Candidate, MapFit | None]:
+def _of_temperature(fit: GridFit, alone: MapFit | None, comparison: _Comparison) -> tuple[Candidate, MapFit | None]:
+    if alone is None:
+        refusal = Refusal("no temperature", "no finite temperature is best")
+        return _unfitted(fit, "temperature", comparison, refusal), None
+    return _fitted(fit, alone, comparison), alone
+
+
+def _best_of_map(
+    fit: GridFit, kind: OutputMap, start: MapFit, comparison: _Comparison
+) -> tuple[Candidate, MapFit | None]:
     """The output maps of one kind, averaged over the strengths of their shrinkage; and the best single one of them."""
     summary, base = comparison.summary, comparison.base
     space = comparison.spaces[kind]
     if isinstance(space, Refusal):
         return _unfitted(fit, kind, comparison, space), None
     started = time.perf_counter()
-    start = _temperature_on(fit, comparison) if fit.size else base
-    path = list(fit_path(fit.logits, space, base, start or base, summary.n_rows, dense=summary.dense))
+    path = list(fit_path(fit.logits, space, base, start, summary.n_rows, dense=summary.dense))
     if not path:
         refusal = Refusal("no usable map", "no map of that kind has a positive temperature")
         return _unfitted(fit, kind, comparison, refusal), None
-    candidate = _fitted(fit, average(path, start or base, fit.logits, summary.n_rows), comparison)
+    candidate = _fitted(fit, average(path, start, fit.logits, summary.n_rows), comparison)
     seconds = fit.seconds + time.perf_counter() - started
     return replace(candidate, seconds=seconds), min(path, key=lambda pair: pair[1])[0]
 
