@@ -19,6 +19,10 @@ TASKS: tuple[Task, ...] = ("multiclass", "binary")
 # Elements of a block: 4 MB of float32 stay in a processor's cache; an accelerator wants few, large kernels.
 _BLOCK_ELEMENTS = 2**20
 _BLOCK_ELEMENTS_DEVICE = 2**26
+# Logits from here down are masked, as `masked_fill` with -inf, -1e9 or finfo.min leaves them: of probability 0.
+MASKED = -1e4
+# What stands for them in float64: no temperature brings it back, and products with a probability of 0 stay 0.
+_NEVER = -1e12
 
 
 class Rows(NamedTuple):
@@ -39,6 +43,11 @@ class Rows(NamedTuple):
     def per_item(self, values: Tensor) -> Tensor:
         """Sum ``values``, one per row and shape ``(M, ...)``, over the rows of each item: ``(n_items, ...)``."""
         return values.new_zeros(self.n_items, *values.shape[1:]).index_add(0, self.item, values)
+
+    def doubled(self) -> "Rows":
+        """In float64, with masked logits at one finite value."""
+        logits = self.logits.double()
+        return self._replace(logits=logits.where(logits > MASKED, _NEVER))
 
 
 def is_dense(logits: Tensor, task: Task) -> bool:

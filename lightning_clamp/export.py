@@ -142,6 +142,11 @@ def fold(module: Calibrated, example: Any = None) -> Folded:
             f"The perturbation is added inside the network, at {module.spec.perturb_at!r}, where no state dict can "
             "hold it: export with to_exported_program or to_onnx."
         )
+    if module.clamp.uniform_share is not None:
+        raise ValueError(
+            f"The clamp mixes the probabilities with a uniform share of {float(module.clamp.uniform_share):.2%}, which "
+            "no layer's weights can hold: export with to_exported_program or to_onnx, or fit with uniform_share=False."
+        )
     # On the CPU, where matrix products are of full precision unless asked otherwise.
     folded = copy.deepcopy(module).cpu()
     inputs, perturbation = _inputs(folded, example), folded.clamp.perturbation

@@ -15,8 +15,10 @@ from torch.nn import functional as F
 
 from lightning_clamp._rows import as_rows
 from lightning_clamp.clamping.criterion import estimate
+from lightning_clamp.clamping.map_loss import map_derivatives, standard_error
+from lightning_clamp.clamping.moments import logit_moments
 from lightning_clamp.clamping.newton import effective_parameters
-from lightning_clamp.clamping.output_map import map_derivatives, map_space, standard_error
+from lightning_clamp.clamping.output_map import map_space
 from lightning_clamp.clamping.shrinkage import SHRINKAGES, MapFit, average, fit_path, temperature_map
 from lightning_clamp.clamping.temperature import fit_temperature
 
@@ -113,7 +115,7 @@ def _draws(case: str, folder: Path, n: int) -> Iterator[Draw]:
 def _draw(logits: Tensor, target: Tensor, held: Tensor, held_target: Tensor) -> Draw:
     rows, (n, classes) = OneBatch([as_rows(logits, target)]), logits.shape
     base = temperature_map(rows, classes, fit_temperature(rows), dense=False)
-    space = map_space("vector", rows, classes)
+    space = map_space("vector", logit_moments(rows, classes))
 
     def losses(fit: MapFit) -> Tensor:
         return F.cross_entropy(fit.space.apply(held, fit.free), held_target, reduction="none")

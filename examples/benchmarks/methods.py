@@ -14,7 +14,9 @@ from torchvision.transforms import v2
 
 from lightning_clamp import CalibrationResult, fit_clamp
 from lightning_clamp._rows import Rows, as_rows
-from lightning_clamp.clamping.output_map import MapLoss, map_derivatives, map_space
+from lightning_clamp.clamping.map_loss import MapLoss, map_derivatives
+from lightning_clamp.clamping.moments import logit_moments
+from lightning_clamp.clamping.output_map import map_space
 from lightning_clamp.clamping.ranks import ALONE
 from lightning_clamp.clamping.shrinkage import MapFit, ShrinkagePath, fit_output_map
 from lightning_clamp.clamping.temperature import fit_temperature
@@ -111,7 +113,7 @@ def unshrunk_vector(logits: Tensor, target: Tensor) -> MapFit | None:
     """Scale and bias per class, not shrunk (Guo et al., 2017); nothing where its best temperature is not positive."""
     rows, classes = OneBatch([as_rows(logits.double(), target)]), logits.shape[1]
     temperature = math.exp(fit_temperature(rows).log_temperature)
-    space = map_space("vector", rows, classes)
+    space = map_space("vector", logit_moments(rows, classes))
     start = space.temperature_only(temperature)
     path = ShrinkagePath(map_derivatives(rows, space, start, dense=False), space.weight)
     return fit_output_map(MapLoss(rows, space), path, UNSHRUNK, start, len(target))

@@ -13,6 +13,7 @@ _GridCode: TypeAlias = Literal[
     "integer inputs",
     "inputs differ in shape",
     "no such grid",
+    "missing classes",
     "too few samples for the grid",
     "too large or too coarse",
     "costs more than it promises",
@@ -20,6 +21,8 @@ _GridCode: TypeAlias = Literal[
 ]
 _MapCode: TypeAlias = Literal[
     "no temperature",
+    "one class",
+    "masked",
     "too few samples for the map",
     "too many classes",
     "too many passes",

@@ -4,15 +4,18 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from lightning_clamp._rows import MASKED
 from lightning_clamp.clamping.perturbation import shifted
 
 
 class Clamp(nn.Module):
     r"""What calibration learned: :math:`\mathrm{softmax}(a \circ f(x + \delta) / T + b)`.
 
-    A matrix may take the place of a. The tensors are buffers, so no optimizer, average or gradient check ever sees
-    them, and stay float32 at least when a module around them is cast. ``Clamp()`` is the identity.
+    A matrix may take the place of a, and the probabilities may be mixed with a share of the uniform distribution.
+    Masked logits (-10,000 and below) stay as they are. The tensors are buffers, so no optimizer, average or gradient
+    check ever sees them, and stay float32 at least when a module around them is cast. ``Clamp()`` is the identity.
 
     Args:
         perturbation: :math:`\delta`, the shape of one input, or None for no perturbation.
@@ -21,6 +24,8 @@ class Clamp(nn.Module):
         class_scale: :math:`a`, shape ``(C,)``, or None. One value for a one-logit head.
         class_matrix: In place of a: :math:`A`, shape ``(C, C)``, or None; class k's logit becomes
             :math:`\sum_j A_{kj} z_j / T + b_k`.
+        uniform_share: ε, above 0 and below 1, or None: the probabilities are
+            :math:`(1 - ε) \mathrm{softmax} + ε / C`. A scalar; for a one-logit head, shape ``(1,)``.
 
     Reference:
         Tang, Chen and Ho, "Neural Clamping: Joint Input Perturbation and Temperature Scaling for Neural Network
@@ -33,6 +38,7 @@ class Clamp(nn.Module):
     class_bias: Tensor | None
     class_scale: Tensor | None
     class_matrix: Tensor | None
+    uniform_share: Tensor | None
 
     def __init__(
         self,
@@ -41,6 +47,7 @@ class Clamp(nn.Module):
         class_bias: Tensor | None = None,
         class_scale: Tensor | None = None,
         class_matrix: Tensor | None = None,
+        uniform_share: Tensor | None = None,
     ) -> None:
         super().__init__()
         log_temperature = torch.as_tensor(log_temperature, dtype=None if _is_float(log_temperature) else torch.float32)
@@ -53,11 +60,14 @@ class Clamp(nn.Module):
             raise ValueError("A clamp has a `class_scale` or a `class_matrix`: put the scale on its diagonal.")
         self.register_buffer("class_scale", _copied(class_scale))
         self.register_buffer("class_matrix", _copied(class_matrix))
+        if uniform_share is not None and not (uniform_share.numel() == 1 and 0 < float(uniform_share) < 1):
+            raise ValueError(f"`uniform_share` must be one number between 0 and 1, got {uniform_share}.")
+        self.register_buffer("uniform_share", _copied(uniform_share))
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> "Clamp":
         """Rebuild a clamp from its :meth:`~torch.nn.Module.state_dict`; parts that are absent were not chosen."""
-        names = {"perturbation", "log_temperature", "class_bias", "class_scale", "class_matrix"}
+        names = {"perturbation", "log_temperature", "class_bias", "class_scale", "class_matrix", "uniform_share"}
         if unknown := set(state) - names:
             raise ValueError(
                 f"A clamp has {sorted(names)}, got also {sorted(unknown)}: is this another module's state?"
@@ -77,7 +87,7 @@ class Clamp(nn.Module):
     @property
     def is_identity(self) -> bool:
         """Whether the clamp changes nothing."""
-        parts = (self.perturbation, self.class_bias, self.class_scale, self.class_matrix)
+        parts = (self.perturbation, self.class_bias, self.class_scale, self.class_matrix, self.uniform_share)
         return float(self.log_temperature) == 0.0 and all(part is None for part in parts)
 
     def perturb(self, inputs: Tensor) -> Tensor:
@@ -93,11 +103,19 @@ class Clamp(nn.Module):
         """Map logits ``(N, C, ...)`` (or one-logit outputs of any shape) to calibrated logits, at least float32."""
         # Not by torch.promote_types, which torch 2.6 puts into exported programs and then cannot load.
         scores = logits if logits.dtype == torch.float64 else logits.float()
+        mapped = self._mapped(scores)
+        if self.uniform_share is not None:
+            mapped = _with_share(mapped, self.uniform_share.to(mapped))
+        # What only a positive factor touches stays masked by itself.
+        others = (self.class_scale, self.class_matrix, self.uniform_share)
+        return mapped if all(part is None for part in others) else mapped.where(scores > MASKED, scores)
+
+    def _mapped(self, scores: Tensor) -> Tensor:
         factor = (-self.log_temperature.to(scores)).exp()
         if self.class_scale is not None:
             factor = factor * _per_class(self.class_scale, scores)
         if self.class_matrix is not None:
-            scores = _mixed(scores, self.class_matrix)
+            scores = _mixed(scores.where(scores > MASKED, 0.0), self.class_matrix)
         scores = scores * factor
         return scores if self.class_bias is None else scores + _per_class(self.class_bias, scores)
 
@@ -118,6 +136,8 @@ class Clamp(nn.Module):
         if self.perturbation is not None:
             parts.append(f"perturbation={tuple(self.perturbation.shape)}, norm={self.perturbation_norm:.4g}")
         parts += [name for name in ("class_bias", "class_scale", "class_matrix") if getattr(self, name) is not None]
+        if self.uniform_share is not None:
+            parts.append(f"uniform_share={float(self.uniform_share):.4g}")
         return ", ".join(parts)
 
 
@@ -130,6 +150,16 @@ def _mixed(logits: Tensor, matrix: Tensor) -> Tensor:
     for j in range(1, matrix.shape[1]):
         mixed = mixed + _per_class(matrix[:, j], logits) * logits[:, j : j + 1]
     return mixed
+
+
+def _with_share(logits: Tensor, share: Tensor) -> Tensor:
+    """Logits of probabilities that are mixed with a share of the uniform distribution."""
+    own = torch.log1p(-share)
+    if share.ndim == 1:
+        rest = (share / 2).log()
+        positive, negative = (torch.logaddexp(own - F.softplus(-side), rest) for side in (logits, -logits))
+        return positive - negative
+    return torch.logaddexp(own + logits.log_softmax(1), (share / logits.shape[1]).log())
 
 
 def _per_class(values: Tensor, logits: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 
 from lightning_clamp.clamping.candidate import Candidate, Refusal
+from lightning_clamp.clamping.moments import LogitMoments
 from lightning_clamp.clamping.output_map import OutputMap, n_parameters
 from lightning_clamp.clamping.perturbation import Grid, available_sizes, make_grid
 from lightning_clamp.clamping.summary import MIN_SAMPLES, DatasetSummary
@@ -16,15 +17,17 @@ _MOST_CURVATURE = 2**25
 # A matrix has as many entries as classes squared, and its curvature as many as that squared.
 _MOST_MATRIX_CLASSES = 30
 # Below this many samples the estimate of the held-out change is itself too uncertain, for a map of ten parameters.
-_FEWEST = 100
+FEWEST = 100
 
 
-def eligible_grids(sizes: Iterable[int], summary: DatasetSummary) -> tuple[list[Grid], list[Candidate]]:
+def eligible_grids(
+    sizes: Iterable[int], summary: DatasetSummary, moments: LogitMoments
+) -> tuple[list[Grid], list[Candidate]]:
     """The grids to consider, and a record of each that was refused."""
     eligible: list[Grid] = []
     refused: list[Candidate] = []
     for size in sorted(set(sizes)):
-        if refusal := _refuse_inputs(size, summary):
+        if refusal := _refuse_inputs(size, summary) or _refuse_classes(moments):
             refused.append(Candidate(size, "temperature", 0, refusal=refusal))
             continue
         assert summary.shape is not None
@@ -36,23 +39,28 @@ def eligible_grids(sizes: Iterable[int], summary: DatasetSummary) -> tuple[list[
     return eligible, refused
 
 
-def refuse_map(kind: OutputMap, n_classes: int, n_independent: float, *, kept: bool) -> Refusal | None:
+def refuse_map(kind: OutputMap, moments: LogitMoments, n_independent: float, *, kept: bool) -> Refusal | None:
     """Why an output map of this kind is not fitted; None if it is.
 
     Args:
         kind: Which.
-        n_classes: C.
+        moments: Of the logits.
         n_independent: Independent rows that say what the rows of the calibration set do.
         kept: Whether the logits are in memory; where they are not, each of the dozens of times that they are read is a
             forward pass.
     """
+    n_classes = len(moments.counts)
+    if moments.is_one_class:
+        return Refusal("one class", "all labels are the same")
     if kind == "matrix" and n_classes > _MOST_MATRIX_CLASSES:
         return Refusal("no such matrix", f"a matrix is for {_MOST_MATRIX_CLASSES} classes at most")
     if kind == "matrix" and not kept:
         return Refusal("too many passes", "the logits exceed `cache_bytes`, and it would take dozens of forward passes")
+    if kind == "matrix" and moments.masked:
+        return Refusal("masked", "a matrix would mix masked logits into the others")
     if (2 * n_classes) ** 2 > _MOST_CURVATURE:
         return Refusal("too many classes", "the curvature of so many classes would not fit in memory")
-    needed = min(_FEWEST, MIN_SAMPLES * (n_parameters(kind, n_classes) - 1))
+    needed = min(FEWEST, MIN_SAMPLES * (n_parameters(kind, n_classes) - 1))
     if n_independent < needed:
         return Refusal("too few samples for the map", f"{n_independent:.0f} samples are fewer than {needed}")
     return None
@@ -70,6 +78,15 @@ def _refuse_inputs(size: int, summary: DatasetSummary) -> Refusal | None:
         return Refusal("inputs differ in shape", "the inputs differ in shape")
     if not available_sizes([size], summary.shape):
         return Refusal("no such grid", f"inputs of shape {summary.shape} have no such grid")
+    return None
+
+
+def _refuse_classes(moments: LogitMoments) -> Refusal | None:
+    """A perturbation acts on all classes, also on those of which the set says nothing."""
+    if moments.is_one_class:
+        return Refusal("one class", "all labels are the same")
+    if moments.are_missing:
+        return Refusal("missing classes", "the labels of some classes are missing, on which a perturbation acts too")
     return None
 
 

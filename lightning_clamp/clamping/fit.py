@@ -23,6 +23,9 @@ from lightning_clamp.clamping.summary import DatasetSummary, summarize
 from lightning_clamp.clamping.temperature import NO_TEMPERATURE, TemperatureFit, fit_temperature
 from lightning_clamp.metrics.bootstrap import BlockSums, BootstrapSums, paired_bootstrap
 
+# Share of the NLL of equal probabilities that is left where outputs say next to nothing.
+_SAYS_NOTHING = 0.95
+
 
 def fit_clamp(
     network: Network,
@@ -93,9 +96,11 @@ def fit_by_plan(
         sums_before = _metric_sums(Clamp(), summary.logits, data)
         before = sums_before.metrics
         _warn_of_training_data(before, ranks)
-        outcome = _METHODS[plan.method](data, summary, fit_temperature(summary.logits), plan.options)
+        base = fit_temperature(summary.logits)
+        outcome = _METHODS[plan.method](data, summary, base, plan.options)
         sums_after = _metric_sums(outcome.clamp, outcome.logits, data)
         after = sums_after.metrics
+        _warn_of_no_information(base, after["nll"], ranks)
     if not outcome.clamp.is_identity and not after["nll"] < before["nll"]:
         worse = (
             f"the clamp had an NLL of {after['nll']:.6g} on the calibration set, against {before['nll']:.6g} without"
@@ -125,7 +130,7 @@ def fit_by_plan(
 def _fit_temperature_alone(
     data: CalibrationSet, summary: DatasetSummary, base: TemperatureFit, options: TemperatureOptions
 ) -> MethodOutcome:
-    if not base.interior:
+    if not base.determined:
         return MethodOutcome(Clamp(), summary.logits, NO_TEMPERATURE)
     clamp = Clamp(log_temperature=torch.tensor(base.log_temperature, dtype=summary.parameter_dtype))
     return MethodOutcome(clamp, summary.logits, "temperature scaling, as asked")
@@ -150,6 +155,15 @@ def _metric_sums(clamp: Clamp, logits: Logits, data: CalibrationSet) -> BlockSum
         yield (metric.sums,)
 
     return BlockSums(*summed(batch_sums(), [metric.sums.shape], ranks))
+
+
+def _warn_of_no_information(base: TemperatureFit, after: float, ranks: Ranks) -> None:
+    if not base.informed and after > _SAYS_NOTHING * base.nll:
+        ranks.warn(
+            f"The outputs say next to nothing of the labels: their NLL is {after:.4f} at best, and that of classes "
+            f"which are all equally likely is {base.nll:.4f}; check that inputs and labels belong together.",
+            stacklevel=3,
+        )
 
 
 def _warn_of_training_data(before: Mapping[str, float], ranks: Ranks) -> None:

@@ -25,13 +25,16 @@ class ClampOptions:
             alone.
         output_maps: Output maps to consider: ``"bias"``, ``"vector"`` (a scale and a bias for each class) and
             ``"matrix"`` (each class's logit also counts for the others; up to 30 classes). The temperature always takes
-            part, and ``("temperature",)`` is plain Neural Clamping. With one logit both are ``"bias"``, with two
-            classes a matrix is a vector.
+            part. With one logit both are ``"bias"``, with two classes a matrix is a vector.
+        uniform_share: Whether the probabilities may be mixed with a share of the uniform distribution, which takes on
+            rows with a wrong label that the network is sure of. Without it, ``output_maps=("temperature",)`` is plain
+            Neural Clamping.
         max_passes: Most passes spent on one grid, at least 1.
     """
 
     grids: Sequence[int] = (1, 2, 4, 8)
     output_maps: Sequence[OutputMap] = ("temperature", "vector", "matrix")
+    uniform_share: bool = True
     max_passes: int = 6
 
     def __post_init__(self) -> None:
@@ -41,6 +44,7 @@ class ClampOptions:
             raise ValueError(
                 f"`output_maps` must be a sequence of names among {OUTPUT_MAPS}, got {self.output_maps!r}."
             )
+        check_choice("uniform_share", self.uniform_share, (False, True))
         check_whole("max_passes", self.max_passes, least=1)
 
 
@@ -123,6 +127,7 @@ class ClampKeywords(SpecKeywords):
     Attributes:
         grids: Of "clamp": perturbations to consider, as sides of a grid of coefficients; an empty list for none.
         output_maps: Of "clamp": output maps to consider; the temperature always takes part.
+        uniform_share: Of "clamp": whether the probabilities may be mixed with a share of the uniform distribution.
         max_passes: Of "clamp": most passes spent on one grid.
         epochs: Of "published": passes over the calibration set.
         lr: Of "published": learning rate.
@@ -142,6 +147,7 @@ class ClampKeywords(SpecKeywords):
 
     grids: NotRequired[Sequence[int]]
     output_maps: NotRequired[Sequence[OutputMap]]
+    uniform_share: NotRequired[bool]
     max_passes: NotRequired[int]
     epochs: NotRequired[int]
     lr: NotRequired[float]

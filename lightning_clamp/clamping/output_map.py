@@ -7,16 +7,17 @@ from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from lightning_clamp._rows import Rows
-from lightning_clamp.clamping.newton import LossDerivatives
-from lightning_clamp.clamping.passes import RowSource, summed
+from lightning_clamp._rows import MASKED, Rows
+from lightning_clamp.clamping.moments import LogitMoments
 
 OutputMap: TypeAlias = Literal["temperature", "bias", "vector", "matrix"]
 OUTPUT_MAPS: tuple[OutputMap, ...] = ("temperature", "bias", "vector", "matrix")
 # Numbers of a chunk of rows that are held at once: 128 MB in float64, and a few times that in what is made of them.
 _MOST_ELEMENTS = 2**24
+# Free parameters above which curvatures are formed and decomposed in float32, twice as fast: they say where to step and
+# what a map costs, which seven digits are enough for; losses and gradients are in float64 always.
+MOST_IN_DOUBLE = 1000
 
 
 def n_parameters(kind: OutputMap, n_classes: int) -> int:
@@ -37,17 +38,33 @@ class MapSpace:
     the mean square of z - c, charges each by what it does to the logits; the C - 1 entries of a row beside the diagonal
     cost together what one on it does. The loss is convex in all of them. Scales may come out negative.
 
+    A class that the data do not show keeps the common map: its row of D and its bias are 0, and those of the others
+    have mean 0, so that all of them together are neither raised nor lowered against it.
+
+    With a share ε of the uniform distribution the probabilities are :math:`(1 - ε) \mathrm{softmax} + ε / C`.
+
     Attributes:
         kind: Which deviations there are.
         n_classes: C.
         centre: c, ``(C,)``, float64.
         weight: What the ridge charges each free parameter, ``(q,)``: D row by row, b, and s, which is free (0).
+        seen: Classes with a map of their own, ``(C,)``, bool; None for all.
+        masked: Whether there are masked logits, which stay as they are.
+        share: ε.
     """
 
     kind: OutputMap
     n_classes: int
     centre: Tensor
     weight: Tensor
+    seen: Tensor | None = None
+    masked: bool = False
+    share: float = 0.0
+
+    @property
+    def n_free(self) -> int:
+        """Parameters that nothing shrinks: the common scale, and the uniform share where there is one."""
+        return 2 if self.share else 1
 
     def temperature_only(self, temperature: float) -> Tensor:
         """The free parameters of a temperature alone."""
@@ -60,10 +77,32 @@ class MapSpace:
         classes = self.n_classes
         if self.kind == "temperature":
             return None, None
+        free = self._of_seen(free)
         own, bias = free[: -1 - classes], free[-1 - classes : -1]
         if self.kind == "bias":
             return None, bias
         return (own.reshape(classes, classes) if self.kind == "matrix" else own), bias
+
+    def _of_seen(self, values: Tensor) -> Tensor:
+        """Along the last axis, ``(..., q)``: 0 for classes that are not seen, mean 0 over those that are.
+
+        Scales of the seen classes' own have mean 0 too, also on a matrix's diagonal: the common scale is theirs. This
+        is an orthogonal projection, hence right for free parameters and for derivatives in them.
+        """
+        if self.seen is None or self.kind == "temperature":
+            return values
+        seen, classes = self.seen.to(values)[:, None], self.n_classes
+        parts = []
+        for part in torch.split(values, [len(self.weight) - 1 - classes, classes, 1], dim=-1)[:2]:
+            by_class = part.reshape(*part.shape[:-1], classes, part.shape[-1] // classes)
+            mean = (by_class * seen).sum(-2, keepdim=True) / seen.sum()
+            by_class = (by_class - mean) * seen
+            if by_class.shape[-1] == classes:
+                same = seen.diagflat() - seen @ seen.T / seen.sum()
+                share = (by_class * same).sum((-2, -1), keepdim=True) / (seen.sum() - 1)
+                by_class = by_class - share * same
+            parts.append(by_class.flatten(-2))
+        return torch.cat([*parts, values[..., -1:]], -1)
 
     def linear(self, change: Tensor, free: Tensor) -> Tensor:
         """What the map makes of a change of the logits, ``(..., C)``."""
@@ -85,36 +124,52 @@ class MapSpace:
 
     def apply(self, logits: Tensor, free: Tensor) -> Tensor:
         """The mapped logits of rows ``(M, C)``."""
-        return self.linear(logits, free) + self.offset(free).to(logits)
+        mapped = self.linear(logits, free) + self.offset(free).to(logits)
+        return mapped.where(logits > MASKED, logits) if self.masked else mapped
+
+    def loss_of_label(self, log_probs: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Loss of every row, ``(M,)``; and the part of the label's probability that the softmax has, ``(M, 1)``.
+
+        The latter is what the derivatives of a loss without the uniform share have to be multiplied by; None for 1.
+        """
+        own = log_probs.gather(1, target[:, None])
+        if not self.share:
+            return -own[:, 0], None
+        own = own + math.log1p(-self.share)
+        whole = own.logaddexp(own.new_tensor(math.log(self.share / self.n_classes)))
+        return -whole[:, 0], (own - whole).exp()
 
     def pull(self, logits: Tensor, slopes: Tensor) -> Tensor:
         """Derivatives in the free parameters, ``(q,)``, from those in the mapped logits, ``(M, C)``, over all rows."""
         if self.kind == "matrix":
             sums, product = slopes.sum(0), slopes.T @ logits
             own = product - sums[:, None] * self.centre.to(logits)
-            return torch.cat([own.flatten(), sums, product.trace().reshape(1)])
+            return self._of_seen(torch.cat([own.flatten(), sums, product.trace().reshape(1)]))
         product = (slopes * logits).sum(0)
         common = product.sum().reshape(1)
         if self.kind == "temperature":
             return common
         sums = slopes.sum(0)
         scales = [product - sums * self.centre.to(logits)] if self.kind == "vector" else []
-        return torch.cat([*scales, sums, common])
+        return self._of_seen(torch.cat([*scales, sums, common]))
 
     def pull_per_item(self, rows: Rows, slopes: Tensor) -> Tensor:
         """The same per item, ``(n_items, q)``."""
         total = slopes.new_zeros(rows.n_items, len(self.weight))
         for part in self._chunks(len(slopes)):
             total.index_add_(0, rows.item[part], self._columns(rows.logits[part], slopes[part]))
-        return total
+        return self._of_seen(total)
 
-    def curvature(self, logits: Tensor, probs: Tensor) -> Tensor:
-        """Curvature of the summed loss of rows ``(M, C)``, ``(q, q)``, at these probabilities."""
+    def curvature(self, logits: Tensor, probs: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Curvature of the summed loss of rows ``(M, C)``, ``(q, q)``, each counted ``weight`` ``(M, 1)`` times."""
         total = logits.new_zeros(len(self.weight), len(self.weight))
+        dtype = torch.float32 if len(self.weight) > MOST_IN_DOUBLE else logits.dtype
         for part in self._chunks(len(logits)):
-            spread = self._columns(logits[part], probs[part])
-            total += self._expected_square(logits[part], probs[part]) - spread.T @ spread
-        return total
+            weighted = probs[part] if weight is None else probs[part] * weight[part]
+            spread = self._columns(logits[part], probs[part]).to(dtype)
+            counted = spread if weight is None else spread * weight[part].to(dtype)
+            total += self._expected_square(logits[part], weighted) - counted.T @ spread
+        return self._of_seen(self._of_seen(total).T)
 
     def _chunks(self, n_rows: int) -> Iterator[slice]:
         """Rows of which each has a number per free parameter, so many at once."""
@@ -164,25 +219,30 @@ class MapSpace:
         return torch.cat([torch.arange(count - classes).reshape(classes, -1), bias], 1)
 
 
-def map_space(kind: OutputMap, rows: RowSource, n_classes: int, repeats: float = 1.0) -> MapSpace:
-    """The space of one kind of output map, for these logits.
+def temperature_space(n_classes: int, *, share: float = 0.0) -> MapSpace:
+    """The space of the temperature alone."""
+    return MapSpace("temperature", n_classes, torch.zeros(0), torch.zeros(1, dtype=torch.float64), share=share)
+
+
+def map_space(kind: OutputMap, moments: LogitMoments, repeats: float = 1.0) -> MapSpace:
+    """The space of one kind of output map, for given logits.
 
     Args:
         kind: Which.
-        rows: Rows of logits.
-        n_classes: C.
+        moments: Of the logits.
         repeats: How many rows say what one independent row would (the design effect of correlated pixels): the ridge
             is as many times stronger, so that it shrinks as it would that one.
     """
-    centre, square = _moments(rows, n_classes) if kind in ("vector", "matrix") else (torch.zeros(n_classes), 1.0)
-    weight = torch.cat([repeats * _charges(kind, n_classes, square), torch.zeros(1, dtype=torch.float64)])
-    return MapSpace(kind, n_classes, centre.double(), weight)
+    n_classes = len(moments.counts)
+    if kind == "temperature":
+        return temperature_space(n_classes)
+    weight = torch.cat([repeats * _charges(kind, n_classes, moments.square), torch.zeros(1, dtype=torch.float64)])
+    seen = None if bool(moments.seen.all()) else moments.seen
+    return MapSpace(kind, n_classes, moments.centre, weight, seen, moments.masked)
 
 
 def _charges(kind: OutputMap, n_classes: int, square: float) -> Tensor:
     """What the ridge charges the deviations and the biases, float64."""
-    if kind == "temperature":
-        return torch.zeros(0, dtype=torch.float64)
     bias = torch.ones(n_classes, dtype=torch.float64)
     if kind == "bias":
         return bias
@@ -190,95 +250,3 @@ def _charges(kind: OutputMap, n_classes: int, square: float) -> Tensor:
         return torch.cat([square * bias, bias])
     entries = (n_classes - 1) * torch.ones(n_classes, n_classes, dtype=torch.float64)
     return torch.cat([square * entries.fill_diagonal_(1.0).flatten(), bias])
-
-
-def _moments(rows: RowSource, n_classes: int) -> tuple[Tensor, float]:
-    """Mean logit of every class, and the mean square about it."""
-
-    def batch_sums(centre: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        for batch in rows:
-            logits = batch.logits - centre.to(batch.logits)
-            yield logits.sum(0), (logits**2).sum(), torch.tensor(float(len(logits)))
-
-    shapes = [(n_classes,), (), ()]
-    total, _, count = summed(batch_sums(torch.zeros(n_classes)), shapes, rows.ranks)
-    centre = total / count
-    _, square, _ = summed(batch_sums(centre), shapes, rows.ranks)
-    return centre, max(float(square / count / n_classes), torch.finfo(torch.float64).tiny)
-
-
-class MapLoss:
-    """Summed loss of maps of one kind on the same rows, and its gradient in the free parameters, ``(q,)``.
-
-    The last point is remembered: a fit mostly starts where another one ended.
-    """
-
-    def __init__(self, rows: RowSource, space: MapSpace) -> None:
-        self.rows = rows
-        self.space = space
-        self._last: tuple[Tensor, tuple[float, Tensor]] | None = None
-
-    def __call__(self, free: Tensor) -> tuple[float, Tensor]:
-        """Loss and gradient at a point."""
-        if self._last is None or not torch.equal(self._last[0], free):
-            self._last = free, self._computed(free)
-        return self._last[1]
-
-    def _computed(self, free: Tensor) -> tuple[float, Tensor]:
-        def batch_sums(batch: Rows) -> tuple[Tensor, ...]:
-            log_probs = self.space.apply(batch.logits, free).log_softmax(1)
-            loss = F.nll_loss(log_probs, batch.target, reduction="sum")
-            return loss, self.space.pull(batch.logits, errors(log_probs.exp(), batch))
-
-        shapes = [(), (len(free),)]
-        loss, gradient = summed((batch_sums(batch) for batch in self.rows), shapes, self.rows.ranks)
-        return float(loss), gradient
-
-
-def map_derivatives(rows: RowSource, space: MapSpace, free: Tensor, *, dense: bool) -> LossDerivatives:
-    """Gradient, curvature and covariance of the summed loss in the free parameters.
-
-    The curvature is exact (that of the loss, which for these maps is also the Fisher information). It is the covariance
-    too, with less noise than the outer products of the items' gradients, unless the rows of an item are correlated
-    (``dense``).
-    """
-
-    def batch_sums(batch: Rows) -> tuple[Tensor, ...]:
-        probs = space.apply(batch.logits, free).softmax(1)
-        error = errors(probs, batch)
-        terms = (space.pull(batch.logits, error), space.curvature(batch.logits, probs))
-        if not dense:
-            return terms
-        scores = space.pull_per_item(batch, error)
-        return (*terms, scores.T @ scores)
-
-    n = len(free)
-    shapes = [(n,), (n, n), (n, n)][: 3 if dense else 2]
-    gradient, curvature, *outer = summed((batch_sums(batch) for batch in rows), shapes, rows.ranks)
-    return LossDerivatives(gradient, curvature, outer[0] if dense else curvature)
-
-
-def errors(probs: Tensor, batch: Rows) -> Tensor:
-    """Derivative of every row's loss in its mapped logits, ``(M, C)``: probabilities less one at the target."""
-    return probs.scatter_add(1, batch.target[:, None], -torch.ones_like(probs[:, :1]))
-
-
-def standard_error(rows: RowSource, space: MapSpace, free: Tensor, reference: tuple[MapSpace, Tensor]) -> float:
-    """Standard error of the mean loss's change from one map, ``reference``, to another on the same rows, in nats.
-
-    Items are the independent draws: the rows of one (the pixels of an image) go together.
-    """
-
-    def batch_sums(batch: Rows) -> tuple[Tensor, ...]:
-        losses = [
-            F.cross_entropy(one.apply(batch.logits, point), batch.target, reduction="none")
-            for one, point in ((space, free), reference)
-        ]
-        change = losses[0] - losses[1]
-        pair = batch.per_item(torch.stack([change, torch.ones_like(change)], 1))
-        return pair.sum(0), pair.T @ pair
-
-    total, products = summed((batch_sums(batch) for batch in rows), [(2,), (2, 2)], rows.ranks)
-    # Of a ratio of sums: items have different numbers of rows, and some none.
-    residual = torch.stack([torch.ones_like(total[0]), -total[0] / total[1]])
-    return math.sqrt(max(float(residual @ products @ residual), 0.0)) / float(total[1])

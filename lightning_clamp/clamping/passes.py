@@ -213,5 +213,4 @@ class Logits:
 
     def _doubled(self) -> Iterator[Rows]:
         for logits, target in self.batches():
-            rows = self.data.rows(logits, target)
-            yield rows._replace(logits=rows.logits.double())
+            yield self.data.rows(logits, target).doubled()

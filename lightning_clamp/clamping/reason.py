@@ -12,9 +12,10 @@ def reason(chosen: Candidate, candidates: Sequence[Candidate]) -> str:
     richer = [one for one in candidates if one.criterion is not None and one.n_parameters > 1]
     if chosen.n_parameters > 1:
         words = (
-            f"{chosen.name} lowers the calibration NLL by {chosen.achieved_gain:.4f} against temperature scaling with "
-            f"{chosen.effective_parameters:.1f} effective parameters; held out it is expected to change by "
-            f"{chosen.expected_change:+.4f} ± {chosen.standard_error:.4f}: the best of {len(richer) + 1} candidates"
+            f"{chosen.name}{_with_share(chosen)} lowers the calibration NLL by {chosen.achieved_gain:.4f} against "
+            f"temperature scaling with {chosen.effective_parameters:.1f} effective parameters; held out it is expected "
+            f"to change by {chosen.expected_change:+.4f} ± {chosen.standard_error:.4f}: the best of {len(richer) + 1} "
+            "candidates"
         )
     elif richer:
         best = min(richer, key=lambda one: one.rank)
@@ -25,6 +26,12 @@ def reason(chosen: Candidate, candidates: Sequence[Candidate]) -> str:
     else:
         words = "temperature alone: there was no richer candidate"
     return f"{words}{_strongest(chosen)}{_left_out(candidates)}"
+
+
+def _with_share(chosen: Candidate) -> str:
+    if chosen.clamp is None or chosen.clamp.uniform_share is None:
+        return ""
+    return f" with a uniform share of {float(chosen.clamp.uniform_share):.2%}"
 
 
 def _strongest(chosen: Candidate) -> str:

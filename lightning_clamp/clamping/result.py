@@ -61,7 +61,7 @@ class CalibrationResult:
             row = f"{name:<16}{self.before[name]:>10{form}}{self.after[name]:>10{form}}"
             lines.append(f"{row}    {change} [{low}, {high}]")
         lines.append(
-            f"T = {float(self.clamp.temperature):.3f}, |δ| = {self.clamp.perturbation_norm:.3g}, "
+            f"T = {float(self.clamp.temperature):.4g}, |δ| = {self.clamp.perturbation_norm:.3g}, "
             f"{self.n_samples} samples, {self.passes} passes, {self.seconds:.1f} s"
         )
         lines.append(f"chosen: {self.reason}")

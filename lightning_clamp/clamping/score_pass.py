@@ -4,11 +4,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lightning_clamp._batch import Inputs, chunks
+from lightning_clamp.clamping.map_loss import errors
 from lightning_clamp.clamping.newton import LossDerivatives
-from lightning_clamp.clamping.output_map import MapSpace, errors
+from lightning_clamp.clamping.output_map import MapSpace
 from lightning_clamp.clamping.passes import CalibrationSet, Logits, summed
 from lightning_clamp.clamping.perturbation import Grid
 
@@ -89,13 +89,12 @@ def _input_scores(
             "The network's output carries no gradient to its input (a forward under `no_grad`, `detach` or rounding?): "
             'remove it, or pass grids=() or method="temperature" to calibrate the outputs only.'
         )
-    rows = data.rows(logits, target)
-    rows = rows._replace(logits=rows.logits.double())
-    scaled = space.apply(rows.logits, free)
-    loss = F.cross_entropy(scaled, rows.target, reduction="sum")
-    (gradient,) = torch.autograd.grad(loss, moved)
-    fixed = rows._replace(logits=rows.logits.detach())
-    return logits.detach(), gradient, space.pull_per_item(fixed, errors(scaled.detach().softmax(1), fixed))
+    rows = data.rows(logits, target).doubled()
+    log_probs = space.apply(rows.logits, free).log_softmax(1)
+    (gradient,) = torch.autograd.grad(space.loss_of_label(log_probs, rows.target)[0].sum(), moved)
+    fixed, log_probs = rows._replace(logits=rows.logits.detach()), log_probs.detach()
+    error = errors(log_probs.exp(), fixed, space.loss_of_label(log_probs, fixed.target)[1])
+    return logits.detach(), gradient, space.pull_per_item(fixed, error)
 
 
 def _gauss_newton(
@@ -123,20 +122,22 @@ def _gauss_newton(
     with torch.no_grad():
         chunk = max(1, most_columns // (p + 1))
         for part, labels in zip(chunks(inputs, chunk), torch.split(target, chunk), strict=True):
-            rows = data.rows(data.perturbed_logits(part, perturbation), labels)
-            logits = rows.logits.double()
+            rows = data.rows(data.perturbed_logits(part, perturbation), labels).doubled()
+            logits = rows.logits
             columns = []
             for image in images:
                 moved = image if perturbation is None else perturbation.cpu() + image
-                there = data.rows(data.perturbed_logits(part, moved), labels).logits.double()
+                there = data.rows(data.perturbed_logits(part, moved), labels).doubled().logits
                 columns.append(space.linear(there - logits, free) / step)
             jacobian = torch.stack(columns)  # (p, M, C)
-            probs = space.apply(logits, free).softmax(1)
+            log_probs = space.apply(logits, free).log_softmax(1)
+            _, weight = space.loss_of_label(log_probs, rows.target)
+            probs = log_probs.exp()
             centred = jacobian - (jacobian * probs).sum(2, keepdim=True)
-            weighted = centred * probs
+            weighted = centred * (probs if weight is None else weight * probs)
             across = torch.stack([space.pull(logits, column) for column in weighted])
             total[:p, :p] += weighted.flatten(1) @ centred.flatten(1).T
             total[:p, p:] += across
             total[p:, :p] += across.T
-            total[p:, p:] += space.curvature(logits, probs)
+            total[p:, p:] += space.curvature(logits, probs, weight)
     return total

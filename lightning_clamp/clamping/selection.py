@@ -1,5 +1,6 @@
 """Which grid, which output map: what may be worth its cost is fitted, and one criterion decides."""
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -11,23 +12,27 @@ from torch import Tensor
 from lightning_clamp.clamping.candidate import Candidate, Refusal
 from lightning_clamp.clamping.clamp import Clamp
 from lightning_clamp.clamping.criterion import estimate
-from lightning_clamp.clamping.eligible import eligible_grids, refuse_map
+from lightning_clamp.clamping.eligible import FEWEST, eligible_grids, refuse_map
+from lightning_clamp.clamping.map_loss import standard_error
+from lightning_clamp.clamping.moments import LogitMoments, logit_moments
 from lightning_clamp.clamping.options import ClampOptions
 from lightning_clamp.clamping.outcome import MethodOutcome
-from lightning_clamp.clamping.output_map import (
-    OUTPUT_MAPS,
-    MapSpace,
-    OutputMap,
-    map_space,
-    n_parameters,
-    standard_error,
-)
+from lightning_clamp.clamping.output_map import OUTPUT_MAPS, MapSpace, OutputMap, map_space, n_parameters
 from lightning_clamp.clamping.passes import CalibrationSet
+from lightning_clamp.clamping.ranks import Ranks
 from lightning_clamp.clamping.reason import reason
 from lightning_clamp.clamping.scoring import GridFit, first_pass, fit_grid, start_without_grid
-from lightning_clamp.clamping.shrinkage import MapFit, average, fit_path, refit, temperature_map
+from lightning_clamp.clamping.shrinkage import (
+    MapFit,
+    ShrinkagePath,
+    average,
+    fit_path,
+    shrinkage_path,
+    temperature_map,
+    with_share,
+)
 from lightning_clamp.clamping.summary import DatasetSummary
-from lightning_clamp.clamping.temperature import NO_TEMPERATURE, TemperatureFit
+from lightning_clamp.clamping.temperature import NO_TEMPERATURE, TemperatureFit, fit_temperature
 
 
 def choose_clamp(
@@ -44,21 +49,19 @@ def choose_clamp(
     Args:
         data: Network and batches, frozen.
         summary: First look at the same data.
-        base: Temperature scaling of the unchanged logits; where the hottest temperature is the best, only an output map
-            can help.
+        base: Temperature scaling of the unchanged logits.
         options: What to consider.
     """
-    if not base.interior and base.log_temperature < 0:
-        # Every sample is right, and the colder the better, with any output map.
+    if not base.determined:
+        # Every sample is right, and the colder the better, with any output map; or all outputs are the same.
         return MethodOutcome(Clamp(), summary.logits, NO_TEMPERATURE)
     kinds = _kinds(options.output_maps, summary.n_classes, binary=data.spec.binary)
-    comparison = _comparison(summary, base, kinds, data.spec.binary)
-    grids, refused = eligible_grids(options.grids, summary)
+    comparison = _comparison(summary, base, kinds, options, data.spec.binary)
+    grids, refused = eligible_grids(options.grids, summary, comparison.moments)
     fitted = _candidates(start_without_grid(summary, comparison.base), comparison)
     candidates = refused + [candidate for candidate, _ in fitted]
     best, map_fit = min(fitted, key=lambda pair: pair[0].rank)
-    if map_fit is None or best.rank > 0:
-        return MethodOutcome(Clamp(), summary.logits, NO_TEMPERATURE, tuple(candidates))
+    assert map_fit is not None
     start = start_without_grid(summary, map_fit, best.standard_error or 0.0)
     chosen, logits, history = best, summary.logits, []
     if map_fit.is_negative:
@@ -81,6 +84,8 @@ def choose_clamp(
         if (better := min(on_grid, key=lambda one: one.rank)).rank < chosen.rank:
             chosen, logits = better, fit.logits
     assert chosen.clamp is not None
+    if chosen.output_map != "temperature" or comparison.moments.are_missing:
+        _warn_of_unseen(comparison.moments, data.ranks)
     candidates.sort(key=lambda one: (one.grid, OUTPUT_MAPS.index(one.output_map)))
     return MethodOutcome(chosen.clamp, logits, reason(chosen, candidates), tuple(candidates), chosen, tuple(history))
 
@@ -103,42 +108,67 @@ class _Comparison(NamedTuple):
     Attributes:
         summary: First look at the data.
         binary: Whether the network has one logit.
+        moments: Of the unchanged logits.
         base: Temperature scaling of the unchanged logits.
-        finite: Whether that is a finite temperature, or the hottest that is considered.
+        alone: The same, and that with a uniform share where it is worth its cost.
         spaces: Parameters of the output maps to fit beside the temperature, by kind; or why one is not fitted.
     """
 
     summary: DatasetSummary
     binary: bool
+    moments: LogitMoments
     base: MapFit
-    finite: bool
+    alone: list[MapFit]
     spaces: dict[OutputMap, MapSpace | Refusal]
 
 
-def _comparison(summary: DatasetSummary, base: TemperatureFit, kinds: Sequence[OutputMap], binary: bool) -> _Comparison:
-    rows, classes = summary.logits, summary.n_classes
+def _comparison(
+    summary: DatasetSummary, base: TemperatureFit, kinds: Sequence[OutputMap], options: ClampOptions, binary: bool
+) -> _Comparison:
+    rows, classes, n_rows = summary.logits, summary.n_classes, summary.n_rows
     fit = temperature_map(rows, classes, base, dense=summary.dense)
-    spaces: dict[OutputMap, MapSpace | Refusal] = {}
+    repeats = fit.effective_parameters
+    moments = logit_moments(rows, classes, fit.temperature, repeats)
+    alone = [fit]
+    if options.uniform_share and not moments.masked and n_rows >= FEWEST * repeats:
+        shared = with_share(rows, fit, base, n_rows, dense=summary.dense)
+        alone += [] if shared is None else [shared]
     kept = rows.are_kept
+    spaces: dict[OutputMap, MapSpace | Refusal] = {}
     for kind in kinds:
-        refusal = refuse_map(kind, classes, summary.n_rows / fit.effective_parameters, kept=kept)
-        spaces[kind] = refusal or map_space(kind, rows, classes, fit.effective_parameters)
-    return _Comparison(summary, binary, fit, base.interior, spaces)
+        refusal = refuse_map(kind, moments, n_rows / repeats, kept=kept)
+        spaces[kind] = refusal or map_space(kind, moments, repeats)
+    return _Comparison(summary, binary, moments, fit, alone, spaces)
+
+
+def _warn_of_unseen(moments: LogitMoments, ranks: Ranks) -> None:
+    if not bool(moments.seen.all()):
+        ranks.warn(
+            f"The calibration set has no samples, or next to none, of {moments.unseen_words}: what is fitted class by "
+            "class leaves them as they are, and nothing that is said of new data counts them; draw the set at random "
+            "from all classes.",
+            stacklevel=4,
+        )
 
 
 def _candidates(fit: GridFit, comparison: _Comparison) -> list[tuple[Candidate, MapFit | None]]:
     """Every output map on the logits of one grid, and what a grid would start from."""
-    alone = _temperature_on(fit, comparison)
-    maps = [_best_of_map(fit, kind, alone or comparison.base, comparison) for kind in comparison.spaces]
-    return [_of_temperature(fit, alone if fit.size or comparison.finite else None, comparison), *maps]
+    starts = _temperatures_on(fit, comparison)
+    maps = [_best_of_map(fit, kind, starts or [comparison.base], comparison) for kind in comparison.spaces]
+    return [_of_temperature(fit, starts[-1] if starts else None, comparison), *maps]
 
 
-def _temperature_on(fit: GridFit, comparison: _Comparison) -> MapFit | None:
-    """The temperature alone on these logits; None where no finite one is best."""
+def _temperatures_on(fit: GridFit, comparison: _Comparison) -> list[MapFit]:
+    """The temperature alone on these logits, and with a uniform share if that pays; none if undetermined."""
     if not fit.size:
-        return comparison.base
-    summary, start = comparison.summary, fit.map_fit.free[-1:]
-    return refit(fit.logits, comparison.base, start, summary.n_rows, dense=summary.dense)
+        return comparison.alone
+    summary, rows, dense = comparison.summary, fit.logits, comparison.summary.dense
+    found = fit_temperature(rows, -math.log(float(fit.map_fit.free[-1])))
+    if not found.determined:
+        return []
+    plain = temperature_map(rows, summary.n_classes, found, dense=dense)
+    shared = with_share(rows, plain, found, summary.n_rows, dense=dense) if len(comparison.alone) > 1 else None
+    return [plain] if shared is None else [plain, shared]
 
 
 def _of_temperature(fit: GridFit, alone: MapFit | None, comparison: _Comparison) -> tuple[Candidate, MapFit | None]:
@@ -149,21 +179,37 @@ def _of_temperature(fit: GridFit, alone: MapFit | None, comparison: _Comparison)
 
 
 def _best_of_map(
-    fit: GridFit, kind: OutputMap, start: MapFit, comparison: _Comparison
+    fit: GridFit, kind: OutputMap, starts: Sequence[MapFit], comparison: _Comparison
 ) -> tuple[Candidate, MapFit | None]:
-    """The output maps of one kind, averaged over the strengths of their shrinkage; and the best single one of them."""
-    summary, base = comparison.summary, comparison.base
+    """The output maps of one kind, averaged over the strengths of their shrinkage; and the best single one of them.
+
+    Where the temperature wants a uniform share, maps with and without one are fitted: what looked like wrong labels to
+    the temperature may be what a map puts right.
+    """
     space = comparison.spaces[kind]
     if isinstance(space, Refusal):
         return _unfitted(fit, kind, comparison, space), None
     started = time.perf_counter()
-    path = list(fit_path(fit.logits, space, base, start, summary.n_rows, dense=summary.dense))
-    if not path:
+    path = shrinkage_path(fit.logits, space, starts[0], dense=comparison.summary.dense)
+    found = [pair for start in starts if path and (pair := _from_start(fit, space, path, start, comparison))]
+    if not found:
         refusal = Refusal("no usable map", "no map of that kind has a positive temperature")
         return _unfitted(fit, kind, comparison, refusal), None
-    candidate = _fitted(fit, average(path, start, fit.logits, summary.n_rows), comparison)
-    seconds = fit.seconds + time.perf_counter() - started
-    return replace(candidate, seconds=seconds), min(path, key=lambda pair: pair[1])[0]
+    candidate, single = min(found, key=lambda pair: pair[0].rank)
+    return replace(candidate, seconds=fit.seconds + time.perf_counter() - started), single
+
+
+def _from_start(
+    fit: GridFit, space: MapSpace, path: ShrinkagePath, start: MapFit, comparison: _Comparison
+) -> tuple[Candidate, MapFit] | None:
+    """The maps of one kind from a temperature, with its uniform share; None if there are none."""
+    n_rows, rows = comparison.summary.n_rows, fit.logits
+    space = replace(space, share=start.space.share)
+    fits = list(fit_path(rows, space, path, comparison.base, start, n_rows))
+    if not fits:
+        return None
+    candidate = _fitted(fit, average(fits, start, rows, n_rows), comparison)
+    return candidate, min(fits, key=lambda pair: pair[1])[0]
 
 
 def _unfitted(fit: GridFit, kind: OutputMap, comparison: _Comparison, refusal: Refusal | None = None) -> Candidate:
@@ -196,8 +242,10 @@ def _fitted(fit: GridFit, map_fit: MapFit, comparison: _Comparison) -> Candidate
         error += standard_error(fit.logits, map_fit.space, map_fit.free, (fit.map_fit.space, fit.map_fit.free))
     gain = base.nll - map_fit.nll
     expected = estimate(gain, effective - base.effective_parameters, summary.n_rows, error)
+    unfitted = _unfitted(fit, kind, comparison)
     return replace(
-        _unfitted(fit, kind, comparison),
+        unfitted,
+        n_parameters=unfitted.n_parameters + map_fit.space.n_free - 1,
         shrinkage=None if kind == "temperature" else map_fit.shrinkage,
         effective_parameters=effective,
         achieved_gain=gain,
@@ -224,4 +272,6 @@ def _clamp(fit: GridFit, map_fit: MapFit, comparison: _Comparison) -> Clamp:
     if bias is not None:
         offset = map_fit.space.offset(map_fit.free)
         parts["class_bias"] = (offset[1:] - offset[:1] if comparison.binary else offset - offset.mean()).to(dtype)
+    if share := map_fit.space.share:
+        parts["uniform_share"] = torch.full((1,) if comparison.binary else (), share, dtype=dtype)
     return Clamp(fit.perturbation, -common.log().to(dtype), **parts)

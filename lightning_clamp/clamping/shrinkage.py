@@ -11,16 +11,19 @@ criterion): the best of many looks good by chance. The loss is convex, so that o
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from lightning_clamp.clamping.criterion import estimate
 from lightning_clamp.clamping.descent import Inverse, minimise
+from lightning_clamp.clamping.map_loss import MapLoss, map_derivatives, standard_error
 from lightning_clamp.clamping.newton import LossDerivatives
-from lightning_clamp.clamping.output_map import MapLoss, MapSpace, map_derivatives, map_space, standard_error
+from lightning_clamp.clamping.output_map import MOST_IN_DOUBLE, MapSpace, temperature_space
 from lightning_clamp.clamping.passes import RowSource
+from lightning_clamp.clamping.share import fit_temperature_and_share, with_best_share
 from lightning_clamp.clamping.temperature import TemperatureFit, fit_temperature
 
 # Strengths, strongest first, in half decades: a class's bias has a prior standard deviation from .02 to 6.
@@ -90,8 +93,9 @@ class ShrinkagePath:
         self._border = at.curvature[:-1, -1] * self._root
         share = self._border / self._corner
         matrix = _scaled(at.curvature, self._root) - torch.outer(self._border, share)
-        self._values, self._vectors = torch.linalg.eigh(matrix)
-        self._values = self._values.clamp_min(0.0)
+        dtype = torch.float32 if len(matrix) > MOST_IN_DOUBLE else torch.float64
+        values, vectors = torch.linalg.eigh(matrix.to(dtype))
+        self._values, self._vectors = values.double().clamp_min(0.0), vectors.double()
         if at.covariance is at.curvature:
             self._costs, self._base = self._values, 1.0
             return
@@ -102,9 +106,13 @@ class ShrinkagePath:
         self._costs = ((profiled @ self._vectors) * self._vectors).sum(0).clamp_min(0.0)
         self._base = float(corner / self._corner)
 
-    def effective_parameters(self, shrinkage: float) -> float:
-        """What the deviations cost at this strength, and the temperature, in units of one free parameter."""
-        return self._base + float((self._costs / (self._values + shrinkage)).sum())
+    def effective_parameters(self, shrinkage: float, n_free: int = 1) -> float:
+        """What the deviations cost at this strength, and what is free, in units of one free parameter.
+
+        Also for maps with a uniform share: the rows that it takes on beside the temperature are not those that it takes
+        on beside a map, and a price without them would be too low.
+        """
+        return n_free * self._base + float((self._costs / (self._values + shrinkage)).sum())
 
     def solve(self, shrinkage: float, gradient: Tensor) -> Tensor:
         """``(H + λ diag(weight))⁻¹ gradient``."""
@@ -124,12 +132,42 @@ def temperature_map(rows: RowSource, n_classes: int, fit: TemperatureFit, *, den
 
     For dense outputs it counts as many parameters as rows say what one independent row would: the design effect.
     """
-    space = map_space("temperature", rows, n_classes)
+    space = temperature_space(n_classes)
     free = space.temperature_only(math.exp(fit.log_temperature))
     if not dense:
         return MapFit(space, free, fit.nll, 1.0)
     at = map_derivatives(rows, space, free, dense=True)
     return MapFit(space, free, fit.nll, float(at.covariance / at.curvature))
+
+
+def with_share(rows: RowSource, base: MapFit, fit: TemperatureFit, n_rows: int, *, dense: bool) -> MapFit | None:
+    """A temperature and a share of the uniform distribution; None where the share is not worth its cost.
+
+    Args:
+        rows: Rows of logits.
+        base: The temperature alone; its effective parameters are what one more parameter costs.
+        fit: As it was fitted.
+        n_rows: Number of rows.
+        dense: Whether the rows of an item are correlated.
+    """
+    both = fit_temperature_and_share(rows, fit, base.space.n_classes)
+    if both is None:
+        return None
+    space = temperature_space(base.space.n_classes, share=both.share)
+    error = standard_error(rows, space, both.free, (base.space, base.free))
+    gain, price = base.nll - both.loss / n_rows, base.effective_parameters
+    if not estimate(gain, price, n_rows, error).criterion < 0:
+        return None
+    path = ShrinkagePath(map_derivatives(rows, base.space, base.free, dense=dense), space.weight)
+    return MapFit(space, both.free, both.loss / n_rows, path.effective_parameters(0.0, space.n_free), path=path)
+
+
+def with_share_again(rows: RowSource, fit: MapFit, n_rows: int) -> MapFit:
+    """The map with the share that is best beside it, if it has one."""
+    if not fit.space.share:
+        return fit
+    space = with_best_share(rows, fit.space, fit.free)
+    return replace(fit, space=space, nll=MapLoss(rows, space)(fit.free)[0] / n_rows)
 
 
 def fit_output_map(loss: MapLoss, path: ShrinkagePath, shrinkage: float, start: Tensor, n_rows: int) -> MapFit | None:
@@ -164,12 +202,12 @@ def fit_output_map(loss: MapLoss, path: ShrinkagePath, shrinkage: float, start: 
     inverse = partial(path.solve, shrinkage)
     # A curvature costs about as many gradients as there are parameters to the hundred.
     patience = _PATIENCE + len(ridge) // 100
-    tolerance = _TOLERANCE * path.effective_parameters(shrinkage)
-    free, value = minimise(objective, start, inverse, renewed, tolerance=tolerance, patience=patience)
+    effective = path.effective_parameters(shrinkage, space.n_free)
+    free, value = minimise(objective, start, inverse, renewed, tolerance=_TOLERANCE * effective, patience=patience)
     if not bool(torch.isfinite(free).all()):
         return None
     nll = (value - 0.5 * float(ridge @ free**2)) / n_rows
-    return MapFit(space, free, nll, path.effective_parameters(shrinkage), shrinkage, path)
+    return MapFit(space, free, nll, effective, shrinkage, path)
 
 
 def refit(rows: RowSource, like: MapFit, start: Tensor, n_rows: int, *, dense: bool) -> MapFit | None:
@@ -179,32 +217,38 @@ def refit(rows: RowSource, like: MapFit, start: Tensor, n_rows: int, *, dense: b
     """
     if like.path is not None:
         fit = fit_output_map(MapLoss(rows, like.space), like.path, like.shrinkage, start, n_rows)
-        return None if fit is None or fit.is_negative else fit
+        return None if fit is None or fit.is_negative else with_share_again(rows, fit, n_rows)
     alone = fit_temperature(rows, -math.log(float(start[-1])) if float(start[-1]) > 0 else 0.0)
-    return temperature_map(rows, like.space.n_classes, alone, dense=dense) if alone.interior else None
+    return temperature_map(rows, like.space.n_classes, alone, dense=dense) if alone.determined else None
+
+
+def shrinkage_path(rows: RowSource, space: MapSpace, start: MapFit, *, dense: bool) -> ShrinkagePath | None:
+    """The path from a temperature alone; None where outputs are certain, or all the same: there is no curvature."""
+    at = map_derivatives(rows, space, space.temperature_only(start.temperature), dense=dense)
+    if not bool(torch.isfinite(at.curvature).all()) or float(at.curvature[-1, -1]) <= 0:
+        return None
+    return ShrinkagePath(at, space.weight)
 
 
 def fit_path(
-    rows: RowSource, space: MapSpace, base: MapFit, start: MapFit, n_rows: int, *, dense: bool
+    rows: RowSource, space: MapSpace, path: ShrinkagePath, base: MapFit, start: MapFit, n_rows: int
 ) -> Iterator[tuple[MapFit, float]]:
     """The map at every strength, from the strongest on, each with its criterion: nats of the summed loss against base.
 
     Args:
         rows: Rows of logits.
         space: The free parameters.
+        path: What is stepped with, and what the maps cost.
         base: What changes are measured against; for dense outputs its effective parameters are the design effect, by
             which rows are too many.
-        start: The temperature alone on these rows.
+        start: The temperature alone on these rows, with the space's uniform share.
         n_rows: Number of rows.
-        dense: Whether the rows of an item are correlated.
     """
-    free, best = space.temperature_only(start.temperature), 0.0
-    at = map_derivatives(rows, space, free, dense=dense)
-    if not bool(torch.isfinite(at.curvature).all()) or float(at.curvature[-1, -1]) <= 0:
-        # Outputs that are certain, or the same for every sample, have no curvature to go by.
-        return
-    path, loss = ShrinkagePath(at, space.weight), MapLoss(rows, space)
+    free, best, loss = space.temperature_only(start.temperature), 0.0, MapLoss(rows, space)
     for shrinkage in SHRINKAGES:
+        if loss.space.share:
+            # From where the stronger shrinkage ended: the share has to follow the map.
+            loss = MapLoss(rows, with_best_share(rows, loss.space, free))
         fit = fit_output_map(loss, path, shrinkage, free, n_rows)
         if fit is None or (fit.is_negative and space.kind == "bias"):
             # Such as a network whose logits say the opposite: so strongly shrunk, only a negative temperature would do.
@@ -228,11 +272,12 @@ def average(fits: list[tuple[MapFit, float]], start: MapFit, rows: RowSource, n_
 
     Its effective parameters are the mean of theirs; its shrinkage is that of the map with the most weight.
     """
-    space = fits[0][0].space
+    space = min(fits, key=lambda pair: pair[1])[0].space
     weights = torch.softmax(-torch.tensor([-_HEAD_START, *(criterion for _, criterion in fits)]).double() / _TEMPER, 0)
     points = [space.temperature_only(start.temperature), *(fit.free for fit, _ in fits)]
     costs = torch.tensor([start.effective_parameters, *(fit.effective_parameters for fit, _ in fits)]).double()
     free = (weights[:, None] * torch.stack(points)).sum(0)
     strongest = min(fits, key=lambda pair: pair[1])[0]
     loss, _ = MapLoss(rows, space)(free)
-    return MapFit(space, free, loss / n_rows, float(weights @ costs), strongest.shrinkage)
+    mean = MapFit(space, free, loss / n_rows, float(weights @ costs), strongest.shrinkage)
+    return with_share_again(rows, mean, n_rows)

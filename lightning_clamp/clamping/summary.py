@@ -1,17 +1,20 @@
 """A first look at the calibration set: one forward pass that counts, checks, and keeps the logits."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_clamp._batch import Inputs
-from lightning_clamp._rows import Rows, is_dense
+from lightning_clamp._rows import MASKED, Rows, is_dense
 from lightning_clamp.clamping.passes import CalibrationSet, Logits, summed
 from lightning_clamp.clamping.ranks import Ranks
 
 MIN_SAMPLES = 10
+# Nats of one row that no honest network loses: its label had a probability of e^-100.
+_SUSPECT = 100.0
 
 
 class DatasetSummary(NamedTuple):
@@ -78,6 +81,7 @@ def summarize(data: CalibrationSet) -> DatasetSummary:
     """
     logits_seen = Logits(data, None)
     kinds: set[_Kind] = set()
+    heaviest = [_Heaviest(0.0, 0)]
 
     def batch_sums() -> Iterator[tuple[Tensor, ...]]:
         seen = 0
@@ -87,17 +91,20 @@ def summarize(data: CalibrationSet) -> DatasetSummary:
             rows = data.rows(logits, target)
             _check_values(rows, seen, data.ranks)
             logits_seen.keep(logits, target)
+            losses = F.cross_entropy(rows.doubled().logits, rows.target, reduction="none")
+            heaviest.append(_heaviest(losses, rows, seen))
             seen += len(logits)
             kinds.add(_kind(inputs, value, logits, rows, data))
             value = logits.new_zeros(0) if value is None else value
             counts = [len(logits), len(rows.target), value.numel(), _outside_simplex(logits, data.spec.binary)]
-            yield (value.double() ** 2).sum(), torch.tensor(counts, dtype=torch.float64)
+            yield (value.double() ** 2).sum(), losses.sum(), torch.tensor(counts, dtype=torch.float64)
 
-    squares, counts = summed(batch_sums(), [(), (4,)], data.ranks)
+    squares, loss, counts = summed(batch_sums(), [(), (), (4,)], data.ranks)
     kinds = set().union(*data.ranks.gather(kinds))
     kind = _of_all(kinds)
     n_samples, n_rows, n_values, n_outside = (int(count) for count in counts)
     _check_size(n_samples, n_rows)
+    _warn_of_one_sample(data.ranks.gather(max(heaviest)), float(loss), data.ranks)
     if n_outside == 0:
         _complain_of_probabilities(data)
     return DatasetSummary(
@@ -114,6 +121,31 @@ def summarize(data: CalibrationSet) -> DatasetSummary:
         logit_dtype=kind.logit_dtype,
         float_inputs=kind.float_inputs,
     )
+
+
+class _Heaviest(NamedTuple):
+    """The sample with the row of the largest loss."""
+
+    loss: float
+    sample: int
+
+
+def _heaviest(losses: Tensor, rows: Rows, offset: int) -> _Heaviest:
+    if not len(losses):
+        return _Heaviest(0.0, 0)
+    row = int(losses.argmax())
+    return _Heaviest(float(losses[row]), int(rows.item[row]) + offset)
+
+
+def _warn_of_one_sample(of_ranks: Sequence[_Heaviest], total: float, ranks: Ranks) -> None:
+    (loss, sample), rank = max((one, rank) for rank, one in enumerate(of_ranks))
+    if loss > max(_SUSPECT, total / 2):
+        where = "" if len(of_ranks) == 1 else f" of rank {rank}"
+        ranks.warn(
+            f"Sample {sample}{where} alone holds {loss / total:.1%} of the calibration set's NLL, {loss:.4g} nats: "
+            "look at its label and its input, and leave it out if they are wrong.",
+            stacklevel=4,
+        )
 
 
 def _kind(inputs: Inputs, value: Tensor | None, logits: Tensor, rows: Rows, data: CalibrationSet) -> _Kind:
@@ -151,9 +183,10 @@ def _of_all(kinds: set[_Kind]) -> _Kind:
 
 def _check_values(rows: Rows, offset: int, ranks: Ranks) -> None:
     where = "the calibration set" if ranks.size == 1 else f"the part of the calibration set that rank {ranks.rank} has"
-    finite = torch.isfinite(rows.logits).all(1)
-    if not bool(finite.all()):
-        first = int(rows.item[~finite][0]) + offset
+    # A class may be masked by -inf.
+    usable = (torch.isfinite(rows.logits) | (rows.logits == -torch.inf)).all(1)
+    if not bool(usable.all()):
+        first = int(rows.item[~usable][0]) + offset
         raise ValueError(
             f"The network returned NaN or infinite logits for sample {first} of {where}: "
             "find that sample, or the weights that overflow, before calibrating."
@@ -164,6 +197,14 @@ def _check_values(rows: Rows, offset: int, ranks: Ranks) -> None:
         raise ValueError(
             f"The calibration set has the label {int(wrong[0])}, but the network has {n_classes} classes, 0 to "
             f"{n_classes - 1}: start the labels at 0, or name a padding label with ignore_index={int(wrong[0])}."
+        )
+    of_label = rows.logits.gather(1, rows.target[:, None])[:, 0]
+    if bool((of_label <= MASKED).any()):
+        first = int((of_label <= MASKED).nonzero()[0])
+        raise ValueError(
+            f"Sample {int(rows.item[first]) + offset} of {where} has the label {int(rows.target[first])}, and the "
+            f"network returned {float(of_label[first]):.4g} for it, which counts as masked ({MASKED:.0f} and below): "
+            "leave the sample out or unmask its class, or divide the outputs by a constant if nothing is masked."
         )
 
 

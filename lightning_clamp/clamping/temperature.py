@@ -7,18 +7,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_clamp._rows import Rows
+from lightning_clamp._rows import MASKED, Rows
 from lightning_clamp.clamping.passes import RowSource, summed
 
-# Temperatures between 4.5e-5 and 2.2e4; an optimum at the edge means that no finite temperature is best.
-LOG_TEMPERATURE_BOUND = 10.0
+# Bounds on log T, counted from the logits' spread. An optimum at the cold end is none; at the hot end all classes are
+# equally likely, which is the best that can be said where the outputs know nothing of the labels.
+_COLDEST, _HOTTEST = -15.0, 10.0
 NO_TEMPERATURE = (
-    "no finite temperature minimises the NLL of this calibration set (every sample right, or outputs that say nothing "
-    "of the labels); check the labels, or take more data"
+    "no temperature minimises the NLL of this calibration set (every sample is right, or all outputs are the same); "
+    "check the labels, or take more data"
 )
 _MAX_STEPS = 100
 _TOLERANCE = 1e-9
 _FLAT = 1e-9
+# Nats by which a parameter has to lower the summed loss to be better than none; twice that is the summed curvature in
+# log T of logits that say next to nothing.
+_NOTHING = 2.0
 
 
 class TemperatureFit(NamedTuple):
@@ -27,12 +31,16 @@ class TemperatureFit(NamedTuple):
     Attributes:
         log_temperature: Its logarithm.
         nll: Mean negative log-likelihood per row at it, in nats.
-        interior: False if the optimum is not inside the bounds: the labels do not determine a temperature.
+        determined: False if the colder the better (every sample is right), or all are as good as one (constant logits).
+        spread: Mean standard deviation of a row's logits.
+        informed: False if the logits say next to nothing of the labels; the temperature is then the hottest.
     """
 
     log_temperature: float
     nll: float
-    interior: bool
+    determined: bool
+    spread: float
+    informed: bool = True
 
 
 def fit_temperature(rows: RowSource, start: float = 0.0) -> TemperatureFit:
@@ -48,22 +56,43 @@ def fit_temperature(rows: RowSource, start: float = 0.0) -> TemperatureFit:
     Reference:
         Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, section 4.2.
     """
-    low, high = -LOG_TEMPERATURE_BOUND, LOG_TEMPERATURE_BOUND
+    spread, nll = _spread(rows)
+    if spread == 0:
+        return TemperatureFit(0.0, nll, determined=False, spread=0.0)
+    coldest, hottest = math.log(spread) + _COLDEST, math.log(spread) + _HOTTEST
+    low, high = coldest, hottest
     here = min(max(start, low), high)
     for _ in range(_MAX_STEPS):
-        nll, slope, curvature = _temperature_derivatives(rows, here)
+        nll, slope, curvature, count = _temperature_derivatives(rows, here)
         low, high = (here, high) if slope < 0 else (low, here)
         step = -slope / curvature if curvature > 0 else math.inf
         if abs(step) < _TOLERANCE or high - low < _TOLERANCE:
             break
         here = here + step if low < here + step < high else (low + high) / 2
+    # A curvature that small is that of certainty, where the loss is smaller yet, or of logits that hardly count.
+    if count * curvature < 2 * _NOTHING and nll > 10 * curvature:
+        here, nll = hottest, _temperature_derivatives(rows, hottest)[0]
+        return TemperatureFit(here, nll, determined=True, spread=spread, informed=False)
     # A loss that has gone flat (everything right with certainty) has no minimum either.
-    interior = abs(here) < LOG_TEMPERATURE_BOUND - 0.01 and curvature > _FLAT
-    return TemperatureFit(here, nll, interior)
+    return TemperatureFit(here, nll, determined=here > coldest + 0.01 and curvature > _FLAT, spread=spread)
 
 
-def _temperature_derivatives(rows: RowSource, log_temperature: float) -> tuple[float, float, float]:
-    """Mean loss per row, and its first and second derivative in log T."""
+def _spread(rows: RowSource) -> tuple[float, float]:
+    """Mean standard deviation of a row's logits, and the mean loss per row if they said nothing."""
+
+    def batch_sums(batch: Rows) -> tuple[Tensor, ...]:
+        present = batch.logits > MASKED
+        count = present.sum(1, keepdim=True)
+        mean = (batch.logits * present).sum(1, keepdim=True) / count
+        variance = (((batch.logits - mean) * present) ** 2).sum(1, keepdim=True) / count
+        return variance.sqrt().sum(), count.double().log().sum(), torch.tensor(float(len(count)))
+
+    total, loss, n = (float(term) for term in summed((batch_sums(batch) for batch in rows), [()] * 3, rows.ranks))
+    return total / n, loss / n
+
+
+def _temperature_derivatives(rows: RowSource, log_temperature: float) -> tuple[float, float, float, float]:
+    """Mean loss per row, its first and second derivative in log T, and the number of rows."""
 
     def batch_sums(batch: Rows) -> tuple[Tensor, ...]:
         scaled = batch.logits * math.exp(-log_temperature)
@@ -77,4 +106,4 @@ def _temperature_derivatives(rows: RowSource, log_temperature: float) -> tuple[f
 
     total = summed((batch_sums(batch) for batch in rows), [()] * 4, rows.ranks)
     nll, slope, curvature, count = (float(term) for term in total)
-    return nll / count, slope / count, curvature / count
+    return nll / count, slope / count, curvature / count, count

@@ -1,5 +1,6 @@
 """The engine's promises: what it refuses, what it never does, and what does not change its answer."""
 
+import math
 import warnings
 import weakref
 
@@ -161,7 +162,8 @@ def test_dense_outputs_leave_ignored_pixels_out(method):
     assert float(result.clamp.temperature) > 1.2
     if method != "published":
         assert float(result.clamp.temperature) == pytest.approx(2, rel=0.05)
-        spoiled = fit_clamp(network, batches(x, garbage, 100), method=method)
+        options = {"uniform_share": False} if method == "clamp" else {}
+        spoiled = fit_clamp(network, batches(x, garbage, 100), method=method, **options)
         assert float(spoiled.clamp.temperature) > 2.5
 
 
@@ -202,16 +204,17 @@ def test_a_one_logit_calibration_equals_that_of_its_two_class_twin():
 
 def test_where_the_colder_the_better_nothing_is_changed():
     logits, _ = calibrated_logits(300)
-    with pytest.warns(UserWarning, match="no finite temperature"):
+    with pytest.warns(UserWarning, match="no temperature minimises the NLL"):
         result = fit_clamp(IDENTITY, [(logits, logits.argmax(1))], grids=())
     assert result.clamp.is_identity
-    assert "no finite temperature" in result.reason
+    assert "every sample is right" in result.reason
 
 
 def test_where_only_a_negative_temperature_would_do_the_classes_scales_have_it():
     logits, _ = calibrated_logits(300)
-    with pytest.warns(UserWarning, match="no finite temperature"):
-        assert fit_clamp(IDENTITY, [(logits, logits.argmin(1))], method="temperature").clamp.is_identity
+    with pytest.warns(UserWarning, match="say next to nothing of the labels"):
+        hottest = fit_clamp(IDENTITY, [(logits, logits.argmin(1))], method="temperature")
+    assert hottest.after["nll"] == pytest.approx(math.log(5), abs=1e-3)
     result = fit_clamp(IDENTITY, [(logits, logits.argmin(1))], grids=())
     assert float(result.clamp.temperature) > 0
     assert result.after["accuracy"] > 0.98 > 0.02 > result.before["accuracy"]
@@ -222,13 +225,11 @@ def test_a_bias_helps_where_no_temperature_does():
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(4000, generator=generator)
     y = (torch.rand(4000, generator=generator) < (z / 2 - 3).sigmoid()).long()
-    with pytest.warns(UserWarning, match="no finite temperature"):
-        assert fit_clamp(IDENTITY, [(z + 2, y)], task="binary", method="temperature").clamp.is_identity
+    with pytest.warns(UserWarning, match="say next to nothing of the labels"):
+        hottest = fit_clamp(IDENTITY, [(z + 2, y)], task="binary", method="temperature")
+    assert hottest.after["nll"] == pytest.approx(math.log(2), abs=1e-3)
     result = fit_clamp(IDENTITY, [(z + 2, y)], task="binary")
     assert result.chosen.output_map == "bias"
-    assert {c.output_map: c.refusal and c.refusal.words for c in result.candidates if c.grid == 0} == {
-        "temperature": "no finite temperature is best", "bias": None,
-    }  # fmt: skip
     assert float(result.clamp.temperature) == pytest.approx(2, rel=0.15)
     ideal = float(F.binary_cross_entropy_with_logits(z / 2 - 3, y.float()))
     assert result.after["nll"] == pytest.approx(ideal, abs=0.002)
@@ -266,7 +267,8 @@ def test_a_batch_that_no_longer_fits_its_grid_is_said():
 def test_inputs_of_several_sizes_keep_the_output_maps():
     layer = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4))
     parts = [(5 * torch.randn(100, 3, side, side), torch.randint(4, (100,))) for side in (8, 12)]
-    result = fit_clamp(layer, parts)
+    with pytest.warns(UserWarning, match="say next to nothing of the labels"):
+        result = fit_clamp(layer, parts)
     assert {c.refusal.words for c in result.candidates if c.grid} == {"the inputs differ in shape"}
 
 
@@ -444,7 +446,8 @@ def test_a_class_that_is_separated_or_missing_has_a_finite_map():
     logits, y = calibrated_logits(600, 4)
     logits[:, 2] = torch.where(y == 2, 8.0, -8.0)
     keep = y != 3
-    result = fit_clamp(IDENTITY, [(2 * logits[keep], y[keep])], grids=())
+    with pytest.warns(UserWarning, match="next to none, of class 3: "):
+        result = fit_clamp(IDENTITY, [(2 * logits[keep], y[keep])], grids=())
     assert result.chosen.output_map == "vector"
     assert float(result.clamp.class_bias.abs().max()) < 20
     assert 0 < float(result.clamp.class_scale.min()) <= float(result.clamp.class_scale.max()) < 5
@@ -504,7 +507,10 @@ def test_items_that_are_ignored_change_no_figure():
 def test_with_few_samples_and_many_classes_the_temperature_is_not_made_worse(n):
     """100 classes and a calibrated network: unshrunk vector scaling would lose whole nats here."""
     logits, y = calibrated_logits(n + 20000, 100)
-    result = fit_clamp(IDENTITY, [(2 * logits[:n], y[:n])], grids=())
+    with warnings.catch_warnings():
+        # At 60 samples classes are missing.
+        warnings.simplefilter("ignore")
+        result = fit_clamp(IDENTITY, [(2 * logits[:n], y[:n])], grids=())
     temperature = fit_clamp(IDENTITY, [(2 * logits[:n], y[:n])], method="temperature")
     held = [float(F.cross_entropy(r.clamp.scale(2 * logits[n:]), y[n:])) for r in (result, temperature)]
     assert held[0] <= held[1] + 0.003

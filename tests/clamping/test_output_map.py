@@ -8,8 +8,10 @@ from torch.nn import functional as F
 
 from lightning_clamp import fit_clamp
 from lightning_clamp.clamping.descent import minimise
+from lightning_clamp.clamping.map_loss import MapLoss, map_derivatives, standard_error
+from lightning_clamp.clamping.moments import logit_moments
 from lightning_clamp.clamping.newton import effective_parameters, solve
-from lightning_clamp.clamping.output_map import MapLoss, map_derivatives, map_space, n_parameters, standard_error
+from lightning_clamp.clamping.output_map import map_space, n_parameters
 from lightning_clamp.clamping.shrinkage import (
     SHRINKAGES,
     ShrinkagePath,
@@ -46,7 +48,7 @@ def base_of(logits, target):
 
 def fitted(kind, logits, target, shrinkage):
     data, base = rows(logits, target), base_of(logits, target)
-    space = map_space(kind, data, logits.shape[1])
+    space = map_space(kind, logit_moments(data, logits.shape[1]))
     start = space.temperature_only(base.temperature)
     path = ShrinkagePath(map_derivatives(data, space, start, dense=False), space.weight)
     fit = fit_output_map(MapLoss(data, space), path, shrinkage, start, len(target))
@@ -62,7 +64,7 @@ def random_point(space, scale=0.2):
 @pytest.mark.parametrize("kind", KINDS)
 def test_derivatives_are_those_of_automatic_differentiation(kind):
     logits, target = distorted(200)
-    space = map_space(kind, rows(logits, target), 5)
+    space = map_space(kind, logit_moments(rows(logits, target), 5))
     free = random_point(space)
 
     def losses(free):
@@ -81,7 +83,7 @@ def test_derivatives_are_those_of_automatic_differentiation(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_map_is_linear_in_the_logits_and_leaves_them_alone_without_deviations(kind):
     logits, target = distorted(50)
-    space = map_space(kind, rows(logits, target), 5)
+    space = map_space(kind, logit_moments(rows(logits, target), 5))
     torch.testing.assert_close(space.apply(logits, space.temperature_only(2.0)), logits / 2)
     free, change = random_point(space), torch.randn(50, 5).double()
     moved = space.apply(logits + change, free) - space.apply(logits, free)
@@ -127,7 +129,7 @@ def test_the_optimum_is_that_of_the_objective_as_documented(kind, shrinkage):
 def test_one_curvature_says_what_every_strength_costs_and_inverts():
     logits, target = distorted(500)
     data, base = rows(logits, target), base_of(logits, target)
-    space = map_space("matrix", data, 5)
+    space = map_space("matrix", logit_moments(data, 5))
     at = map_derivatives(data, space, space.temperature_only(base.temperature), dense=False)
     path = ShrinkagePath(at, space.weight)
     for shrinkage in (0.1, 30.0):
@@ -141,7 +143,7 @@ def test_one_curvature_says_what_every_strength_costs_and_inverts():
 def test_correlated_rows_are_charged_by_their_covariance():
     logits, target = distorted(300)
     data, base = rows(logits, target), base_of(logits, target)
-    space = map_space("vector", data, 5)
+    space = map_space("vector", logit_moments(data, 5))
     at = map_derivatives(data, space, space.temperature_only(base.temperature), dense=True)
     ridge = 3 * space.weight
     expected = float((torch.linalg.inv(at.curvature + ridge.diag()) @ at.covariance).trace())
@@ -244,7 +246,7 @@ def test_where_there_is_nothing_to_find_the_temperature_is_kept_or_next_to_nothi
 def test_the_average_is_no_worse_than_the_mean_and_counts_the_temperature():
     logits, target = distorted(400)
     data, base = rows(logits, target), base_of(logits, target)
-    space = map_space("matrix", data, 5)
+    space = map_space("matrix", logit_moments(data, 5))
     path = list(fit_path(data, space, base, base, 400, dense=False))
     mean = average(path, base, data, 400)
     weights = torch.softmax(-torch.tensor([-3.0, *(criterion for _, criterion in path)]).double() / 3, 0)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from lightning_clamp import fit_clamp
 from lightning_clamp.clamping.frozen import frozen
+from lightning_clamp.clamping.moments import logit_moments
 from lightning_clamp.clamping.newton import LossDerivatives, effective_parameters, score_test
 from lightning_clamp.clamping.output_map import map_space
 from lightning_clamp.clamping.passes import CalibrationSet, summed
@@ -23,7 +24,7 @@ from tests.scenarios import SHIFT, DenseNet, SmallNet, batches, calibrated_logit
 def space_of(kind, y):
     """Of any logits: only the centre is theirs."""
     logits = calibrated_logits(100, 3 if y.ndim > 1 else 4)
-    return map_space(kind, rows(*logits), logits[0].shape[1])
+    return map_space(kind, logit_moments(rows(*logits), logits[0].shape[1]))
 
 
 def sums_at(network, x, y, size, coefficients=None, free=(0.7,), kind="temperature"):
@@ -187,7 +188,8 @@ def test_repeated_pixels_are_shrunk_as_one_would_be():
     assert once.chosen.output_map == many.chosen.output_map == "vector"
     torch.testing.assert_close(many.clamp.class_bias, once.clamp.class_bias, rtol=0.1, atol=0.02)
     spaces = [
-        map_space("vector", rows(*data), 5, repeats) for data, repeats in (((logits, y), 1), ((tiled, many_y), 16))
+        map_space("vector", logit_moments(rows(*data), 5), repeats)
+        for data, repeats in (((logits, y), 1), ((tiled, many_y), 16))
     ]
     torch.testing.assert_close(spaces[1].weight, 16 * spaces[0].weight)
 

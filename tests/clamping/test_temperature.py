@@ -56,8 +56,11 @@ def test_the_start_does_not_matter(start):
     assert there == pytest.approx(fit_temperature(rows(3 * logits, target)).log_temperature, abs=1e-8)
 
 
-@pytest.mark.parametrize("sign", [1, -1])
-def test_where_no_temperature_is_best_it_says_so(sign):
-    """All right: the colder the better. All wrong: the hotter the better."""
+def test_where_no_temperature_is_best_it_says_so():
+    """All right: the colder the better. All wrong: the hotter the better, and the hottest it is."""
     logits, _ = calibrated_logits(200)
-    assert not fit_temperature(rows(sign * logits, logits.argmax(1))).interior
+    assert not fit_temperature(rows(logits, logits.argmax(1))).determined
+    wrong = fit_temperature(rows(-logits, logits.argmax(1)))
+    assert wrong.determined
+    assert not wrong.informed
+    assert wrong.nll == pytest.approx(math.log(5), abs=1e-3)

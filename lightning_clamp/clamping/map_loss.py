@@ -1,0 +1,91 @@
+"""The loss of mapped logits over rows: value, derivatives, and how sure a change of it is."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from lightning_clamp._rows import Rows
+from lightning_clamp.clamping.newton import LossDerivatives
+from lightning_clamp.clamping.output_map import MapSpace
+from lightning_clamp.clamping.passes import RowSource, summed
+
+
+class MapLoss:
+    """Summed loss of maps of one kind on the same rows, and its gradient in the free parameters, ``(q,)``.
+
+    The last point is remembered: a fit mostly starts where another one ended.
+    """
+
+    def __init__(self, rows: RowSource, space: MapSpace) -> None:
+        self.rows = rows
+        self.space = space
+        self._last: tuple[Tensor, tuple[float, Tensor]] | None = None
+
+    def __call__(self, free: Tensor) -> tuple[float, Tensor]:
+        """Loss and gradient at a point."""
+        if self._last is None or not torch.equal(self._last[0], free):
+            self._last = free, self._computed(free)
+        return self._last[1]
+
+    def _computed(self, free: Tensor) -> tuple[float, Tensor]:
+        def batch_sums(batch: Rows) -> tuple[Tensor, ...]:
+            log_probs = self.space.apply(batch.logits, free).log_softmax(1)
+            loss, weight = self.space.loss_of_label(log_probs, batch.target)
+            return loss.sum(), self.space.pull(batch.logits, errors(log_probs.exp(), batch, weight))
+
+        shapes = [(), (len(free),)]
+        loss, gradient = summed((batch_sums(batch) for batch in self.rows), shapes, self.rows.ranks)
+        return float(loss), gradient
+
+
+def map_derivatives(rows: RowSource, space: MapSpace, free: Tensor, *, dense: bool) -> LossDerivatives:
+    """Gradient, curvature and covariance of the summed loss in the free parameters.
+
+    The curvature is exact (that of the loss, which for these maps is also the Fisher information), but for a uniform
+    share: rows then count by the part of their label's probability that the softmax has. It is the covariance too, with
+    less noise than the outer products of the items' gradients, unless the rows of an item are correlated (``dense``).
+    """
+
+    def batch_sums(batch: Rows) -> tuple[Tensor, ...]:
+        log_probs = space.apply(batch.logits, free).log_softmax(1)
+        _, weight = space.loss_of_label(log_probs, batch.target)
+        probs = log_probs.exp()
+        error = errors(probs, batch, weight)
+        terms = (space.pull(batch.logits, error), space.curvature(batch.logits, probs, weight))
+        if not dense:
+            return terms
+        scores = space.pull_per_item(batch, error)
+        return (*terms, scores.T @ scores)
+
+    n = len(free)
+    shapes = [(n,), (n, n), (n, n)][: 3 if dense else 2]
+    gradient, curvature, *outer = summed((batch_sums(batch) for batch in rows), shapes, rows.ranks)
+    return LossDerivatives(gradient, curvature, outer[0] if dense else curvature)
+
+
+def errors(probs: Tensor, batch: Rows, weight: Tensor | None = None) -> Tensor:
+    """Derivative of every row's loss in its mapped logits, ``(M, C)``: probabilities less one at the target."""
+    error = probs.scatter_add(1, batch.target[:, None], -torch.ones_like(probs[:, :1]))
+    return error if weight is None else weight * error
+
+
+def standard_error(rows: RowSource, space: MapSpace, free: Tensor, reference: tuple[MapSpace, Tensor]) -> float:
+    """Standard error of the mean loss's change from one map, ``reference``, to another on the same rows, in nats.
+
+    Items are the independent draws: the rows of one (the pixels of an image) go together.
+    """
+
+    def batch_sums(batch: Rows) -> tuple[Tensor, ...]:
+        losses = [
+            one.loss_of_label(one.apply(batch.logits, point).log_softmax(1), batch.target)[0]
+            for one, point in ((space, free), reference)
+        ]
+        change = losses[0] - losses[1]
+        pair = batch.per_item(torch.stack([change, torch.ones_like(change)], 1))
+        return pair.sum(0), pair.T @ pair
+
+    total, products = summed((batch_sums(batch) for batch in rows), [(2,), (2, 2)], rows.ranks)
+    # Of a ratio of sums: items have different numbers of rows, and some none.
+    residual = torch.stack([torch.ones_like(total[0]), -total[0] / total[1]])
+    return math.sqrt(max(float(residual @ products @ residual), 0.0)) / float(total[1])
