@@ -18,6 +18,7 @@ from lightning_clamp.clamping.shrinkage import (
     average,
     fit_output_map,
     fit_path,
+    shrinkage_path,
     temperature_map,
 )
 from lightning_clamp.clamping.temperature import fit_temperature
@@ -247,7 +248,7 @@ def test_the_average_is_no_worse_than_the_mean_and_counts_the_temperature():
     logits, target = distorted(400)
     data, base = rows(logits, target), base_of(logits, target)
     space = map_space("matrix", logit_moments(data, 5))
-    path = list(fit_path(data, space, base, base, 400, dense=False))
+    path = list(fit_path(data, space, shrinkage_path(data, space, base, dense=False), base, base, 400))
     mean = average(path, base, data, 400)
     weights = torch.softmax(-torch.tensor([-3.0, *(criterion for _, criterion in path)]).double() / 3, 0)
     losses = torch.tensor([base.nll, *(fit.nll for fit, _ in path)]).double()
