@@ -19,15 +19,13 @@ class RiskCoverageCurve(NamedTuple):
 
     Rows of equal confidence are answered together; where a number of rows divides them, it is the average over their
     orders that counts, so that the order of the data plays no part. In the curve of a metric, rows in one cell of its
-    histogram count as equal.
+    histogram count as equal. Without rows, K is 1 and everything nan.
 
     Attributes:
         threshold: Confidence from which on it answers, ``(K,)``, float64, falling to 0. It lies midway between the
             least confidence that is answered and the next one.
         answered: Rows that are answered, ``(K,)``, float64, rising to all.
         errors: How many of these are wrong, ``(K,)``, float64.
-
-    Without rows, K is 1 and everything nan.
     """
 
     threshold: Tensor
