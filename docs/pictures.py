@@ -40,7 +40,9 @@ from lightning_clamp.metrics import (
     expected_calibration_error,
     negative_log_likelihood,
     plot_reliability,
+    plot_risk_coverage,
     reliability_curve,
+    risk_coverage_curve,
 )
 
 DOCS = Path(__file__).resolve().parent
@@ -439,6 +441,17 @@ def draw_before_and_after(story: Story) -> Figure:
     return figure
 
 
+def draw_risk_coverage(story: Story) -> Figure:
+    """Error rate over coverage of held-out images, uncalibrated and with the default clamp."""
+    before, after = (
+        risk_coverage_curve(judged(story.model, clamp, story.test).probs, story.test.target, probs=True)
+        for clamp in (Clamp(), story.default.clamp)
+    )
+    for share in (0.5, 0.8):
+        print(f"accuracy at coverage {share}: {before.accuracy_at(share):.1%}, {after.accuracy_at(share):.1%}")
+    return plot_risk_coverage(after, before=before)[0]
+
+
 def draw_tensorboard(story: Story) -> Figure:
     """Scalars and images that are in TensorBoard's file."""
     (file,) = (story.logs / "tensorboard").rglob("events.out.tfevents.*")
@@ -494,6 +507,7 @@ PICTURES = {
     "score-test": draw_score_test,
     "temperature": draw_temperature,
     "before-after": draw_before_and_after,
+    "risk-coverage": draw_risk_coverage,
     "tensorboard": draw_tensorboard,
     "wandb": draw_wandb,
 }

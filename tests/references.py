@@ -207,3 +207,45 @@ def equal_mass_verified(confidence, correct, n_bins=15, norm="l1", debias=False)
     edges = [(a[-1] + b[0]) / 2 for a, b in pairwise(parts)]
     index = np.searchsorted(np.unique(edges), confidence, side="left")
     return combined(confidence, correct, [index == i for i in range(n_bins)], norm, debias)
+
+
+def errors_answered(confidence, correct):
+    """Errors among the k most confident rows, k = 1 ... N, averaged over the orders of rows of equal confidence."""
+    errors, before = [], 0.0
+    for value in np.unique(confidence)[::-1]:
+        wrong = 1 - correct[confidence == value].astype(float)
+        errors += [before + wrong.mean() * (j + 1) for j in range(len(wrong))]
+        before += wrong.sum()
+    return np.array(errors)
+
+
+def aurc(confidence, correct, excess=False, generalized=False):
+    """Mean over k of the errors among the k most confident rows, per row of these or, generalized, of all."""
+    n = len(confidence)
+    rows = np.full(n, n) if generalized else np.arange(1, n + 1)
+    area = (errors_answered(confidence, correct) / rows).mean()
+    best = (np.cumsum(np.sort(1 - correct.astype(float))) / rows).mean()
+    return area - best if excess else area
+
+
+def aurc_torch_uncertainty(confidence, correct, generalized=False):
+    """The trapezoid rule over the coverages 1/N ... 1, over the width of that interval."""
+    n = len(confidence)
+    rows = np.full(n, n) if generalized else np.arange(1, n + 1)
+    risk = errors_answered(confidence, correct) / rows
+    return ((risk[:-1] + risk[1:]) / 2).sum() / (n - 1)
+
+
+def accuracy_at_coverage(confidence, correct, rows):
+    """Accuracy of so many rows, the most confident ones."""
+    return 1 - errors_answered(confidence, correct)[rows - 1] / rows
+
+
+def coverage_at_accuracy(confidence, correct, accuracy):
+    """The largest share of rows above any threshold of which so many are right."""
+    shares = [0.0]
+    for threshold in confidence:
+        inside = confidence >= threshold
+        if correct[inside].mean() >= accuracy:
+            shares.append(inside.mean())
+    return max(shares)

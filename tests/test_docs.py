@@ -106,7 +106,7 @@ def python_blocks(name):
 def test_all_pages_with_python_are_run():
     """Here, or in the tests of what they are about."""
     here = {"README", "choosing", "getting-started", "how-it-works", "loggers", "losses", "metrics"}
-    assert {page.stem for page in PAGES if "```python" in page.read_text()} == here | {"export"}
+    assert {page.stem for page in PAGES if "```python" in page.read_text()} == here | {"conformal", "export"}
 
 
 def test_the_python_about_metrics_runs(capsys):
@@ -195,6 +195,18 @@ def test_the_python_of_the_guides_runs(page, n_blocks, elsewhere):
     names = given()
     for block in blocks:
         exec(block, names)
+
+
+@pytest.mark.slow
+def test_the_python_about_conformal_sets_runs(elsewhere):
+    """And the sets hold the right class as often as they should, but for what 400 and 400 samples leave to chance."""
+    pytest.importorskip("mapie")
+    calibration, conformal, test = (loader(400, seed) for seed in (30, 40, 50))
+    names = given(calibration_loader=calibration, conformal_loader=conformal, test_loader=test)
+    for block in python_blocks("docs/conformal.md"):
+        exec(block, names)
+    labels = torch.cat([target for _, target in test])
+    assert 0.85 < names["sets"][range(len(labels)), labels, 0].mean() < 0.95
 
 
 def test_every_key_that_is_logged_is_in_the_docs():

@@ -5,6 +5,14 @@ class, dense and (``task="binary"``) one-logit outputs, without the positions of
 in [0, 1], the negative log-likelihood and the entropy are in nats.
 """
 
+from lightning_clamp.metrics.abstention import (
+    AccuracyAtCoverage,
+    AreaUnderRiskCoverage,
+    CoverageAtAccuracy,
+    accuracy_at_coverage,
+    area_under_risk_coverage,
+    coverage_at_accuracy,
+)
 from lightning_clamp.metrics.bootstrap import BlockSums, BootstrapSums, Interval, paired_bootstrap
 from lightning_clamp.metrics.calibration_error import (
     AdaptiveCalibrationError,
@@ -19,10 +27,12 @@ from lightning_clamp.metrics.calibration_error import (
     root_mean_square_calibration_error,
 )
 from lightning_clamp.metrics.classwise import ClasswiseCalibrationError, classwise_calibration_error
-from lightning_clamp.metrics.diagram import ReliabilityDiagram
+from lightning_clamp.metrics.diagram import ReliabilityDiagram, RiskCoverageDiagram
 from lightning_clamp.metrics.margin import ExponentialMarginTail, class_margin, exponential_margin_tail
 from lightning_clamp.metrics.picture import plot_reliability
 from lightning_clamp.metrics.reliability import ReliabilityCurve, reliability_curve
+from lightning_clamp.metrics.risk_coverage import RiskCoverageCurve, risk_coverage_curve
+from lightning_clamp.metrics.risk_picture import plot_risk_coverage
 from lightning_clamp.metrics.scoring_rules import (
     Accuracy,
     BrierScore,
@@ -37,11 +47,14 @@ from lightning_clamp.metrics.smooth import SmoothCalibrationError, smooth_calibr
 
 __all__ = [
     "Accuracy",
+    "AccuracyAtCoverage",
     "AdaptiveCalibrationError",
+    "AreaUnderRiskCoverage",
     "BlockSums",
     "BootstrapSums",
     "BrierScore",
     "ClasswiseCalibrationError",
+    "CoverageAtAccuracy",
     "ExpectedCalibrationError",
     "ExponentialMarginTail",
     "Interval",
@@ -51,13 +64,18 @@ __all__ = [
     "PredictiveEntropy",
     "ReliabilityCurve",
     "ReliabilityDiagram",
+    "RiskCoverageCurve",
+    "RiskCoverageDiagram",
     "RootMeanSquareCalibrationError",
     "SmoothCalibrationError",
     "accuracy",
+    "accuracy_at_coverage",
     "adaptive_calibration_error",
+    "area_under_risk_coverage",
     "brier_score",
     "class_margin",
     "classwise_calibration_error",
+    "coverage_at_accuracy",
     "expected_calibration_error",
     "exponential_margin_tail",
     "maximum_calibration_error",
@@ -65,8 +83,10 @@ __all__ = [
     "overconfidence_error",
     "paired_bootstrap",
     "plot_reliability",
+    "plot_risk_coverage",
     "predictive_entropy",
     "reliability_curve",
+    "risk_coverage_curve",
     "root_mean_square_calibration_error",
     "smooth_calibration_error",
 ]

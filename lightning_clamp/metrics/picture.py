@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 _INTERVAL = "accuracy, 95 % interval"
 
 
-class _Palette(NamedTuple):
+class Palette(NamedTuple):
+    """Colours of the pictures, which stay apart for the colour-blind."""
+
     accuracy: str
     over: str
     under: str
@@ -23,8 +25,8 @@ class _Palette(NamedTuple):
     ink: str
 
 
-_ON_LIGHT = _Palette("#5b8db8", "#e79aa5", "#7cc7bd", "#6b6b6b", "#a9b4bf", "#1a1a1a")
-_ON_DARK = _Palette("#4b7ba6", "#a8505f", "#3c9c8f", "#c4c4c4", "#6d7885", "#f2f2f2")
+_ON_LIGHT = Palette("#5b8db8", "#e79aa5", "#7cc7bd", "#6b6b6b", "#a9b4bf", "#1a1a1a")
+_ON_DARK = Palette("#4b7ba6", "#a8505f", "#3c9c8f", "#c4c4c4", "#6d7885", "#f2f2f2")
 
 
 def plot_reliability(
@@ -51,12 +53,10 @@ def plot_reliability(
         The figure and the axes.
     """
     from matplotlib import pyplot as plt
-    from matplotlib.colors import to_rgb
 
     if ax is None:
         _, ax = plt.subplots(figsize=(4.4, 5.0), layout="constrained")
-    background = to_rgb(ax.get_facecolor())
-    palette = _ON_LIGHT if float(np.dot(background, (0.299, 0.587, 0.114))) > 0.5 else _ON_DARK
+    palette = palette_on(ax)
     ax.plot([0, 1], [0, 1], color=palette.ink, alpha=0.6, linestyle="--", linewidth=1, zorder=2.5)
     _draw_bins(ax, curve, palette)
     if before is not None:
@@ -67,7 +67,7 @@ def plot_reliability(
             y[seen],
             color=palette.before,
             marker="o",
-            markerfacecolor=background,
+            markerfacecolor=ax.get_facecolor(),
             markersize=4.5,
             linewidth=1.2,
             label="before",
@@ -77,17 +77,7 @@ def plot_reliability(
     if title is not None:
         ax.set_title(title)
     if float(curve.counts.sum()):
-        legend = ax.legend(
-            loc="upper left",
-            framealpha=0.85,
-            facecolor=ax.get_facecolor(),
-            edgecolor="none",
-            fontsize="small",
-            handlelength=1.4,
-            labelcolor=palette.ink,
-        )
-        # Sure networks leave this corner free; others have intervals that reach into it.
-        legend.set_zorder(5)
+        add_legend(ax, palette)
         _write_errors(ax, curve, before, palette)
     else:
         ax.text(0.5, 0.5, "no data", color=palette.ink, ha="center", va="center", transform=ax.transAxes)
@@ -96,7 +86,28 @@ def plot_reliability(
     return ax.figure.figure, ax
 
 
-def _draw_bins(ax: "Axes", curve: ReliabilityCurve, palette: _Palette) -> None:
+def palette_on(ax: "Axes") -> Palette:
+    """The colours for the background of the axes."""
+    from matplotlib.colors import to_rgb
+
+    return _ON_LIGHT if float(np.dot(to_rgb(ax.get_facecolor()), (0.299, 0.587, 0.114))) > 0.5 else _ON_DARK
+
+
+def add_legend(ax: "Axes", palette: Palette) -> None:
+    """A legend in the corner that most networks leave free, above what others have there."""
+    legend = ax.legend(
+        loc="upper left",
+        framealpha=0.85,
+        facecolor=ax.get_facecolor(),
+        edgecolor="none",
+        fontsize="small",
+        handlelength=1.4,
+        labelcolor=palette.ink,
+    )
+    legend.set_zorder(5)
+
+
+def _draw_bins(ax: "Axes", curve: ReliabilityCurve, palette: Palette) -> None:
     """Accuracy, its interval, and the gap to the confidence; nothing where there are no data."""
     confidence, accuracy, counts, lower, upper = _arrays(curve)
     width = 1 / len(counts)
@@ -127,7 +138,7 @@ def _draw_bins(ax: "Axes", curve: ReliabilityCurve, palette: _Palette) -> None:
     )
 
 
-def _write_errors(ax: "Axes", curve: ReliabilityCurve, before: ReliabilityCurve | None, palette: _Palette) -> None:
+def _write_errors(ax: "Axes", curve: ReliabilityCurve, before: ReliabilityCurve | None, palette: Palette) -> None:
     """The expected calibration error in the corner that accurate networks leave free."""
     text: dict[str, Any] = {"transform": ax.transAxes, "ha": "right", "va": "bottom", "zorder": 5}
     box: dict[str, Any] = {
@@ -141,7 +152,7 @@ def _write_errors(ax: "Axes", curve: ReliabilityCurve, before: ReliabilityCurve 
     ax.text(0.97, 0.03, f"ECE {_percent(curve)}", color=palette.ink, fontweight="bold", bbox=box, **text)
 
 
-def _draw_shares(ax: "Axes", curve: ReliabilityCurve, palette: _Palette) -> None:
+def _draw_shares(ax: "Axes", curve: ReliabilityCurve, palette: Palette) -> None:
     """A strip below the axes: the accuracy of a bin of three rows means little."""
     from matplotlib.ticker import MaxNLocator
 

@@ -12,9 +12,12 @@ from tests.scenarios import BAD_PREDICTIONS, calibrated_logits
 
 PAIRS = {
     metrics.accuracy: metrics.Accuracy,
+    metrics.accuracy_at_coverage: metrics.AccuracyAtCoverage,
     metrics.adaptive_calibration_error: metrics.AdaptiveCalibrationError,
+    metrics.area_under_risk_coverage: metrics.AreaUnderRiskCoverage,
     metrics.brier_score: metrics.BrierScore,
     metrics.classwise_calibration_error: metrics.ClasswiseCalibrationError,
+    metrics.coverage_at_accuracy: metrics.CoverageAtAccuracy,
     metrics.expected_calibration_error: metrics.ExpectedCalibrationError,
     metrics.exponential_margin_tail: metrics.ExponentialMarginTail,
     metrics.maximum_calibration_error: metrics.MaximumCalibrationError,
@@ -22,13 +25,18 @@ PAIRS = {
     metrics.overconfidence_error: metrics.OverconfidenceError,
     metrics.predictive_entropy: metrics.PredictiveEntropy,
     metrics.reliability_curve: metrics.ReliabilityDiagram,
+    metrics.risk_coverage_curve: metrics.RiskCoverageDiagram,
     metrics.root_mean_square_calibration_error: metrics.RootMeanSquareCalibrationError,
     metrics.smooth_calibration_error: metrics.SmoothCalibrationError,
 }
 OPTIONS = [
+    (metrics.accuracy_at_coverage, {"coverage": 0.33}),
     (metrics.adaptive_calibration_error, {"norm": "l2", "debias": True}),
     (metrics.adaptive_calibration_error, {"norm": "max", "n_bins": 7}),
+    (metrics.area_under_risk_coverage, {"excess": True}),
+    (metrics.area_under_risk_coverage, {"excess": True, "generalized": True}),
     (metrics.classwise_calibration_error, {"average": "none", "n_bins": 10}),
+    (metrics.coverage_at_accuracy, {"accuracy": 0.75}),
     (metrics.expected_calibration_error, {"n_bins": 7}),
     (metrics.reliability_curve, {"n_bins": 10}),
     (metrics.root_mean_square_calibration_error, {"debias": True}),
@@ -53,15 +61,35 @@ def divided_share(metric):
     return float(count[divided].sum() / last[-1])
 
 
+def mixed_share(metric):
+    """What the order within cells of which some rows are right and some wrong can do to the area, at the most."""
+    count, _, correct = metric.sums[:, metric.sums[0] > 0].flip(1)
+    total = count.cumsum(0)
+    # So many errors more or less than in the average order, over each row of the cell by the rows before it.
+    exchanged = correct * (count - correct) / count
+    return float((exchanged * count / (total - count + 1)).sum() / total[-1])
+
+
+def values_of(value):
+    """One vector; of a risk-coverage curve, whose points are rows or cells, its areas."""
+    areas = (value.area(), value.area(generalized=True)) if isinstance(value, metrics.RiskCoverageCurve) else value
+    return flat(areas)
+
+
 def compare(function, preds, target, **options):
-    """Exact but for the two that are computed from the histogram, which differ as their classes say."""
+    """Exact but for what is computed from the histogram, which differs as the classes say.
+
+    The coverages and accuracies that are asked for lie at the edge of a cell here; see test_risk_coverage.py.
+    """
     metric = metric_of(function, **options)
     metric.update(preds, target)
-    actual, expected = flat(function(preds, target, **options)), flat(metric.compute())
+    actual, expected = values_of(function(preds, target, **options)), values_of(metric.compute())
     assert actual.dtype == torch.float64
     rtol, atol = 0.0, 1e-12
     if function is metrics.adaptive_calibration_error:
         atol += 2 * divided_share(metric)
+    elif function in (metrics.area_under_risk_coverage, metrics.risk_coverage_curve):
+        atol += mixed_share(metric)
     elif function is metrics.smooth_calibration_error:
         rtol = 2e-4
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
@@ -165,6 +193,8 @@ def test_no_rows_are_nan_and_a_warning(function):
             value = function(preds, labels, ignore_index=-1)
         if function is metrics.reliability_curve:
             value = value.calibration_error()
+        elif function is metrics.risk_coverage_curve:
+            value = torch.cat([*value, value.coverage])
         assert torch.isnan(value).all()
 
 

@@ -15,11 +15,14 @@ from torchmetrics import MetricCollection
 
 from lightning_clamp.metrics import (
     Accuracy,
+    AccuracyAtCoverage,
     AdaptiveCalibrationError,
+    AreaUnderRiskCoverage,
     BlockSums,
     BootstrapSums,
     BrierScore,
     ClasswiseCalibrationError,
+    CoverageAtAccuracy,
     ExpectedCalibrationError,
     ExponentialMarginTail,
     MaximumCalibrationError,
@@ -27,6 +30,7 @@ from lightning_clamp.metrics import (
     OverconfidenceError,
     PredictiveEntropy,
     ReliabilityDiagram,
+    RiskCoverageDiagram,
     RootMeanSquareCalibrationError,
     SmoothCalibrationError,
     expected_calibration_error,
@@ -34,7 +38,9 @@ from lightning_clamp.metrics import (
 from tests.references import flat
 from tests.scenarios import BAD_PREDICTIONS, NAN, calibrated_logits
 
+SELECTIVE = [AccuracyAtCoverage, AreaUnderRiskCoverage, CoverageAtAccuracy, RiskCoverageDiagram]
 CONFIDENCE = [
+    *SELECTIVE,
     AdaptiveCalibrationError,
     ExpectedCalibrationError,
     MaximumCalibrationError,
@@ -138,7 +144,7 @@ def test_one_logit_heads_are_their_two_class_twins(metric_class):
     torch.testing.assert_close(computed(make(metric_class, **options, probs=True), (z.sigmoid(), y.float())), two)
 
 
-@pytest.mark.parametrize("metric_class", CONFIDENCE)
+@pytest.mark.parametrize("metric_class", [metric for metric in CONFIDENCE if metric not in SELECTIVE])
 def test_the_positive_class_is_asked_for_by_name(metric_class):
     z, y = 2 * torch.randn(300).double(), torch.randint(2, (300,))
     options = {"task": "binary", "confidence": "positive"}
@@ -247,6 +253,8 @@ def test_nothing_seen_is_nan_and_one_warning(metric_class, case):
     elif metric_class is BootstrapSums:
         assert value.curve.counts.sum() == 0
         value = torch.tensor(value.metrics["nll"])
+    elif metric_class is RiskCoverageDiagram:
+        value = torch.stack([*value, value.area(), value.accuracy_at(0.5), value.coverage_at(0.5)])
     assert torch.isnan(value).all()
 
 
@@ -458,7 +466,9 @@ def test_unchecked_nan_stays_nan(metric_class):
     value = make(metric_class, validate_args=False)(NAN, torch.zeros(40).long())
     if metric_class is ReliabilityDiagram:
         value = value.confidence[value.counts > 0].sum()
-    assert torch.isnan(value)
+    if metric_class is RiskCoverageDiagram:
+        value = torch.stack([value.area(), value.accuracy_at(0.5), value.coverage_at(0.5), value.threshold_at(0.5)])
+    assert torch.isnan(value).all()
 
 
 @pytest.mark.parametrize("metric_class", CONFIDENCE)
