@@ -73,6 +73,7 @@ class ClasswiseCalibrationError(RowMetric):
     """
 
     higher_is_better = False
+    plot_legend_name = "Class"
 
     def __init__(self, num_classes: int, n_bins: int = 15, *, average: Average = "macro", **kwargs: Any) -> None:
         super().__init__(**kwargs)

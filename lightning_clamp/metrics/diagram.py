@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING
 
 from lightning_clamp.metrics._confidence import ConfidenceMetric
-from lightning_clamp.metrics.picture import plot_reliability
-from lightning_clamp.metrics.reliability import ReliabilityCurve
+from lightning_clamp.metrics.picture import Curves, plot_reliability
+from lightning_clamp.metrics.reliability import ReliabilityCurve, curve_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,16 +16,16 @@ class ReliabilityDiagram(ConfidenceMetric):
 
     def compute(self) -> ReliabilityCurve:
         """The curve over all rows seen."""
-        return ReliabilityCurve.from_sums(self.bins)
+        return curve_of(self.bins, self.confidence)
 
-    def plot(
-        self, val: ReliabilityCurve | None = None, ax: "Axes | None" = None, *, before: ReliabilityCurve | None = None
-    ) -> "tuple[Figure, Axes]":
+    def plot(self, val: Curves | None = None, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
         """Draw the diagram.
 
         Args:
-            val: A computed curve; by default the current one.
+            val: A computed curve, or several as :func:`plot_reliability` takes them; by default the current one.
             ax: Where to draw; a new figure by default.
-            before: A curve to compare with.
+
+        Returns:
+            The figure and the axes.
         """
-        return plot_reliability(self.compute() if val is None else val, before=before, ax=ax)
+        return plot_reliability(self.compute() if val is None else val, ax=ax)
