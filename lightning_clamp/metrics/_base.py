@@ -78,6 +78,17 @@ class RowMetric(Metric):
             setattr(self, self._state_name, sums)
         return sums
 
+    @torch.jit.unused
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Add a batch and give its own value; one that is refused leaves everything as it was."""
+        kept = dict(self.__dict__)
+        try:
+            return super().forward(*args, **kwargs)
+        except BaseException:
+            # torchmetrics sets the state aside for the batch, and takes it up again only if nothing was raised.
+            self.__dict__.update(kept)
+            raise
+
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Add a batch; one that is refused leaves the state as it was."""
         kept = self.sums
