@@ -161,7 +161,7 @@ def _draw_legend(ax: "Axes", palette: Palette, title: str | None) -> None:
         legend = ax.legend(
             loc="upper left", ncols=columns, title=title, title_fontproperties={"weight": "bold", "size": size + 1},
             fontsize=size, frameon=False, handlelength=1.4, borderaxespad=0.2, columnspacing=1,
-            handletextpad=0.5, labelcolor=palette.ink,
+            handletextpad=0.5, labelcolor=palette.ink, alignment="left",
         )  # fmt: skip
         if legend.get_window_extent().width <= ax.bbox.width:
             break
