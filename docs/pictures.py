@@ -425,19 +425,12 @@ def draw_before_and_after(story: Story) -> Figure:
         "temperature alone": story.alone.clamp,
         f"default: {story.default.chosen.name}": story.default.clamp,
     }
-    before = judged(story.model, Clamp(), story.test).curve
-    entries = {}
     for ax, (name, clamp) in zip(panels, clamps.items(), strict=True):
         outcome = judged(story.model, clamp, story.test)
         title = f"{name}\nNLL {outcome.nll:.3f}, accuracy {outcome.accuracy:.1%}"
-        plot_reliability(outcome.curve, before=None if clamp.is_identity else before, ax=ax, title=title)
-        handles, labels = ax.get_legend_handles_labels()
-        entries.update(zip(labels, handles, strict=True))
-        # One for all of them: the panels are too narrow for their own.
-        ax.get_legend().remove()
+        plot_reliability(outcome.curve, ax=ax, title=title)
     for ax in panels[1:]:
         ax.set_ylabel("")
-    figure.legend(entries.values(), entries, loc="outside lower center", ncols=len(entries), fontsize="small")
     return figure
 
 
@@ -449,7 +442,7 @@ def draw_risk_coverage(story: Story) -> Figure:
     )
     for share in (0.5, 0.8):
         print(f"accuracy at coverage {share}: {before.accuracy_at(share):.1%}, {after.accuracy_at(share):.1%}")
-    return plot_risk_coverage(after, before=before)[0]
+    return plot_risk_coverage({"before": before, "after": after})[0]
 
 
 def draw_tensorboard(story: Story) -> Figure:

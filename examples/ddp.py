@@ -79,7 +79,7 @@ def compare(path: str, calibration_loader: DataLoader, test: Dataset, out: Path)
     print(f"largest difference of their logits: {apart:.1e}, of logits up to {logits['one process'].abs().max():.1f}\n")
     print_table(logits, target)
     before, after = (metrics.reliability_curve(logits[name], target) for name in ("before", "all processes"))
-    figure, _ = metrics.plot_reliability(after, before=before, title="digits, held-out test")
+    figure, _ = metrics.plot_reliability({"before": before, "after": after}, title="digits, held-out test")
     figure.savefig(out / "reliability.png", dpi=130)
     print(f"written: {out / 'reliability.png'} and {path}")
 

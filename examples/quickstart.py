@@ -85,7 +85,7 @@ def main() -> None:
     uncalibrated = CalibrationModule(model, Clamp())
     compare(uncalibrated, calibrated, DataLoader(test, batch_size=256))
     before, after = clamping.result.reliability
-    figure, _ = plot_reliability(after, before=before, title="digits, calibration set")
+    figure, _ = plot_reliability({"before": before, "after": after}, title="digits, calibration set")
     figure.savefig(arguments.out / "reliability.png", dpi=150)
     print(f"written: {arguments.out / 'reliability.png'}; logs: tensorboard --logdir {arguments.out}")
 

@@ -304,7 +304,7 @@ def draw_reliability(outcomes: dict[str, Outcome], target: Tensor) -> Figure:
     for ax, (loss, outcome) in zip(axes[0], outcomes.items(), strict=True):
         diagram = ReliabilityDiagram(task="binary")
         before, after = (diagram.forward(logits, target) for logits in (outcome.trained, outcome.clamped))
-        plot_reliability(after, before=before, ax=ax, title=loss)
+        plot_reliability({"before": before, "after": after}, ax=ax, title=loss)
         # The larger of two probabilities is at least a half.
         ax.set_xlim(0.5, 1)
     return figure

@@ -143,7 +143,7 @@ def draw(before: Tensor, after: Tensor, target: Tensor, delta: Tensor | None, em
     """The reliability diagram of two logits, and δ beside the embeddings ``(words, features)``."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
     one, other = (metrics.reliability_curve(logits, target) for logits in (before, after))
-    metrics.plot_reliability(other, before=one, ax=axes[0], title="held-out snippets")
+    metrics.plot_reliability({"before": one, "after": other}, ax=axes[0], title="held-out snippets")
     spread = embedded.std(0)
     features = range(len(spread))
     axes[1].use_sticky_edges = False

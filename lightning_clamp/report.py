@@ -75,7 +75,7 @@ def log_figures(loggers: Sequence[Logger], result: CalibrationResult, step: int)
 def figures(result: CalibrationResult) -> dict[str, "Figure"]:
     """The pictures of a calibration, by name: the reliability diagram, and the perturbation if there is one."""
     before, after = result.reliability
-    drawn = {"reliability": plot_reliability(after, before=before)[0]}
+    drawn = {"reliability": plot_reliability({"before": before, "after": after})[0]}
     if result.clamp.perturbation is not None:
         drawn["perturbation"] = plot_perturbation(result.clamp)
     return drawn

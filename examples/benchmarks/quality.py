@@ -2,9 +2,10 @@
 
 import csv
 import math
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from cases import SEVERITIES, Problem, load
@@ -25,6 +26,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_clamp import metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Metric = Callable[..., Tensor]
 METRICS: dict[str, Metric] = {
@@ -406,39 +410,59 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     cases = list(dict.fromkeys(row.case for row in rows))
-    columns = min(4, len(cases))
-    lines = -(-len(cases) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(3.4 * columns, 2.6 * lines + 0.8), squeeze=False)
     # Other methods of the temperature would all lie on the dotted line, or above it.
     hidden = ("uncalibrated", "temperature", "bisection", "LBFGS")
     methods = dict.fromkeys(row.method for row in rows)
     shown = [method for method in methods if not any(word in method for word in hidden)]
+    columns = min(4, len(cases))
+    lines = -(-len(cases) // columns)
+    size = (3.4 * columns, 2.6 * lines + 0.8)
+    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
     for ax, case in zip(axes.flat, cases, strict=False):
-        for index, method in enumerate(shown):
-            own = [row for row in rows if row.case == case and row.method == method]
-            sizes = sorted({row.size for row in own})
-            means = []
-            for size in sizes:
-                here = [1000 * row.change for row in own if row.size == size]
-                means.append(sum(here) / len(here))
-            bold = {"linewidth": 2.2, "zorder": 5} if method == "default" else {"linewidth": 1.0}
-            ax.plot(sizes, means, marker="o", markersize=3, color=f"C{index % 10}", label=method, **bold)
-        ax.axhline(0, color="black", linewidth=0.8, linestyle=":")
-        ax.set(xscale="log", title=case)
-        ax.set_yscale("symlog", linthresh=1)
-        low, high = ax.get_ylim()
-        ax.set_ylim(max(low, -1e3), min(high, 1e3))
-        sizes = sorted({row.size for row in rows if row.case == case})
-        ax.set_xticks(sizes, [str(size) for size in sizes], minor=False)
-        ax.minorticks_off()
-        ax.title.set_fontsize(9)
-        ax.tick_params(labelsize=7)
+        draw_case(ax, [row for row in rows if row.case == case and row.method in shown], shown)
+        ax.set_title(case, fontsize=9)
     for ax in axes.flat[len(cases) :]:
         ax.set_axis_off()
-    figure.supxlabel("samples to calibrate", fontsize=9)
-    figure.supylabel("held-out NLL less temperature scaling's, × .001 (below 0 is better)", fontsize=9)
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", ncols=4, fontsize=8, frameon=False)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.6 / (2.6 * lines + 0.8)))
+    words = "samples to calibrate; below 0 is better than temperature scaling, and an arrow is beyond the panel"
+    figure.supxlabel(words, fontsize=9)
+    figure.supylabel("change of the held-out NLL, × .001", fontsize=9)
+    handles = {name: handle for ax in axes.flat for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=4, fontsize=8, frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def draw_case(ax: "Axes", rows: Sequence[Row], shown: Sequence[str]) -> None:
+    """The mean change of every method by size; what is beyond the panel is an arrow at its edge."""
+    curves = {method: _mean_changes([row for row in rows if row.method == method]) for method in shown}
+    low, high = limits([mean for curve in curves.values() for mean in curve.values()])
+    for index, (method, curve) in enumerate(curves.items()):
+        if not curve:
+            continue
+        bold = {"linewidth": 2.2, "zorder": 5} if method == "default" else {"linewidth": 1.0}
+        ax.plot(curve.keys(), curve.values(), "o-", markersize=3, color=f"C{index % 10}", label=method, **bold)
+        beyond = [size for size, mean in curve.items() if mean > high]
+        if beyond:
+            ax.plot(beyond, [high] * len(beyond), "^", markersize=5, color=f"C{index % 10}", clip_on=False)
+    ax.axhline(0, color="black", linewidth=0.8, linestyle=":")
+    ax.set(xscale="log", ylim=(low, high))
+    sizes = sorted({row.size for row in rows})
+    ax.set_xticks(sizes, [str(size) for size in sizes])
+    ax.minorticks_off()
+    ax.tick_params(labelsize=7)
+
+
+def limits(changes: Sequence[float]) -> tuple[float, float]:
+    """Of a panel: all that is better than temperature scaling, and as much of what is worse, five at least."""
+    low, high = min([0.0, *changes]), max([0.0, *changes])
+    high = min(high, max(-low, 5.0))
+    margin = 0.06 * (high - low) or 1.0
+    return low - margin, high + margin
+
+
+def _mean_changes(rows: Sequence[Row]) -> dict[int, float]:
+    """Mean change, × .001, by size."""
+    return {
+        size: 1000 * statistics.fmean(row.change for row in rows if row.size == size)
+        for size in sorted({row.size for row in rows})
+    }

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,10 @@ from torchmetrics import Metric
 
 from lightning_clamp._rows import Task, is_one_block
 from lightning_clamp.metrics._reading import PredictedRows, Reader
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 class RowMetric(Metric):
@@ -34,6 +38,9 @@ class RowMetric(Metric):
 
     is_differentiable = False
     full_state_update = False
+    plot_lower_bound: float | None = 0.0
+    # TorchScript compiles all other properties of a metric that a scripted module holds.
+    __jit_unused_properties__: ClassVar[list[str]] = [*Metric.__jit_unused_properties__, "sums"]
 
     def __init__(
         self,
@@ -71,6 +78,17 @@ class RowMetric(Metric):
             setattr(self, self._state_name, sums)
         return sums
 
+    @torch.jit.unused
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Add a batch and give its own value; one that is refused leaves everything as it was."""
+        kept = dict(self.__dict__)
+        try:
+            return super().forward(*args, **kwargs)
+        except BaseException:
+            # torchmetrics sets the state aside for the batch, and takes it up again only if nothing was raised.
+            self.__dict__.update(kept)
+            raise
+
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Add a batch; one that is refused leaves the state as it was."""
         kept = self.sums
@@ -96,6 +114,20 @@ class RowMetric(Metric):
         """Warn if nothing was counted, though there were updates (without any, torchmetrics itself warns)."""
         if self.update_called:
             self.reader.warn_unless(bool(scored.any()))
+
+    def plot(self, val: Any = None, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
+        """Draw the value, or how it went.
+
+        Args:
+            val: What ``compute`` or ``forward`` gave, or a list of such values, one per step; by default the current.
+            ax: Where to draw; a new figure by default.
+
+        Returns:
+            The figure and the axes.
+        """
+        # Private, and what torchmetrics asks the `plot` of every metric to call.
+        drawn = cast("Axes", self._plot(val, ax)[1])
+        return drawn.figure.figure, drawn
 
     # Private in torch, and where torchmetrics moves states; `exclude_state` is its way to leave them to the metric, and
     # nothing public comes before. `fn` would also cast them, as when a Trainer with precision="bf16-true" casts the

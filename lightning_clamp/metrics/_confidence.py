@@ -1,6 +1,6 @@
 """Which confidence is meant, and the histogram of it that a family of metrics shares."""
 
-from typing import Any, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -61,6 +61,7 @@ class ConfidenceMetric(RowMetric):
     """
 
     higher_is_better = False
+    __jit_unused_properties__: ClassVar[list[str]] = [*RowMetric.__jit_unused_properties__, "cells", "bins"]
 
     def __init__(self, n_bins: int = 15, *, confidence: Confidence = "top", **kwargs: Any) -> None:
         super().__init__(**kwargs)

@@ -1,6 +1,6 @@
 """When to abstain: the area under the risk-coverage curve, and its points that an application asks for."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -131,6 +131,8 @@ class SelectiveMetric(ConfidenceMetric):
         n_bins: Number of equal-width bins, at least 1.
         **kwargs: Further arguments of :class:`~._base.RowMetric`.
     """
+
+    __jit_unused_properties__: ClassVar[list[str]] = [*ConfidenceMetric.__jit_unused_properties__, "curve"]
 
     def __init__(self, *, n_bins: int = 15, **kwargs: Any) -> None:
         super().__init__(n_bins, **kwargs)

@@ -1,7 +1,8 @@
 """Confidence intervals for what calibration changed: the same samples before and after, resampled together."""
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,10 @@ from lightning_clamp.metrics._base import RowMetric
 from lightning_clamp.metrics._binning import bin_index, checked_bins
 from lightning_clamp.metrics.reliability import ReliabilityCurve
 from lightning_clamp.metrics.scoring_rules import nll_per_row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 class Interval(NamedTuple):
@@ -109,6 +114,21 @@ class BootstrapSums(RowMetric):
         self.warn_unless(self.sums[:, 2:])
         return BlockSums(self.sums.clone())
 
+    def plot(
+        self, val: BlockSums | Sequence[BlockSums] | None = None, ax: "Axes | None" = None
+    ) -> "tuple[Figure, Axes]":
+        """Draw the three metrics of the sums, or how they went.
+
+        Args:
+            val: Computed sums, or a list of them, one per step; by default the current.
+            ax: Where to draw; a new figure by default.
+
+        Returns:
+            The figure and the axes.
+        """
+        val = self.compute() if val is None else val
+        return super().plot(_tensors(val) if isinstance(val, BlockSums) else [_tensors(one) for one in val], ax)
+
 
 def paired_bootstrap(
     before: BlockSums, after: BlockSums, *, level: float = 0.95, resamples: int = 1000, seed: int = 0
@@ -161,6 +181,10 @@ def paired_bootstrap(
         low, high = (2 * value - resampled[name].quantile(tails)).tolist()
         intervals[name] = Interval(float(value), low, high)
     return intervals
+
+
+def _tensors(sums: BlockSums) -> dict[str, Tensor]:
+    return {name: torch.tensor(value) for name, value in sums.metrics.items()}
 
 
 def _rows(blocks: Tensor) -> Tensor:

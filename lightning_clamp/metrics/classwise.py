@@ -73,6 +73,7 @@ class ClasswiseCalibrationError(RowMetric):
     """
 
     higher_is_better = False
+    plot_legend_name = "Class"
 
     def __init__(self, num_classes: int, n_bins: int = 15, *, average: Average = "macro", **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -114,10 +115,11 @@ def _add(sums: Tensor, rows: PredictedRows) -> None:
     row, column = (probs > (1 - 1e-6) / n_bins).nonzero(as_tuple=True)
     chosen = probs[row, column].double()
     values = torch.stack([torch.ones_like(chosen), chosen, (target[row] == column).double()])
-    sums.view(3, -1).index_add_(1, column * n_bins + bin_index(chosen, n_bins), values)
     occurrences = torch.bincount(target, minlength=classes).double()
     totals = torch.stack([torch.full_like(occurrences, len(probs)), probs.sum(0, dtype=torch.float64), occurrences])
+    # Labels out of range, where nobody looked for them, have failed by now: the sums are changed last.
     sums[:, :, 0] += totals.index_add(1, column, values, alpha=-1)
+    sums.view(3, -1).index_add_(1, column * n_bins + bin_index(chosen, n_bins), values)
 
 
 def _error(sums: Tensor, average: Average) -> Tensor:

@@ -1,13 +1,13 @@
-"""Metrics that are curves, and can be drawn: the reliability diagram and the risk-coverage diagram."""
+"""Metrics that are a picture: the reliability diagram, and the risk-coverage curve."""
 
 from typing import TYPE_CHECKING
 
 from lightning_clamp.metrics._confidence import ConfidenceMetric
 from lightning_clamp.metrics.abstention import SelectiveMetric
-from lightning_clamp.metrics.picture import plot_reliability
-from lightning_clamp.metrics.reliability import ReliabilityCurve
+from lightning_clamp.metrics.picture import Curves, plot_reliability
+from lightning_clamp.metrics.reliability import ReliabilityCurve, curve_of
 from lightning_clamp.metrics.risk_coverage import RiskCoverageCurve
-from lightning_clamp.metrics.risk_picture import plot_risk_coverage
+from lightning_clamp.metrics.risk_picture import RiskCurves, plot_risk_coverage
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,19 +19,19 @@ class ReliabilityDiagram(ConfidenceMetric):
 
     def compute(self) -> ReliabilityCurve:
         """The curve over all rows seen."""
-        return ReliabilityCurve.from_sums(self.bins)
+        return curve_of(self.bins, self.confidence)
 
-    def plot(
-        self, val: ReliabilityCurve | None = None, ax: "Axes | None" = None, *, before: ReliabilityCurve | None = None
-    ) -> "tuple[Figure, Axes]":
+    def plot(self, val: Curves | None = None, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
         """Draw the diagram.
 
         Args:
-            val: A computed curve; by default the current one.
+            val: A computed curve, or several as :func:`plot_reliability` takes them; by default the current one.
             ax: Where to draw; a new figure by default.
-            before: A curve to compare with.
+
+        Returns:
+            The figure and the axes.
         """
-        return plot_reliability(self.compute() if val is None else val, before=before, ax=ax)
+        return plot_reliability(self.compute() if val is None else val, ax=ax)
 
 
 class RiskCoverageDiagram(SelectiveMetric):
@@ -44,14 +44,14 @@ class RiskCoverageDiagram(SelectiveMetric):
         """The curve over all rows seen."""
         return self.curve
 
-    def plot(
-        self, val: RiskCoverageCurve | None = None, ax: "Axes | None" = None, *, before: RiskCoverageCurve | None = None
-    ) -> "tuple[Figure, Axes]":
+    def plot(self, val: RiskCurves | None = None, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
         """Draw the diagram.
 
         Args:
-            val: A computed curve; by default the current one.
+            val: A computed curve, or several as :func:`plot_risk_coverage` takes them; by default the current one.
             ax: Where to draw; a new figure by default.
-            before: A curve to compare with.
+
+        Returns:
+            The figure and the axes.
         """
-        return plot_risk_coverage(self.compute() if val is None else val, before=before, ax=ax)
+        return plot_risk_coverage(self.compute() if val is None else val, ax=ax)

@@ -83,6 +83,20 @@ class ReliabilityCurve(NamedTuple):
         return (squared * weight).sum().clamp(min=0).sqrt()
 
 
+class PositiveClassCurve(ReliabilityCurve):
+    """A curve of the probability of class 1, and how often class 1 occurs: ``confidence="positive"``.
+
+    The numbers are laid out alike; only a picture calls them by other names.
+    """
+
+    __slots__ = ()
+
+
+def curve_of(sums: Tensor, confidence: Confidence) -> ReliabilityCurve:
+    """The curve of sums ``(3, n_bins)`` of either confidence."""
+    return (PositiveClassCurve if confidence == "positive" else ReliabilityCurve).from_sums(sums)
+
+
 def check_norm(norm: Norm, *, debias: bool) -> None:
     """Refuse what :meth:`ReliabilityCurve.calibration_error` cannot compute."""
     if norm not in NORMS:
@@ -130,4 +144,4 @@ def binned_curve(
 ) -> ReliabilityCurve:
     """:func:`reliability_curve` of what a reader reads."""
     n_bins = checked_bins(n_bins)
-    return ReliabilityCurve.from_sums(bin_sums(*confidences(preds, target, confidence, reader), n_bins))
+    return curve_of(bin_sums(*confidences(preds, target, confidence, reader), n_bins), confidence)

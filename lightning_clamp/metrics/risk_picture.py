@@ -1,11 +1,13 @@
 """The risk-coverage curve, drawn."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from torch import Tensor
 
-from lightning_clamp.metrics.picture import Palette, add_legend, palette_on
+from lightning_clamp.metrics._named import named_curves
+from lightning_clamp.metrics._palette import Palette, palette_of
 from lightning_clamp.metrics.risk_coverage import RiskCoverageCurve
 
 if TYPE_CHECKING:
@@ -13,25 +15,22 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
+RiskCurves: TypeAlias = RiskCoverageCurve | list[RiskCoverageCurve] | Mapping[str, RiskCoverageCurve]
+
 # Coverages that are drawn. The few most confident rows, whose error rate is mostly chance, are left of the first.
 _COVERAGE = np.linspace(0, 1, 501)[1:]
 
 
 def plot_risk_coverage(
-    curve: RiskCoverageCurve,
-    *,
-    before: RiskCoverageCurve | None = None,
-    ax: "Axes | None" = None,
-    title: str | None = None,
+    curves: RiskCurves, *, ax: "Axes | None" = None, title: str | None = None
 ) -> "tuple[Figure, Axes]":
     """Draw the error rate of what is answered over the share that is answered.
 
-    The dashed line is the best order of the same answers: all that are right first. The legend has the areas under the
-    lines. Colours follow the background of the axes, light or dark.
+    The dashed line is the best order of the same answers, all that are right first; of several curves, those of the
+    last. The legend has the areas under the lines. Colours follow the background of the axes, light or dark.
 
     Args:
-        curve: What to draw.
-        before: A curve to compare with.
+        curves: A curve; several by name, such as ``{"before": ..., "after": ...}``; or a list of one per step.
         ax: Where to draw; a new figure by default.
         title: Title of the axes.
 
@@ -40,13 +39,15 @@ def plot_risk_coverage(
     """
     from matplotlib import pyplot as plt
 
+    named = named_curves(curves, RiskCoverageCurve, "plot_risk_coverage")
     if ax is None:
         _, ax = plt.subplots(figsize=(4.8, 4.0), layout="constrained")
-    palette = palette_on(ax)
-    if bool(curve.area().isnan()):
-        ax.text(0.5, 0.5, "no data", color=palette.ink, ha="center", va="center", transform=ax.transAxes)
+    palette = palette_of(ax)
+    filled = {name: curve for name, curve in named.items() if not bool(curve.area().isnan())}
+    if filled:
+        _draw_lines(ax, filled, palette)
     else:
-        _draw_lines(ax, curve, before, palette)
+        ax.text(0.5, 0.5, "no data", color=palette.ink, ha="center", va="center", transform=ax.transAxes)
     ax.set(xlim=(0, 1), xlabel="coverage", ylabel="error rate of what is answered")
     ax.spines[["top", "right"]].set_visible(False)
     if title is not None:
@@ -55,21 +56,20 @@ def plot_risk_coverage(
     return ax.figure.figure, ax
 
 
-def _draw_lines(ax: "Axes", curve: RiskCoverageCurve, before: RiskCoverageCurve | None, palette: Palette) -> None:
-    """The curve, the best order of the same answers, and what they are compared with; a legend above them."""
-    risk, area = _risk(curve), curve.area()
+def _draw_lines(ax: "Axes", named: Mapping[str, RiskCoverageCurve], palette: Palette) -> None:
+    """The curves, and the best order of the last one's answers; a legend above them."""
+    highest = 0.0
+    colours = palette.of_lines(len(named)) if len(named) > 1 else [palette.lines[1]]
+    for (name, curve), colour in zip(named.items(), colours, strict=True):
+        risk = _risk(curve)
+        highest = max(highest, float(risk.max()))
+        label = f"{name}: AURC {_percent(curve.area())}" if name else f"AURC {_percent(curve.area())}"
+        ax.plot(_COVERAGE, risk, color=colour, linewidth=1.8, label=label)
     best = (1 - (1 - risk[-1]) / _COVERAGE).clip(min=0)
-    highest = risk.max()
-    if before is not None:
-        earlier = _risk(before)
-        highest = max(highest, earlier.max())
-        label = f"before, AURC {_percent(before.area())}"
-        ax.plot(_COVERAGE, earlier, color=palette.before, linewidth=1.4, label=label)
-    ax.plot(_COVERAGE, risk, color=palette.accuracy, linewidth=2, label=f"AURC {_percent(area)}")
-    label = f"best order, AURC {_percent(area - curve.area(excess=True))}"
+    label = f"best order, AURC {_percent(curve.area() - curve.area(excess=True))}"
     ax.plot(_COVERAGE, best, color=palette.ink, alpha=0.6, linestyle="--", linewidth=1, label=label)
-    ax.set_ylim(0, float(1.4 * highest) or 1)
-    add_legend(ax, palette)
+    ax.set_ylim(0, 1.4 * highest or 1)
+    ax.legend(loc="upper left", frameon=False, fontsize="small", handlelength=1.4, labelcolor=palette.ink)
 
 
 def _risk(curve: RiskCoverageCurve) -> "NDArray[np.float64]":

@@ -162,6 +162,7 @@ class Accuracy(MeanMetric):
     """Streaming :func:`accuracy`."""
 
     higher_is_better = True
+    plot_upper_bound = 1.0
 
     def values(self, rows: PredictedRows) -> Tensor:
         """Whether the largest is at the target, per row; nan where there is no largest."""

@@ -493,12 +493,56 @@ def test_a_bad_row_in_a_later_block_leaves_nothing_counted(metric_class, monkeyp
         (NAN.flip(0), target, "nan or inf in 1 of"),
         (logits, beyond, r"Targets must lie in \[0, 4\], got 5"),
     ):
-        with pytest.raises(ValueError, match=message):
-            metric.update(preds, labels)
-        assert torch.equal(metric.sums, before)
+        for refusing in (metric.update, metric):
+            with pytest.raises(ValueError, match=message):
+                refusing(preds, labels)
+            assert torch.equal(metric.sums, before)
     metric.update(logits, target)
     expected = computed(make(metric_class), calibrated_logits(30), (logits, target))
     assert torch.equal(flat(metric.compute()), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("metric_class", [BootstrapSums, ExpectedCalibrationError])
+def test_a_large_refused_batch_may_come_again(metric_class):
+    logits, target = calibrated_logits(300_000, n_classes=10)
+    mended = target.clone()
+    target[-1] = 10
+    metric = make(metric_class, n_classes=10)
+    for refusing in (metric.update, metric):
+        with pytest.raises(ValueError, match=r"Targets must lie in \[0, 9\], got 10"):
+            refusing(logits, target)
+    assert torch.equal(computed(metric, (logits, mended)), computed(make(metric_class, n_classes=10), (logits, mended)))
+
+
+@pytest.mark.parametrize("metric_class", METRICS)
+def test_a_refused_step_leaves_the_metric_as_it_was(metric_class):
+    """Also its options of synchronising, and what the collection around it counted."""
+    logits, target = calibrated_logits(60)
+    collection = MetricCollection({"one": make(metric_class), "two": make(metric_class)})
+    collection.update(logits, target)
+    collection.update(logits, target)
+    expected = flat(collection.compute()["two"])
+    for refusing in (collection.update, collection):
+        with pytest.raises(ValueError, match="nan or inf"):
+            refusing(NAN, torch.zeros(40).long())
+        assert torch.equal(flat(collection.compute()["two"]), expected)
+    single = collection["one"]
+    before = {name: value for name, value in vars(single).items() if not isinstance(value, torch.Tensor)}
+    with pytest.raises(ValueError, match="nan or inf"):
+        single(NAN, torch.zeros(40).long())
+    assert before == {name: value for name, value in vars(single).items() if not isinstance(value, torch.Tensor)}
+
+
+@pytest.mark.parametrize("metric_class", METRICS)
+def test_labels_that_nobody_checked_and_torch_refuses_count_nothing(metric_class):
+    logits, target = calibrated_logits(60)
+    target[-1] = 5
+    metric = make(metric_class, validate_args=False)
+    try:
+        metric.update(logits, target)
+    except (IndexError, RuntimeError, ValueError):
+        assert not metric.sums.any()
 
 
 @pytest.mark.parametrize("metric_class", METRICS)

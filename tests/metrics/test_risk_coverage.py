@@ -237,12 +237,12 @@ def test_the_picture_has_the_curve_the_best_order_and_the_areas():
     logits, target = calibrated_logits(2000)
     diagram = RiskCoverageDiagram()
     diagram.update(logits, target)
-    before = risk_coverage_curve(logits[:, :4], target % 4)
-    _, ax = diagram.plot(before=before)
+    before, curve = risk_coverage_curve(logits[:, :4], target % 4), diagram.compute()
+    _, ax = diagram.plot({"before": before, "after": curve})
     lines = drawn_lines(ax)
-    curve = diagram.compute()
-    assert set(lines) == {"", "before, ", "best order, "}
-    for share, risk, other in ((0.5, lines[""][249], 1), (1.0, lines[""][-1], lines["best order, "][-1])):
+    assert set(lines) == {"before: ", "after: ", "best order, "}
+    after = lines["after: "]
+    for share, risk, other in ((0.5, after[249], 1), (1.0, after[-1], lines["best order, "][-1])):
         assert risk == pytest.approx(1 - float(curve.accuracy_at(share)), abs=1e-12)
         assert other >= risk - 1e-12
     assert all(a <= b for a, b in pairwise(lines["best order, "]))
@@ -268,14 +268,24 @@ def test_nothing_wrong_has_a_scale_and_nothing_seen_is_said():
     assert ax.get_ylim() == (0, 1)
     with pytest.warns(UserWarning, match="no position was scored"):
         nothing = risk_coverage_curve(torch.zeros(0, 3), torch.zeros(0).long())
-    _, ax = plot_risk_coverage(nothing)
+    _, ax = plot_risk_coverage([nothing, nothing])
     assert [text.get_text() for text in ax.texts] == ["no data"]
 
 
 @pytest.mark.parametrize("style", ["default", "dark_background"])
 def test_colours_follow_the_background(style):
     with plt.style.context(style):
-        _, ax = plot_risk_coverage(risk_coverage_curve(*calibrated_logits(50)))
+        _, ax = plot_risk_coverage([risk_coverage_curve(*calibrated_logits(50, seed=seed)) for seed in range(9)])
         for line in ax.lines:
             distance = zip(to_rgb(line.get_color()), to_rgb(ax.get_facecolor()), strict=True)
             assert sum(abs(a - b) for a, b in distance) > 0.6
+
+
+@pytest.mark.parametrize(("curves", "error", "message"), [
+    (torch.zeros(3), TypeError, "draws a RiskCoverageCurve, a list of them or a dict of them by name, got Tensor"),
+    ({"one": 1}, TypeError, "got int as 'one'"),
+    ([], ValueError, "needs at least one curve"),
+])  # fmt: skip
+def test_what_is_no_curve_is_refused(curves, error, message):
+    with pytest.raises(error, match=message):
+        plot_risk_coverage(curves)
