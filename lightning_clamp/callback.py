@@ -26,6 +26,7 @@ from lightning_clamp.checkpoint import (
     result_from_state,
     state_of_result,
 )
+from lightning_clamp.clamping.copies import independent_copy
 from lightning_clamp.clamping.options import ClampKeywords, Method, make_plan
 from lightning_clamp.clamping.result import CalibrationResult
 from lightning_clamp.clamping.site import submodule
@@ -120,6 +121,7 @@ class NeuralClamping(Callback):
         Raises:
             RuntimeError: If nothing has been calibrated, the model was trained in other processes, or its weights have
                 changed since and the calibrated ones were not saved.
+            TypeError: If the model holds something that cannot be copied, such as a lock; it is named.
         """
         self._read_mail()
         if self._result is None:
@@ -132,7 +134,7 @@ class NeuralClamping(Callback):
             )
         result = self._result
         with nullcontext() if self._hooks is None else self._hooks.off():
-            network = copy.deepcopy(self._module)
+            network = independent_copy(self._module)
         belongs = fingerprint(network) == result.fingerprint
         if not belongs and self._path is not None:
             network.load_state_dict(read_safely(self._path)["state_dict"])

@@ -1,11 +1,13 @@
+import threading
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_clamp import CalibrationModule, Clamp, fit_clamp
+from lightning_clamp import CalibrationModule, Clamp, NeuralClamping, calibrate, fit_clamp
 from lightning_clamp.spec import Spec
-from tests.scenarios import LitClassifier, SmallNet, images, loader, trainer
+from tests.scenarios import LitClassifier, SmallNet, images, loader, train_loader, trainer
 
 
 def test_forward_is_scale_of_network_of_perturb():
@@ -78,6 +80,38 @@ def test_one_logit_is_not_taken_for_a_softmax(shape):
 def test_a_calibrated_file_is_loaded_with_the_network_s_class():
     with pytest.raises(TypeError, match=r"CalibrationModule.from_checkpoint\(path, YourModule\)"):
         CalibrationModule.load_from_checkpoint("x.ckpt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["in place", "by torch"])
+def test_copies_of_a_compiled_model_share_nothing_with_it(tmp_path, how):
+    """Trained on, the original gives other outputs, and the copies those that the file gives."""
+    torch.compiler.reset()
+    model, held_out, x = LitClassifier(), loader(500, 1), images(20)
+    callback = NeuralClamping(held_out, method="temperature", save_to=tmp_path)
+    run = trainer(tmp_path, callback)
+    if how == "in place":
+        model.compile(backend="eager")
+    run.fit(torch.compile(model, backend="eager") if how == "by torch" else model, train_loader())
+    copies = [callback.calibrated_module(), calibrate(trainer(tmp_path), model, held_out, method="temperature")]
+    expected = CalibrationModule.from_checkpoint(callback.checkpoint_path, LitClassifier)(x)
+    with torch.no_grad():
+        model.net.linear.weight.mul_(2)
+    for module in copies:
+        torch.testing.assert_close(module(x), expected)
+        assert not module(x).requires_grad
+
+
+def test_a_model_that_cannot_be_copied_is_refused_by_the_name_of_its_attribute(tmp_path):
+    model, held_out = LitClassifier(), loader(100, 1)
+    model.lock = threading.Lock()
+    callback = NeuralClamping(held_out, method="temperature")
+    trainer(tmp_path, callback).fit(model, train_loader())
+    for copied in (callback.calibrated_module, lambda: calibrate(trainer(tmp_path), model, held_out)):
+        with pytest.raises(TypeError, match="LitClassifier cannot be copied because of its attribute 'lock' of type"):
+            copied()
+    model.lock = None
+    callback.calibrated_module()
 
 
 def test_an_unknown_setting_names_the_nearest():
