@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 from lightning_clamp._checks import check_choice
 from lightning_clamp._trainer.data import CalibrationBatches, find_calibration_set, warn_if_training_data
 from lightning_clamp._trainer.devices import check_float64, check_strategy, ranks_of
-from lightning_clamp._trainer.hooks import ClampHooks
+from lightning_clamp._trainer.hooks import ClampHooks, warn_every_time
 from lightning_clamp._trainer.mailbox import Mailbox
 from lightning_clamp._trainer.run import publish, run_in_trainer
 from lightning_clamp._trainer.weights import Weights, averages_weights, check_best, weights_of
@@ -182,7 +182,7 @@ class NeuralClamping(Callback):
         trainer.callbacks = [*(c for c in callbacks if c is not self), self]  # type: ignore[attr-defined]
         for averaging in filter(averages_weights, behind):
             rank_zero_info(
-                f"NeuralClamping moved behind {type(averaging).__name__}, to calibrate the averaged weights."
+                f"NeuralClamping moved behind {type(averaging).__name__}, so that the averaged weights count."
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -266,12 +266,30 @@ class NeuralClamping(Callback):
     # Test and predict
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Move behind callbacks that put other weights into the model, such as averaged ones."""
+        self._move_to_the_end(trainer)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Move behind callbacks that put other weights into the model, such as averaged ones."""
+        self._move_to_the_end(trainer)
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the clamp around the model."""
         self._install_hooks(trainer, pl_module)
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the clamp around the model."""
         self._install_hooks(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say that a validation is of the model without its clamp, where one would be expected."""
+        if trainer.state.fn != "validate" or self.result is None or self.result.clamp.is_identity:
+            return
+        if pl_module is self._module or self._belongs(trainer, pl_module):
+            warn_every_time(
+                "trainer.validate does not use the clamp: these are the outputs of the bare model. trainer.test and "
+                "trainer.predict use it, and so does callback.calibrated_module()."
+            )
 
     def _install_hooks(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._remove_hooks()
@@ -283,16 +301,18 @@ class NeuralClamping(Callback):
                 self._result = self._path = None
                 rank_zero_info(str(self._calibrate(trainer, pl_module)))
         if self._result is None:
-            rank_zero_warn("NeuralClamping has calibrated nothing yet: these are the outputs of the bare model.")
+            warn_every_time("NeuralClamping has calibrated nothing yet: these are the outputs of the bare model.")
         elif not self._belongs(trainer, pl_module):
-            rank_zero_warn(
+            warn_every_time(
                 "The weights are not the ones that NeuralClamping calibrated (another checkpoint, or further "
                 "training): these are the outputs of the bare model. NeuralClamping(other_weights='refit') would "
                 "calibrate them."
             )
         elif not self._result.clamp.is_identity:
-            clamp = copy.deepcopy(self._result.clamp).to(pl_module.device)
-            self._hooks = ClampHooks(pl_module, clamp, self._result.spec.perturb_at)
+            clamp, seen = copy.deepcopy(self._result.clamp).to(pl_module.device), fingerprint(pl_module)
+            self._hooks = ClampHooks(
+                pl_module, clamp, self._result.spec.perturb_at, lambda: fingerprint(pl_module) == seen
+            )
 
     def _belongs(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         """Whether the clamp was fitted to these weights: those of the first rank, as when they were calibrated."""
@@ -304,19 +324,37 @@ class NeuralClamping(Callback):
             self._hooks.remove()
             self._hooks = None
 
-    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
         """Check that the clamp took effect."""
-        self._check_used(pl_module, "test_step")
+        self._check_effect(pl_module, "test_step", first=batch_idx == 0)
 
-    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
         """Check that the clamp took effect."""
-        self._check_used(pl_module, "predict_step")
+        self._check_effect(pl_module, "predict_step", first=batch_idx == 0)
 
-    def _check_used(self, pl_module: LightningModule, step: str) -> None:
-        if self._hooks is not None and not self._hooks.used:
+    def _check_effect(self, pl_module: LightningModule, step: str, *, first: bool) -> None:
+        if self._hooks is None:
+            return
+        if self._hooks.idle:
+            self._remove_hooks()
+            warn_every_time(
+                f"{step} ran with other weights than those that the model had when the epoch started, the calibrated "
+                "ones: these are the outputs of the bare model. Weights that a callback puts in at the start are seen "
+                "in time, and NeuralClamping(other_weights='refit') would calibrate them."
+            )
+        elif not self._hooks.used:
             raise MisconfigurationException(
                 f"{type(pl_module).__name__}.{step} did not call self(x), so the clamp had no effect: call self(x) "
                 "there, or run the Trainer on callback.calibrated_module()."
+            )
+        elif first and self._hooks.bare_loss:
+            warn_every_time(
+                f"{type(pl_module).__name__} returns a loss beside its logits, which it computed inside: it is that "
+                "of the bare model. For that of the calibrated one compute it from the logits, which are clamped."
             )
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
