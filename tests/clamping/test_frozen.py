@@ -210,17 +210,19 @@ def test_a_lazy_network_is_refused_by_torch_and_left_alone():
     assert network[0].weight.requires_grad
 
 
+@pytest.fixture
+def differing_precisions():
+    cudnn = torch.backends.cudnn
+    before = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, cudnn.benchmark
+    cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, cudnn.benchmark = "tf32", "ieee", True
+    yield lambda: (cudnn.enabled, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, cudnn.benchmark)
+    cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, cudnn.benchmark = before
+
+
 @pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="precisions by operator are new in torch 2.9")
 @pytest.mark.parametrize("fails", [False, True])
-def test_precisions_of_convolutions_and_recurrent_layers_may_differ(fails, monkeypatch):
-    cudnn = torch.backends.cudnn
-    monkeypatch.setattr(cudnn.conv, "fp32_precision", "tf32")
-    monkeypatch.setattr(cudnn.rnn, "fp32_precision", "ieee")
-    monkeypatch.setattr(cudnn, "benchmark", True)
-
-    def flags():
-        return cudnn.enabled, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, cudnn.benchmark
-
+def test_precisions_of_convolutions_and_recurrent_layers_may_differ(fails, differing_precisions):
+    flags = differing_precisions
     with pytest.raises(RuntimeError, match="half-way") if fails else torch.enable_grad(), frozen(nn.LSTM(3, 4)):
         inside = flags()
         if fails:
