@@ -82,6 +82,65 @@ def test_a_calibrated_file_is_loaded_with_the_network_s_class():
         CalibrationModule.load_from_checkpoint("x.ckpt")
 
 
+class Labelled(nn.Module):
+    """As HuggingFace's networks: arguments by name, a loss where there are labels."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = SmallNet()
+
+    def forward(self, pixel_values, mask=None, labels=None):
+        logits = self.net(pixel_values if mask is None else pixel_values * mask)
+        return {"loss": None if labels is None else F.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_a_batch_by_its_names_is_what_the_network_s_forward_takes():
+    network, x, y = Labelled(), images(6), torch.zeros(6).long()
+    mask = torch.ones(6, 1, 1, 1)
+    scaling, moving = Clamp(log_temperature=0.5), Clamp(torch.ones(3, 8, 8), 0.5)
+    module = CalibrationModule(network, scaling)
+    expected = module(x)
+    for batch in (
+        {"pixel_values": x},
+        {"pixel_values": x, "labels": y},
+        {"labels": y, "mask": mask, "pixel_values": x},
+    ):
+        assert torch.equal(module(**batch), expected)
+        assert torch.equal(module(batch), expected)
+    moved = CalibrationModule(network, moving, batch_keys=("pixel_values", "labels"))
+    assert torch.equal(moved(pixel_values=x, labels=y), moving.scale(network.net(moving.perturb(x))))
+    assert torch.equal(moved(pixel_values=x), moved(x))
+    assert torch.equal(CalibrationModule(network, moving)(pixel_values=x), moved(x))
+    keys = (["pixel_values", "mask"], "labels")
+    several = CalibrationModule(network, scaling, batch_keys=keys)
+    assert torch.equal(several(pixel_values=x, mask=mask, labels=y), expected)
+    assert torch.equal(several(pixel_values=x, mask=mask), expected)
+
+
+class Unlucky(nn.Module):
+    def forward(self, inputs, labels=None):
+        return inputs
+
+
+def test_an_argument_of_the_network_may_be_called_as_the_module_s_own():
+    x = torch.randn(3, 4)
+    assert torch.equal(CalibrationModule(Unlucky(), Clamp())(inputs=x, labels=x), x)
+
+
+def test_a_perturbation_is_not_left_out_where_inputs_cannot_be_told_apart():
+    module, x = CalibrationModule(Labelled(), Clamp(torch.ones(3, 8, 8))), images(2)
+    for call in (lambda: module(pixel_values=x, labels=x), lambda: module({"pixel_values": x, "labels": x})):
+        with pytest.raises(ValueError, match=r"fitted to one input, and which of 'pixel_values', 'labels' is it\?"):
+            call()
+
+
+@pytest.mark.parametrize("arguments", [((), {}), ((images(1),), {"x": images(1)})])
+def test_a_call_with_nothing_or_both_is_refused(arguments):
+    module = CalibrationModule(SmallNet(), Clamp())
+    with pytest.raises(TypeError, match=r"is called with a batch of inputs, module\(x\), or module\(\*\*batch\)"):
+        module(*arguments[0], **arguments[1])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["in place", "by torch"])
 def test_copies_of_a_compiled_model_share_nothing_with_it(tmp_path, how):
