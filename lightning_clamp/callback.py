@@ -285,7 +285,7 @@ class NeuralClamping(Callback):
         """Say that a validation is of the model without its clamp, where one would be expected."""
         if trainer.state.fn != "validate" or self.result is None or self.result.clamp.is_identity:
             return
-        if pl_module is self._module or self._belongs(trainer, pl_module):
+        if pl_module is self._module or self._belongs(trainer, fingerprint(pl_module)):
             warn_every_time(
                 "trainer.validate does not use the clamp: these are the outputs of the bare model. trainer.test and "
                 "trainer.predict use it, and so does callback.calibrated_module()."
@@ -296,27 +296,29 @@ class NeuralClamping(Callback):
         if isinstance(pl_module, CalibrationModule):
             return
         self._read_mail()
-        if self.other_weights == "refit" and not self._belongs(trainer, pl_module):
+        refits = self.other_weights == "refit"
+        seen = fingerprint(pl_module) if refits or self._result is not None else ""
+        if refits and not self._belongs(trainer, seen):
             with self._failures_reported():
                 self._result = self._path = None
                 rank_zero_info(str(self._calibrate(trainer, pl_module)))
         if self._result is None:
             warn_every_time("NeuralClamping has calibrated nothing yet: these are the outputs of the bare model.")
-        elif not self._belongs(trainer, pl_module):
+        elif not self._belongs(trainer, seen):
             warn_every_time(
                 "The weights are not the ones that NeuralClamping calibrated (another checkpoint, or further "
                 "training): these are the outputs of the bare model. NeuralClamping(other_weights='refit') would "
                 "calibrate them."
             )
         elif not self._result.clamp.is_identity:
-            clamp, seen = copy.deepcopy(self._result.clamp).to(pl_module.device), fingerprint(pl_module)
+            clamp = copy.deepcopy(self._result.clamp).to(pl_module.device)
             self._hooks = ClampHooks(
                 pl_module, clamp, self._result.spec.perturb_at, lambda: fingerprint(pl_module) == seen
             )
 
-    def _belongs(self, trainer: Trainer, pl_module: LightningModule) -> bool:
-        """Whether the clamp was fitted to these weights: those of the first rank, as when they were calibrated."""
-        own = self._result is not None and fingerprint(pl_module) == self._result.fingerprint
+    def _belongs(self, trainer: Trainer, seen: str) -> bool:
+        """Whether the clamp was fitted to weights of this fingerprint: the first rank's, as when it was fitted."""
+        own = self._result is not None and seen == self._result.fingerprint
         return bool(trainer.strategy.broadcast(own))
 
     def _remove_hooks(self) -> None:
