@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 from lightning_clamp._checks import check_choice
 from lightning_clamp._trainer.data import CalibrationBatches, find_calibration_set, warn_if_training_data
 from lightning_clamp._trainer.devices import check_float64, check_strategy, ranks_of
-from lightning_clamp._trainer.hooks import ClampHooks
+from lightning_clamp._trainer.hooks import ClampHooks, warn_every_time
 from lightning_clamp._trainer.mailbox import Mailbox
 from lightning_clamp._trainer.run import publish, run_in_trainer
 from lightning_clamp._trainer.weights import Weights, averages_weights, check_best, weights_of
@@ -26,6 +26,7 @@ from lightning_clamp.checkpoint import (
     result_from_state,
     state_of_result,
 )
+from lightning_clamp.clamping.copies import independent_copy
 from lightning_clamp.clamping.options import ClampKeywords, Method, make_plan
 from lightning_clamp.clamping.result import CalibrationResult
 from lightning_clamp.clamping.site import submodule
@@ -120,6 +121,7 @@ class NeuralClamping(Callback):
         Raises:
             RuntimeError: If nothing has been calibrated, the model was trained in other processes, or its weights have
                 changed since and the calibrated ones were not saved.
+            TypeError: If the model holds something that cannot be copied, such as a lock; it is named.
         """
         self._read_mail()
         if self._result is None:
@@ -132,7 +134,7 @@ class NeuralClamping(Callback):
             )
         result = self._result
         with nullcontext() if self._hooks is None else self._hooks.off():
-            network = copy.deepcopy(self._module)
+            network = independent_copy(self._module)
         belongs = fingerprint(network) == result.fingerprint
         if not belongs and self._path is not None:
             network.load_state_dict(read_safely(self._path)["state_dict"])
@@ -180,7 +182,7 @@ class NeuralClamping(Callback):
         trainer.callbacks = [*(c for c in callbacks if c is not self), self]  # type: ignore[attr-defined]
         for averaging in filter(averages_weights, behind):
             rank_zero_info(
-                f"NeuralClamping moved behind {type(averaging).__name__}, to calibrate the averaged weights."
+                f"NeuralClamping moved behind {type(averaging).__name__}, so that the averaged weights count."
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -264,37 +266,59 @@ class NeuralClamping(Callback):
     # Test and predict
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Move behind callbacks that put other weights into the model, such as averaged ones."""
+        self._move_to_the_end(trainer)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Move behind callbacks that put other weights into the model, such as averaged ones."""
+        self._move_to_the_end(trainer)
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the clamp around the model."""
         self._install_hooks(trainer, pl_module)
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the clamp around the model."""
         self._install_hooks(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say that a validation is of the model without its clamp, where one would be expected."""
+        if trainer.state.fn != "validate" or self.result is None or self.result.clamp.is_identity:
+            return
+        if pl_module is self._module or self._belongs(trainer, fingerprint(pl_module)):
+            warn_every_time(
+                "trainer.validate does not use the clamp: these are the outputs of the bare model. trainer.test and "
+                "trainer.predict use it, and so does callback.calibrated_module()."
+            )
 
     def _install_hooks(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._remove_hooks()
         if isinstance(pl_module, CalibrationModule):
             return
         self._read_mail()
-        if self.other_weights == "refit" and not self._belongs(trainer, pl_module):
+        refits = self.other_weights == "refit"
+        seen = fingerprint(pl_module) if refits or self._result is not None else ""
+        if refits and not self._belongs(trainer, seen):
             with self._failures_reported():
                 self._result = self._path = None
                 rank_zero_info(str(self._calibrate(trainer, pl_module)))
         if self._result is None:
-            rank_zero_warn("NeuralClamping has calibrated nothing yet: these are the outputs of the bare model.")
-        elif not self._belongs(trainer, pl_module):
-            rank_zero_warn(
+            warn_every_time("NeuralClamping has calibrated nothing yet: these are the outputs of the bare model.")
+        elif not self._belongs(trainer, seen):
+            warn_every_time(
                 "The weights are not the ones that NeuralClamping calibrated (another checkpoint, or further "
                 "training): these are the outputs of the bare model. NeuralClamping(other_weights='refit') would "
                 "calibrate them."
             )
         elif not self._result.clamp.is_identity:
             clamp = copy.deepcopy(self._result.clamp).to(pl_module.device)
-            self._hooks = ClampHooks(pl_module, clamp, self._result.spec.perturb_at)
+            self._hooks = ClampHooks(
+                pl_module, clamp, self._result.spec.perturb_at, lambda: fingerprint(pl_module) == seen
+            )
 
-    def _belongs(self, trainer: Trainer, pl_module: LightningModule) -> bool:
-        """Whether the clamp was fitted to these weights: those of the first rank, as when they were calibrated."""
-        own = self._result is not None and fingerprint(pl_module) == self._result.fingerprint
+    def _belongs(self, trainer: Trainer, seen: str) -> bool:
+        """Whether the clamp was fitted to weights of this fingerprint: the first rank's, as when it was fitted."""
+        own = self._result is not None and seen == self._result.fingerprint
         return bool(trainer.strategy.broadcast(own))
 
     def _remove_hooks(self) -> None:
@@ -302,19 +326,37 @@ class NeuralClamping(Callback):
             self._hooks.remove()
             self._hooks = None
 
-    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
         """Check that the clamp took effect."""
-        self._check_used(pl_module, "test_step")
+        self._check_effect(pl_module, "test_step", first=batch_idx == 0)
 
-    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
         """Check that the clamp took effect."""
-        self._check_used(pl_module, "predict_step")
+        self._check_effect(pl_module, "predict_step", first=batch_idx == 0)
 
-    def _check_used(self, pl_module: LightningModule, step: str) -> None:
-        if self._hooks is not None and not self._hooks.used:
+    def _check_effect(self, pl_module: LightningModule, step: str, *, first: bool) -> None:
+        if self._hooks is None:
+            return
+        if self._hooks.idle:
+            self._remove_hooks()
+            warn_every_time(
+                f"{step} ran with other weights than those that the model had when the epoch started, the calibrated "
+                "ones: these are the outputs of the bare model. Weights that a callback puts in at the start are seen "
+                "in time, and NeuralClamping(other_weights='refit') would calibrate them."
+            )
+        elif not self._hooks.used:
             raise MisconfigurationException(
                 f"{type(pl_module).__name__}.{step} did not call self(x), so the clamp had no effect: call self(x) "
                 "there, or run the Trainer on callback.calibrated_module()."
+            )
+        elif first and self._hooks.bare_loss:
+            warn_every_time(
+                f"{type(pl_module).__name__} returns a loss beside its logits, which it computed inside: it is that "
+                "of the bare model. For that of the calibrated one compute it from the logits, which are clamped."
             )
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

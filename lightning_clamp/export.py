@@ -14,6 +14,7 @@ from torch.export import Dim, ExportedProgram
 
 from lightning_clamp._batch import Inputs, map_tensors
 from lightning_clamp.clamping.clamp import Clamp
+from lightning_clamp.clamping.copies import independent_copy
 from lightning_clamp.spec import Spec
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ def fold(module: Calibrated, example: Any = None) -> Folded:
             "no layer's weights can hold: export with to_exported_program or to_onnx, or fit with uniform_share=False."
         )
     # On the CPU, where matrix products are of full precision unless asked otherwise.
-    folded = copy.deepcopy(module).cpu()
+    folded = cast(Calibrated, independent_copy(cast(nn.Module, module)).cpu())
     inputs, perturbation = _inputs(folded, example), folded.clamp.perturbation
     with torch.no_grad():
         expected, output_map = folded(inputs), _output_map(folded.clamp)

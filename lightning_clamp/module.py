@@ -1,9 +1,10 @@
 """The calibrated model: a frozen network with its clamp, as a LightningModule of its own."""
 
 import os
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -131,11 +132,31 @@ class CalibrationModule(LightningModule):
             ) from error
         return cls.from_result(network, result)
 
-    def forward(self, inputs: Inputs) -> Tensor:
-        """Calibrated logits, of the network's shape, at least float32; a dict is the network's keyword arguments."""
+    def forward(self, inputs: Inputs | None = None, /, **named: Tensor) -> Tensor:
+        """Calibrated logits, of the network's shape, at least float32.
+
+        Args:
+            inputs: A batch; a dict is the network's keyword arguments.
+            **named: Or those arguments themselves, as in ``module(**batch)``. Of a batch with a target ``batch_keys``
+                says which entries are inputs; without it all are passed on, and what the network makes of its labels is
+                left out.
+
+        Raises:
+            TypeError: If there are both, or neither.
+            ValueError: If a perturbation was fitted to one input, and there are several.
+        """
+        if (inputs is None) == (not named):
+            raise TypeError("A CalibrationModule is called with a batch of inputs, module(x), or module(**batch).")
+        if inputs is None:
+            inputs = cast(Inputs, self.spec.inputs(named))
         # Read first, also where a hook adds it, so that torch.compile knows whether there is a perturbation: hooks it
         # takes no notice of.
         if self.clamp.perturbation is not None and self.spec.perturb_at is None:
+            if isinstance(inputs, Mapping) and len(inputs) > 1:
+                raise ValueError(
+                    "The perturbation was fitted to one input, and which of "
+                    f"{', '.join(map(repr, inputs))} is it? Pass that one alone, or say so by `batch_keys`."
+                )
             inputs = map_single_tensor(inputs, self.clamp.perturb)
         logits = logits_of(call_network(self.network, inputs))
         self.spec.check_logits(logits)

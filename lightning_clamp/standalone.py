@@ -1,6 +1,5 @@
 """Calibrate a model that was trained earlier, with the devices, precision and loggers of any Trainer."""
 
-import copy
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from lightning_clamp._trainer.mailbox import Mailbox
 from lightning_clamp._trainer.run import publish, run_in_trainer
 from lightning_clamp._trainer.weights import Moment
 from lightning_clamp.checkpoint import SaveTo, check_save_to
+from lightning_clamp.clamping.copies import independent_copy
 from lightning_clamp.clamping.options import ClampKeywords, Method, Plan, make_plan
 from lightning_clamp.clamping.result import CalibrationResult
 from lightning_clamp.clamping.site import submodule
@@ -54,7 +54,7 @@ def calibrate(
         The calibrated module, on the CPU, with what was done in its ``result``.
 
     Raises:
-        TypeError: If the model is no LightningModule, or a keyword is unknown.
+        TypeError: If the model is no LightningModule or holds something that cannot be copied, or a keyword is unknown.
         ValueError: If an argument has no such value, or for the reasons of :func:`~lightning_clamp.fit_clamp`.
         MisconfigurationException: If the Trainer's strategy cannot do this, or the calibration set cannot be read.
     """
@@ -83,7 +83,7 @@ def calibrate_by_plan(
     plan.check_ranks(trainer.world_size)
     if plan.spec.perturb_at is not None:
         submodule(model, plan.spec.perturb_at)
-    run = _Run(copy.deepcopy(model), _one_source(dataloaders, datamodule), plan, save_to, cache_bytes)
+    run = _Run(independent_copy(model), _one_source(dataloaders, datamodule), plan, save_to, cache_bytes)
     trainer.validate(run, dataloaders=[_NoBatches()], verbose=False)
     left = run.mailbox.receive()
     result = run.result if left is None else left[0]

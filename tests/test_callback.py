@@ -1,5 +1,6 @@
 """The callback in a Trainer's life: what it does, what it refuses, and what it never touches."""
 
+import copy
 import random
 import warnings
 
@@ -538,3 +539,39 @@ def test_the_calibrated_module_can_be_had_while_the_model_is_tested(tmp_path):
 def test_an_unknown_argument_names_the_nearest(wrong, nearest):
     with pytest.raises(TypeError, match=f"NeuralClamping has no argument `{wrong}`: did you mean `{nearest}`"):
         NeuralClamping(**{wrong: None})
+
+
+class Keeping(Validating):
+    """Keeps activations, as people do to look at them."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = {}
+        self.net.conv.register_forward_hook(lambda module, args, output: self.kept.update(conv=output))
+
+    def forward(self, x):
+        self.outputs = super().forward(x)
+        return self.outputs
+
+
+class Remember(Callback):
+    def on_train_end(self, trainer, pl_module):
+        self.seen = pl_module.outputs, pl_module.kept["conv"]
+
+
+@pytest.mark.parametrize("validates", [True, False])
+def test_kept_activations_are_those_of_training(tmp_path, calibration_set, validates):
+    before, model, callback = Remember(), Keeping(), NeuralClamping(calibration_set)
+    data = [train_loader(), loader(100, seed=44)] if validates else [train_loader()]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You defined a `validation_step` but have no `val_dataloader`")
+        trainer(tmp_path, before, callback).fit(model, *data)
+    assert model.outputs is before.seen[0]
+    assert model.kept["conv"] is before.seen[1]
+    # Torch copies them if they have no graph; that of training is the user's.
+    if validates:
+        copy.deepcopy(model)
+    x = images(10)
+    torch.testing.assert_close(
+        callback.calibrated_module()(x), callback.result.clamp.scale(model(callback.result.clamp.perturb(x)))
+    )

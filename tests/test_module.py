@@ -1,11 +1,13 @@
+import threading
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_clamp import CalibrationModule, Clamp, fit_clamp
+from lightning_clamp import CalibrationModule, Clamp, NeuralClamping, calibrate, fit_clamp
 from lightning_clamp.spec import Spec
-from tests.scenarios import LitClassifier, SmallNet, images, loader, trainer
+from tests.scenarios import LitClassifier, SmallNet, images, loader, train_loader, trainer
 
 
 def test_forward_is_scale_of_network_of_perturb():
@@ -78,6 +80,97 @@ def test_one_logit_is_not_taken_for_a_softmax(shape):
 def test_a_calibrated_file_is_loaded_with_the_network_s_class():
     with pytest.raises(TypeError, match=r"CalibrationModule.from_checkpoint\(path, YourModule\)"):
         CalibrationModule.load_from_checkpoint("x.ckpt")
+
+
+class Labelled(nn.Module):
+    """As HuggingFace's networks: arguments by name, a loss where there are labels."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = SmallNet()
+
+    def forward(self, pixel_values, mask=None, labels=None):
+        logits = self.net(pixel_values if mask is None else pixel_values * mask)
+        return {"loss": None if labels is None else F.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_a_batch_by_its_names_is_what_the_network_s_forward_takes():
+    network, x, y = Labelled(), images(6), torch.zeros(6).long()
+    mask = torch.ones(6, 1, 1, 1)
+    scaling, moving = Clamp(log_temperature=0.5), Clamp(torch.ones(3, 8, 8), 0.5)
+    module = CalibrationModule(network, scaling)
+    expected = module(x)
+    for batch in (
+        {"pixel_values": x},
+        {"pixel_values": x, "labels": y},
+        {"labels": y, "mask": mask, "pixel_values": x},
+    ):
+        assert torch.equal(module(**batch), expected)
+        assert torch.equal(module(batch), expected)
+    moved = CalibrationModule(network, moving, batch_keys=("pixel_values", "labels"))
+    assert torch.equal(moved(pixel_values=x, labels=y), moving.scale(network.net(moving.perturb(x))))
+    assert torch.equal(moved(pixel_values=x), moved(x))
+    assert torch.equal(CalibrationModule(network, moving)(pixel_values=x), moved(x))
+    keys = (["pixel_values", "mask"], "labels")
+    several = CalibrationModule(network, scaling, batch_keys=keys)
+    assert torch.equal(several(pixel_values=x, mask=mask, labels=y), expected)
+    assert torch.equal(several(pixel_values=x, mask=mask), expected)
+
+
+class Unlucky(nn.Module):
+    def forward(self, inputs, labels=None):
+        return inputs
+
+
+def test_an_argument_of_the_network_may_be_called_as_the_module_s_own():
+    x = torch.randn(3, 4)
+    assert torch.equal(CalibrationModule(Unlucky(), Clamp())(inputs=x, labels=x), x)
+
+
+def test_a_perturbation_is_not_left_out_where_inputs_cannot_be_told_apart():
+    module, x = CalibrationModule(Labelled(), Clamp(torch.ones(3, 8, 8))), images(2)
+    for call in (lambda: module(pixel_values=x, labels=x), lambda: module({"pixel_values": x, "labels": x})):
+        with pytest.raises(ValueError, match=r"fitted to one input, and which of 'pixel_values', 'labels' is it\?"):
+            call()
+
+
+@pytest.mark.parametrize("arguments", [((), {}), ((images(1),), {"x": images(1)})])
+def test_a_call_with_nothing_or_both_is_refused(arguments):
+    module = CalibrationModule(SmallNet(), Clamp())
+    with pytest.raises(TypeError, match=r"is called with a batch of inputs, module\(x\), or module\(\*\*batch\)"):
+        module(*arguments[0], **arguments[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["in place", "by torch"])
+def test_copies_of_a_compiled_model_share_nothing_with_it(tmp_path, how):
+    """Trained on, the original gives other outputs, and the copies those that the file gives."""
+    torch.compiler.reset()
+    model, held_out, x = LitClassifier(), loader(500, 1), images(20)
+    callback = NeuralClamping(held_out, method="temperature", save_to=tmp_path)
+    run = trainer(tmp_path, callback)
+    if how == "in place":
+        model.compile(backend="eager")
+    run.fit(torch.compile(model, backend="eager") if how == "by torch" else model, train_loader())
+    copies = [callback.calibrated_module(), calibrate(trainer(tmp_path), model, held_out, method="temperature")]
+    expected = CalibrationModule.from_checkpoint(callback.checkpoint_path, LitClassifier)(x)
+    with torch.no_grad():
+        model.net.linear.weight.mul_(2)
+    for module in copies:
+        torch.testing.assert_close(module(x), expected)
+        assert not module(x).requires_grad
+
+
+def test_a_model_that_cannot_be_copied_is_refused_by_the_name_of_its_attribute(tmp_path):
+    model, held_out = LitClassifier(), loader(100, 1)
+    model.lock = threading.Lock()
+    callback = NeuralClamping(held_out, method="temperature")
+    trainer(tmp_path, callback).fit(model, train_loader())
+    for copied in (callback.calibrated_module, lambda: calibrate(trainer(tmp_path), model, held_out)):
+        with pytest.raises(TypeError, match="LitClassifier cannot be copied because of its attribute 'lock' of type"):
+            copied()
+    model.lock = None
+    callback.calibrated_module()
 
 
 def test_an_unknown_setting_names_the_nearest():

@@ -212,7 +212,7 @@ def test_the_table_is_shown_to_the_user(tmp_path, caplog):
     with caplog.at_level("INFO"):
         trainer(tmp_path, plain(), ModelCheckpoint(tmp_path)).fit(LitClassifier(), train_loader())
     assert "calibration set     before     after" in caplog.text
-    assert "saved: " in caplog.text
+    assert "-calibrated.ckpt (CalibrationModule.from_checkpoint reads it; LitClassifier.load_from_" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,26 @@
 """A clamp around somebody else's module, for the duration of a test or a prediction."""
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from lightning_clamp._batch import logits_of, with_logits
 from lightning_clamp.clamping.clamp import Clamp
 from lightning_clamp.clamping.site import PerturbationSite
+
+
+@rank_zero_only
+def warn_every_time(message: str) -> None:
+    """Warn as ``rank_zero_warn``, but also of what was warned of before.
+
+    Python shows a text once per place and process; of four checkpoints tested in a loop, the first alone.
+    """
+    warnings.warn_explicit(message, UserWarning, __file__, 1, registry={})
 
 
 class ClampHooks:
@@ -19,15 +30,29 @@ class ClampHooks:
         module: The module whose ``__call__`` is clamped.
         clamp: On the module's device.
         perturb_at: Submodule at whose input the perturbation is added; None for the module's own.
+        belongs: Asked at the first call, whether the weights still are those that the clamp belongs to; if not, the
+            clamp has no effect. Code that torch.compile traces does not ask.
+
+    Attributes:
+        idle: Whether the weights turned out to be others.
+        bare_loss: Whether the network returned a loss beside its logits, which knows nothing of the clamp.
     """
 
-    def __init__(self, module: nn.Module, clamp: Clamp, perturb_at: str | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        clamp: Clamp,
+        perturb_at: str | None = None,
+        belongs: Callable[[], bool] = lambda: True,
+    ) -> None:
         self.module = module
         self.clamp = clamp
+        self.idle = self.bare_loss = False
+        self._belongs: Callable[[], bool] | None = belongs
         self._scaled = False
         self._inside = perturb_at is not None
         site = PerturbationSite(module, perturb_at)
-        self._perturbing = None if clamp.perturbation is None else site.hook(clamp.perturb)
+        self._perturbing = None if clamp.perturbation is None else site.hook(self._perturb)
         self._installed = ExitStack()
         self._install()
 
@@ -37,6 +62,7 @@ class ClampHooks:
         return self._scaled and (self._perturbing is None or self._perturbing.calls > 0)
 
     def _install(self) -> None:
+        self._installed.enter_context(self.module.register_forward_pre_hook(self._look))
         self._installed.enter_context(self.module.register_forward_hook(self._scale))
         if self._perturbing is not None:
             self._installed.enter_context(self._perturbing.installed())
@@ -57,7 +83,23 @@ class ClampHooks:
         finally:
             self._install()
 
+    def _look(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self._belongs is not None and not torch.compiler.is_compiling():
+            self.idle = not self._belongs()
+            self._belongs = None
+
+    def _perturb(self, inputs: Tensor) -> Tensor:
+        return inputs if self.idle else self.clamp.perturb(inputs)
+
     def _scale(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if self.idle:
+            return output
         logits: Tensor = self.clamp.scale(logits_of(output))
         self._scaled = True
+        self.bare_loss = _has_loss(output)
         return with_logits(output, logits)
+
+
+def _has_loss(output: Any) -> bool:
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    return isinstance(loss, Tensor)

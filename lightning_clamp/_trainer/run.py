@@ -52,7 +52,10 @@ def publish(
             checkpoint = calibrated_checkpoint(module, result, *moment)
             if trainer.is_global_zero:
                 save(trainer, checkpoint, path)
-        rank_zero_info(f"saved: {path}")
+        rank_zero_info(
+            f"saved: {path} (CalibrationModule.from_checkpoint reads it; {type(module).__name__}.load_from_checkpoint "
+            "gives the bare model)"
+        )
     if trainer.local_rank == 0:
         mailbox.send(result, path)
     log_result(trainer, result)

@@ -346,6 +346,16 @@ def module_compiled(life):
     life.run.fit(life.model, train_loader())
 
 
+def module_compiled_in_place(life):
+    life.model = LitClassifier()
+    life.model.compile(backend="eager")
+    trainer(life.path).test(life.model, UNSEEN, verbose=False)
+    life.fit(model=life.model)
+    bare = trainer(life.path).test(life.model, UNSEEN, verbose=False)[0]["test_nll"]
+    assert life.nll() < bare
+    assert trainer(life.path).test(life.model, UNSEEN, verbose=False)[0]["test_nll"] == bare
+
+
 def module_compiled_and_traced(life):
     """Steps that were traced without the clamp's hooks do not see them."""
     life.model = torch.compile(LitClassifier(), backend="eager")
@@ -504,6 +514,7 @@ SITUATIONS = {
     "test with other weights, refit": (other_weights_refitted, calibrated),
     "compiled submodule, traced before": (submodule_compiled_and_traced, calibrated),
     "compiled module": (module_compiled, calibrated),
+    "compiled in place, traced before": (module_compiled_in_place, calibrated),
     "compiled module, traced before": (module_compiled_and_traced, calibrated),
     "self.net(x) in test_step": (
         around_forward, Raised(MisconfigurationException, r"test_step did not call self\(x\)", trained=True)
