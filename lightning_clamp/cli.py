@@ -17,7 +17,7 @@ from lightning_utilities.core.imports import RequirementCache
 
 from lightning_clamp import __version__
 from lightning_clamp.callback import NeuralClamping
-from lightning_clamp.checkpoint import calibrated_path, read_result, read_safely
+from lightning_clamp.checkpoint import calibrated_path, read_checkpoint, read_result
 from lightning_clamp.clamping.result import CalibrationResult
 from lightning_clamp.clamping.site import submodule
 from lightning_clamp.module import CalibrationModule
@@ -116,7 +116,7 @@ def load_weights(model: LightningModule, path: str) -> None:
 
 def _checkpoint(path: str) -> dict[str, Any]:
     with _refusals(path):
-        checkpoint = read_safely(path)
+        checkpoint = read_checkpoint(path)
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise MisconfigurationException(f"{path!r} is no checkpoint of Lightning: it has no state_dict.")
     return checkpoint

@@ -17,7 +17,8 @@ from lightning.pytorch.cli import LightningCLI
 
 import lightning_clamp
 from lightning_clamp import CalibrationModule, NeuralClamping, calibrate, cli
-from lightning_clamp.checkpoint import fingerprint, read_result
+from lightning_clamp._digest import fingerprint
+from lightning_clamp.checkpoint import read_result
 from lightning_clamp.clamping.options import ClampOptions, PublishedOptions, make_plan, names_of
 from lightning_clamp.cli import ClampCLI, main
 from lightning_clamp.spec import Spec

@@ -13,8 +13,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_clamp import CalibrationModule, NeuralClamping, calibrate
+from lightning_clamp._digest import fingerprint
 from lightning_clamp._trainer import run
-from lightning_clamp.checkpoint import calibrated_checkpoint, fingerprint
+from lightning_clamp.checkpoint import calibrated_checkpoint
 from tests.scenarios import LitClassifier, loader, train_loader, trainer
 
 # Kills that must hit either stage, and at most how many are tried until they do: a busy machine is not where it was
