@@ -68,5 +68,8 @@ def _built(
 
 def _where_it_was(storage: torch.UntypedStorage, location: object) -> torch.UntypedStorage | None:
     """For ``torch.load``: leave the tensors on the device that they were saved from, if it is here; else on the CPU."""
-    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return None if here is not None and str(location).partition(":")[0] == here.type else storage
+    kind = str(location).partition(":")[0]
+    if kind == "cpu" or not torch.accelerator.is_available():
+        return storage
+    here = torch.accelerator.current_accelerator()
+    return None if here is not None and here.type == kind else storage
