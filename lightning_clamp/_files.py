@@ -79,9 +79,10 @@ def write_atomically(content: Any, path: Path) -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
     _remove_leftovers(path)
     temporary = f"{path}.{uuid4().hex[:12]}.tmp"
+    # "x": a file that is there, or a link, is not opened.
+    file = open(temporary, "xb")  # noqa: SIM115 - what goes wrong from here on removes it
     try:
-        # "x": a file that is there, or a link, is not opened.
-        with open(temporary, "xb") as file:
+        with file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())

@@ -13,10 +13,12 @@ from torch import nn
 
 from lightning_clamp import CalibrationModule, CalibrationResult, Clamp, NeuralClamping, fit_clamp
 from lightning_clamp._digest import fingerprint
+from lightning_clamp._files import write_atomically
 from lightning_clamp.checkpoint import (
     calibrated_checkpoint,
     read_result,
     result_from_state,
+    result_in,
     sealed,
     state_of_result,
 )
@@ -257,6 +259,22 @@ def test_a_clamp_of_earlier_weights_is_refused(saved, tmp_path):
     run.save_checkpoint(tmp_path / "stale.ckpt")
     with pytest.raises(ValueError, match="is not the network that was calibrated: the file was edited, or saved after"):
         CalibrationModule.from_checkpoint(tmp_path / "stale.ckpt", LitClassifier)
+
+
+def test_a_file_that_is_replaced_while_it_is_read_gives_one_calibration(small, tmp_path, monkeypatch):
+    """Clamp and network are read one after the other."""
+    path, other = tmp_path / "it.ckpt", LitClassifier(temperature=2.0)
+    path.write_bytes(small.read_bytes())
+    expected = read_result(small)
+
+    def replaced(*args):
+        write_atomically(sealed(calibrated_checkpoint(other, calibrated(network=other), 0, 2)), path)
+        return result_in(*args)
+
+    monkeypatch.setattr("lightning_clamp.restore.result_in", replaced)
+    module = CalibrationModule.from_checkpoint(path, LitClassifier)
+    assert module.network.hparams["temperature"] == 3.0
+    assert torch.equal(module.clamp.class_bias, expected.clamp.class_bias)
 
 
 def test_weights_of_another_class_cost_one_sentence(small):
