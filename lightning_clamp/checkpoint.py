@@ -6,6 +6,7 @@ It holds tensors, numbers and strings only, so that ``torch.load(weights_only=Tr
 import io
 import os
 import pickle
+import re
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -51,7 +52,9 @@ def calibrated_path(save_to: SaveTo, folder: str | os.PathLike[str] | None, stem
     place = os.fspath(folder or "") if save_to is True else os.fspath(save_to)
     if save_to is not True and place.endswith(_SUFFIX):
         return place
-    return os.path.join(place, f"{stem.removesuffix(_MARK)}{_MARK}{_SUFFIX}")
+    # What is calibrated once more has the mark already, perhaps before the number that Lightning gives to a copy.
+    plain = re.sub(rf"({_MARK})+(?=(-v\d+)?$)", "", stem)
+    return os.path.join(place, f"{plain}{_MARK}{_SUFFIX}")
 
 
 def state_of_result(result: CalibrationResult) -> dict[str, Any]:

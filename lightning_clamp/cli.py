@@ -25,6 +25,8 @@ from lightning_clamp.report import figures
 from lightning_clamp.standalone import calibrate_by_plan
 
 _PROGRAM = "lightning-clamp"
+# What Lightning takes in place of a path.
+_WORDS = ("best", "last", "hpc")
 _JSONARGPARSE = "jsonargparse[signatures]>=4.39,<5"
 
 
@@ -214,8 +216,10 @@ class ClampCLI(LightningCLI):
             raise MisconfigurationException(f"`report` takes no options before it: {_PROGRAM} report PATH.")
         options = self.config[command]
         path = self.ckpt_path = options.get("ckpt_path")
-        # Else it may be a folder, a URL, or one of Lightning's words, such as "best".
-        if path is not None and os.path.isfile(path):
+        # Else it may be a URL, or one of Lightning's words. Of a folder only strategies that split a network make sense,
+        # which the callback does not work with.
+        folder = path not in (None, *_WORDS) and command != "validate" and os.path.isdir(path)
+        if path is not None and (folder or os.path.isfile(path)):
             checkpoint = _checkpoint(path)
             if command == "fit" and "optimizer_states" not in checkpoint:
                 raise MisconfigurationException(

@@ -16,6 +16,7 @@ from lightning_clamp._digest import fingerprint
 from lightning_clamp._files import write_atomically
 from lightning_clamp.checkpoint import (
     calibrated_checkpoint,
+    calibrated_path,
     read_result,
     result_from_state,
     result_in,
@@ -102,6 +103,20 @@ def test_nothing_is_saved_where_the_user_saves_nothing_or_says_so(tmp_path):
     elsewhere = NeuralClamping(loader(200, 1), save_to=tmp_path / "there")
     trainer(tmp_path, elsewhere).fit(LitClassifier(), train_loader())
     assert [path.name for path in (tmp_path / "there").iterdir()] == ["epoch=0-step=2-calibrated.ckpt"]
+
+
+@pytest.mark.parametrize(
+    ("stem", "name"),
+    [
+        ("last", "last-calibrated.ckpt"),
+        ("last-calibrated", "last-calibrated.ckpt"),
+        ("last-calibrated-calibrated", "last-calibrated.ckpt"),
+        ("last-calibrated-v1", "last-v1-calibrated.ckpt"),
+        ("un-calibrated-net", "un-calibrated-net-calibrated.ckpt"),
+    ],
+)
+def test_what_is_calibrated_once_more_has_the_mark_once(stem, name):
+    assert calibrated_path(True, "there", stem) == os.path.join("there", name)
 
 
 def test_state_is_plain_and_round_trips(tmp_path):

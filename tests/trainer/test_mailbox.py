@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import gc
 import os
 import pickle
 import tempfile
@@ -76,6 +77,7 @@ def test_a_result_that_nobody_reads_leaves_nothing_behind(tmp_path, mail):
     callback = fitted(tmp_path, LitClassifier(lr=0.0))
     assert len(list(mail.glob("lightning_clamp-*"))) == 1
     del callback
+    gc.collect()
     assert not list(mail.glob("lightning_clamp-*"))
 
 
