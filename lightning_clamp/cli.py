@@ -216,8 +216,8 @@ class ClampCLI(LightningCLI):
             raise MisconfigurationException(f"`report` takes no options before it: {_PROGRAM} report PATH.")
         options = self.config[command]
         path = self.ckpt_path = options.get("ckpt_path")
-        # Else it may be a URL, or one of Lightning's words. Only strategies that split a network make sense of a folder,
-        # and the callback does not work with them.
+        # Else it may be a URL, or one of Lightning's words. Only strategies that split a network read folders, and the
+        # callback does not work with them.
         folder = path not in (None, *_WORDS) and command != "validate" and os.path.isdir(path)
         if path is not None and (folder or os.path.isfile(path)):
             checkpoint = _checkpoint(path)
