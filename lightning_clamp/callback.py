@@ -8,9 +8,11 @@ from typing import Any, Literal
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import Unpack
 
 from lightning_clamp._checks import check_choice
+from lightning_clamp._digest import fingerprint
 from lightning_clamp._trainer.data import CalibrationBatches, find_calibration_set, warn_if_training_data
 from lightning_clamp._trainer.devices import check_float64, check_strategy, ranks_of
 from lightning_clamp._trainer.hooks import ClampHooks, warn_every_time
@@ -21,8 +23,8 @@ from lightning_clamp.checkpoint import (
     STATE_KEY,
     SaveTo,
     check_save_to,
-    fingerprint,
-    read_safely,
+    check_seal,
+    read_checkpoint,
     result_from_state,
     state_of_result,
 )
@@ -31,6 +33,7 @@ from lightning_clamp.clamping.options import ClampKeywords, Method, make_plan
 from lightning_clamp.clamping.result import CalibrationResult
 from lightning_clamp.clamping.site import submodule
 from lightning_clamp.module import CalibrationModule
+from lightning_clamp.report import log_result
 
 
 class NeuralClamping(Callback):
@@ -137,7 +140,7 @@ class NeuralClamping(Callback):
             network = independent_copy(self._module)
         belongs = fingerprint(network) == result.fingerprint
         if not belongs and self._path is not None:
-            network.load_state_dict(read_safely(self._path)["state_dict"])
+            network.load_state_dict(self._saved_weights(self._path), strict=network.strict_loading)
             belongs = fingerprint(network) == result.fingerprint
         if not belongs:
             raise RuntimeError(
@@ -145,6 +148,16 @@ class NeuralClamping(Callback):
                 "trained on), and those were not saved: give the Trainer a ModelCheckpoint, or the callback `save_to`."
             )
         return CalibrationModule.from_result(network, copy.deepcopy(result))
+
+    def _saved_weights(self, path: str) -> dict[str, Any]:
+        try:
+            weights: dict[str, Any] = read_checkpoint(path)["state_dict"]
+        except FileNotFoundError as error:
+            raise RuntimeError(
+                f"The model's weights are no longer the calibrated ones, and {path!r}, where those were saved, is not "
+                "there any more: if it was moved, CalibrationModule.from_checkpoint(its_path, YourModule)."
+            ) from error
+        return weights
 
     def _read_mail(self) -> None:
         """Take over what worker processes left, where the Trainer started some."""
@@ -220,6 +233,7 @@ class NeuralClamping(Callback):
         ):
             result = self._calibrate(trainer, pl_module)
             self._path = publish(trainer, pl_module, result, self.save_to, moment, self._mailbox)
+            log_result(trainer, result)
 
     @contextmanager
     def _failures_reported(self) -> Iterator[None]:
@@ -373,6 +387,11 @@ class NeuralClamping(Callback):
         """The clamp, as tensors, numbers and strings; empty before calibration."""
         self._read_mail()
         return {} if self._result is None else state_of_result(self._result)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Refuse a calibrated file that is not as it was saved; a module's own hook may have changed what it holds."""
+        if not is_overridden("on_load_checkpoint", pl_module):
+            check_seal(checkpoint, str(trainer.ckpt_path), migrated=True)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the clamp."""

@@ -1,28 +1,30 @@
-"""The calibrated checkpoint: a Lightning checkpoint of the weights, with the clamp and the weights' fingerprint.
+"""The calibrated checkpoint: a Lightning checkpoint of the weights, with the clamp and digests of all that is in it.
 
 It holds tensors, numbers and strings only, so that ``torch.load(weights_only=True)`` reads it.
 """
 
-import errno
-import hashlib
 import io
 import os
 import pickle
+import re
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any, TypeAlias
 
 import lightning
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
 
+from lightning_clamp._digest import digest
+from lightning_clamp._files import is_url, read_safely, write_atomically
 from lightning_clamp.clamping.result import CalibrationResult
 
-FORMAT = 3
+FORMAT = 4
 # Key of the callback's state in every checkpoint, this one and Lightning's own.
 STATE_KEY = "NeuralClamping"
+# Key of the digests, one for each of the other keys.
+SEAL_KEY = "lightning_clamp_digests"
+VERSION_KEY = "pytorch-lightning_version"
 _MARK, _SUFFIX = "-calibrated", ".ckpt"
 
 
@@ -50,32 +52,32 @@ def calibrated_path(save_to: SaveTo, folder: str | os.PathLike[str] | None, stem
     place = os.fspath(folder or "") if save_to is True else os.fspath(save_to)
     if save_to is not True and place.endswith(_SUFFIX):
         return place
-    return os.path.join(place, f"{stem.removesuffix(_MARK)}{_MARK}{_SUFFIX}")
-
-
-def fingerprint(network: nn.Module) -> str:
-    """Digest of names, dtypes, shapes and values of a module's state: equal weights, equal fingerprint."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in network.state_dict().items():
-        if isinstance(tensor, Tensor):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    # What is calibrated once more has the mark already, perhaps before the number that Lightning gives to a copy.
+    plain = re.sub(rf"({_MARK})+(?=(-v\d+)?$)", "", stem)
+    return os.path.join(place, f"{plain}{_MARK}{_SUFFIX}")
 
 
 def state_of_result(result: CalibrationResult) -> dict[str, Any]:
-    """A plain dict that ``weights_only=True`` loads."""
-    return {"format": FORMAT, **result.to_state()}
+    """A plain dict that ``weights_only=True`` loads, with a digest of all of it."""
+    state = {"format": FORMAT, **result.to_state()}
+    return {**state, "digest": digest(state)}
 
 
-def result_from_state(state: Mapping[str, Any]) -> CalibrationResult:
-    """The inverse of :func:`state_of_result`."""
-    if state.get("format") != FORMAT:
+def result_from_state(state: Any) -> CalibrationResult:
+    """The inverse of :func:`state_of_result`.
+
+    Raises:
+        ValueError: If it is of another format, or is not what was saved.
+    """
+    held = dict(state) if isinstance(state, Mapping) else {}
+    if held.get("format") != FORMAT:
         raise ValueError(
-            f"The saved clamp has format {state.get('format')!r}, and this version reads format {FORMAT}: "
+            f"The saved clamp has format {held.get('format')!r}, and this version reads format {FORMAT}: "
             "use the version of lightning_clamp that wrote it."
         )
-    return CalibrationResult.from_state({name: value for name, value in state.items() if name != "format"})
+    if held.pop("digest", None) != digest(held):
+        raise ValueError("The saved clamp is not as it was saved: take another copy of the file, or calibrate again.")
+    return CalibrationResult.from_state({name: value for name, value in held.items() if name != "format"})
 
 
 def calibrated_checkpoint(module: LightningModule, result: CalibrationResult, epoch: int, step: int) -> dict[str, Any]:
@@ -90,7 +92,7 @@ def calibrated_checkpoint(module: LightningModule, result: CalibrationResult, ep
     checkpoint: dict[str, Any] = {
         "epoch": epoch,
         "global_step": step,
-        "pytorch-lightning_version": lightning.__version__,
+        VERSION_KEY: lightning.__version__,
         "state_dict": module.state_dict(),
         "callbacks": {STATE_KEY: state_of_result(result)},
     }
@@ -104,32 +106,40 @@ def calibrated_checkpoint(module: LightningModule, result: CalibrationResult, ep
 
 
 def save(trainer: Trainer, checkpoint: dict[str, Any], path: str) -> None:
-    """Write a checkpoint from this rank; to a URL (``s3://…``) as the Trainer writes its own."""
-    if "://" in path:
-        trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, path)
+    """Seal a checkpoint and write it from this rank; to a URL (``s3://…``) as the Trainer writes its own."""
+    if is_url(path):
+        trainer.strategy.checkpoint_io.save_checkpoint(sealed(checkpoint), path)
     else:
-        write_atomically(checkpoint, path)
+        write_atomically(sealed(checkpoint), path)
 
 
-def write_atomically(content: Any, path: str | os.PathLike[str]) -> None:
-    """``torch.save`` under a temporary name in the same folder, then rename: the file is old, or new, and never half.
+def sealed(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The checkpoint with digests of what is in it."""
+    # With the key: a file has each string once, so that a damaged one is wrong in both places.
+    return {**checkpoint, SEAL_KEY: {key: digest([key, value]) for key, value in checkpoint.items()}}
 
-    Lightning's own way writes to the system's temporary folder first, and moves from there: a copy, where that is
-    another disk.
+
+def check_seal(checkpoint: Any, path: str | os.PathLike[str], *, migrated: bool = False) -> None:
+    """Refuse a checkpoint of :func:`sealed` that is not what it was; others have nothing to be held to.
+
+    Args:
+        checkpoint: What was read.
+        path: Where from, for the error.
+        migrated: Whether Lightning has read it, which rewrites its version.
+
+    Raises:
+        ValueError: If a part was changed or is missing.
     """
-    path = os.path.abspath(path)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = f"{path}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.remove(temporary)
-        raise
+    seal = checkpoint.get(SEAL_KEY, {}) if isinstance(checkpoint, dict) else {}
+    if not isinstance(seal, dict):
+        seal = {SEAL_KEY: "damaged"}
+    held = set(seal) - {VERSION_KEY} if migrated else set(seal)
+    changed = [key for key in held if key not in checkpoint or digest([key, checkpoint[key]]) != seal[key]]
+    if changed:
+        raise ValueError(
+            f"{os.fspath(path)!r} is not as it was saved ({', '.join(sorted(map(str, changed)))}): it is damaged, or "
+            "was edited; take another copy, or calibrate again."
+        )
 
 
 def _plain(hparams: dict[str, Any]) -> dict[str, Any]:
@@ -154,32 +164,34 @@ def _loads_safely(value: Any) -> bool:
     return True
 
 
+def read_checkpoint(path: str | os.PathLike[str]) -> Any:
+    """What a file holds, to the CPU, as it was saved.
+
+    Raises:
+        OSError: If there is no such file, or it may not be read.
+        ValueError: If it is a folder, is damaged, was edited, or holds objects a safe load refuses.
+    """
+    checkpoint = read_safely(path)
+    check_seal(checkpoint, path)
+    return checkpoint
+
+
 def read_result(path: str | os.PathLike[str]) -> CalibrationResult:
     """Read the clamp, to the CPU, from a calibrated checkpoint or any that Lightning saved after calibration.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged, holds objects a safe load refuses, or holds no clamp.
+        OSError: If there is no such file, or it may not be read.
+        ValueError: As in :func:`read_checkpoint`, or if it holds no clamp.
     """
-    checkpoint = read_safely(path)
-    states = checkpoint.get("callbacks", {}) if isinstance(checkpoint, dict) else {}
-    if STATE_KEY not in states:
+    return result_in(read_checkpoint(path), path)
+
+
+def result_in(checkpoint: Any, path: str | os.PathLike[str]) -> CalibrationResult:
+    """The result that a checkpoint holds; errors as in :func:`read_result`."""
+    states = checkpoint.get("callbacks") if isinstance(checkpoint, dict) else None
+    if not isinstance(states, dict) or STATE_KEY not in states:
         raise ValueError(
             f"{os.fspath(path)!r} holds no clamp: pass the file whose name ends in -calibrated.ckpt, "
             "or calibrate this one first."
         )
     return result_from_state(states[STATE_KEY])
-
-
-def read_safely(path: str | os.PathLike[str]) -> Any:
-    """``torch.load`` to the CPU, of tensors and plain values only; errors as in :func:`read_result`."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
-        # Torch seeks to before the start of a truncated file. What else the system objects to, it says itself.
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:
-            raise
-        raise ValueError(
-            f"{os.fspath(path)!r} is damaged, or no checkpoint that can be loaded safely: "
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        ) from error

@@ -17,7 +17,7 @@ from lightning_utilities.core.imports import RequirementCache
 
 from lightning_clamp import __version__
 from lightning_clamp.callback import NeuralClamping
-from lightning_clamp.checkpoint import calibrated_path, read_result, read_safely
+from lightning_clamp.checkpoint import calibrated_path, read_checkpoint, read_result
 from lightning_clamp.clamping.result import CalibrationResult
 from lightning_clamp.clamping.site import submodule
 from lightning_clamp.module import CalibrationModule
@@ -25,6 +25,8 @@ from lightning_clamp.report import figures
 from lightning_clamp.standalone import calibrate_by_plan
 
 _PROGRAM = "lightning-clamp"
+# What Lightning takes in place of a path.
+_WORDS = ("best", "last", "hpc")
 _JSONARGPARSE = "jsonargparse[signatures]>=4.39,<5"
 
 
@@ -116,7 +118,7 @@ def load_weights(model: LightningModule, path: str) -> None:
 
 def _checkpoint(path: str) -> dict[str, Any]:
     with _refusals(path):
-        checkpoint = read_safely(path)
+        checkpoint = read_checkpoint(path)
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise MisconfigurationException(f"{path!r} is no checkpoint of Lightning: it has no state_dict.")
     return checkpoint
@@ -214,8 +216,10 @@ class ClampCLI(LightningCLI):
             raise MisconfigurationException(f"`report` takes no options before it: {_PROGRAM} report PATH.")
         options = self.config[command]
         path = self.ckpt_path = options.get("ckpt_path")
-        # Else it may be a folder, a URL, or one of Lightning's words, such as "best".
-        if path is not None and os.path.isfile(path):
+        # Else it may be a URL, or one of Lightning's words. Only strategies that split a network read folders, and the
+        # callback does not work with them.
+        folder = path not in (None, *_WORDS) and command != "validate" and os.path.isdir(path)
+        if path is not None and (folder or os.path.isfile(path)):
             checkpoint = _checkpoint(path)
             if command == "fit" and "optimizer_states" not in checkpoint:
                 raise MisconfigurationException(

@@ -15,12 +15,12 @@ from typing_extensions import Unpack
 
 from lightning_clamp import export
 from lightning_clamp._batch import Inputs, call_network, logits_of
-from lightning_clamp.checkpoint import read_result
 from lightning_clamp.clamping.clamp import Clamp
 from lightning_clamp.clamping.options import names_of, unknown_keyword
 from lightning_clamp.clamping.result import CalibrationResult
 from lightning_clamp.clamping.site import InputHook, PerturbationSite, map_single_tensor
 from lightning_clamp.metrics import Accuracy, ExpectedCalibrationError, NegativeLogLikelihood
+from lightning_clamp.restore import load_calibrated
 from lightning_clamp.spec import Spec, SpecKeywords
 
 if TYPE_CHECKING:
@@ -117,19 +117,13 @@ class CalibrationModule(LightningModule):
             **init_arguments: Arguments of ``network_class`` that ``save_hyperparameters`` did not save.
 
         Raises:
-            ValueError: If the file is no calibrated checkpoint, is damaged, or is of a newer format.
-            TypeError: If ``network_class`` needs arguments that are neither saved nor given.
+            OSError: If there is no such file, or it may not be read.
+            ValueError: If the file is no calibrated checkpoint, is of another format, is damaged or was edited; or if
+                the network that is built from it does not have the weights that were calibrated.
+            TypeError: If ``network_class`` is no such class, or needs arguments that are neither saved nor given.
         """
-        result = read_result(path)
-        try:
-            network = network_class.load_from_checkpoint(
-                os.fspath(path), map_location=map_location, weights_only=True, **init_arguments
-            )
-        except TypeError as error:
-            raise TypeError(
-                f"{network_class.__name__} could not be built from {os.fspath(path)!r} ({error}): pass its arguments "
-                "to from_checkpoint, or call self.save_hyperparameters() in its __init__ before training."
-            ) from error
+        _check_class(network_class)
+        network, result = load_calibrated(path, network_class, map_location, init_arguments)
         return cls.from_result(network, result)
 
     def forward(self, inputs: Inputs | None = None, /, **named: Tensor) -> Tensor:
@@ -212,3 +206,16 @@ class CalibrationModule(LightningModule):
         """Calibrated logits of a batch of inputs, of ``(inputs, …)``, or of the entries that ``batch_keys`` names."""
         logits: Tensor = self(self.spec.inputs(batch))
         return logits
+
+
+def _check_class(network_class: object) -> None:
+    """Refuse what is not the class of a network that was trained."""
+    found = f"an instance of {type(network_class).__name__}"
+    if isinstance(network_class, type):
+        if issubclass(network_class, LightningModule) and not issubclass(network_class, CalibrationModule):
+            return
+        found = f"the class {network_class.__name__}"
+    raise TypeError(
+        "from_checkpoint(path, YourModule) takes the class of the LightningModule that was trained, not an instance, "
+        f"and got {found}; for a network that is there already, CalibrationModule.from_result(network, result)."
+    )

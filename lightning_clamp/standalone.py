@@ -19,6 +19,7 @@ from lightning_clamp.clamping.options import ClampKeywords, Method, Plan, make_p
 from lightning_clamp.clamping.result import CalibrationResult
 from lightning_clamp.clamping.site import submodule
 from lightning_clamp.module import CalibrationModule
+from lightning_clamp.report import log_result
 
 
 def calibrate(
@@ -183,6 +184,7 @@ class _Run(LightningModule):
         self.result = run_in_trainer(trainer, self.network, batches, self.plan, self.cache_bytes)
         moment = Moment(trainer.current_epoch, trainer.global_step)
         publish(trainer, self.network, self.result, self.save_to, moment, self.mailbox)
+        log_result(trainer, self.result)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Nothing: all was done at the start."""

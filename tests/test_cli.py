@@ -17,7 +17,8 @@ from lightning.pytorch.cli import LightningCLI
 
 import lightning_clamp
 from lightning_clamp import CalibrationModule, NeuralClamping, calibrate, cli
-from lightning_clamp.checkpoint import fingerprint, read_result
+from lightning_clamp._digest import fingerprint
+from lightning_clamp.checkpoint import read_result
 from lightning_clamp.clamping.options import ClampOptions, PublishedOptions, make_plan, names_of
 from lightning_clamp.cli import ClampCLI, main
 from lightning_clamp.spec import Spec
@@ -449,3 +450,21 @@ def test_the_page_runs(here, capsys):
             main(shlex.split(args)[1:])
     assert Path("digits/plain-calibrated-reliability.png").exists()
     assert yaml.safe_load(Path("mine.yaml").read_text())["calibration"]["method"] == "temperature"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["report", "calibrate", "test"])
+@pytest.mark.parametrize(
+    "content",
+    [b"a: 1\n", b"a,b\n1,2\n", b"some text", b"", b"IKGLVS", None],
+    ids=["YAML", "CSV", "text", "empty", "?", "folder"],
+)
+def test_a_wrong_file_costs_one_sentence(command, content, here, capsys):
+    path = here / "wrong.ckpt"
+    path.mkdir() if content is None else path.write_bytes(content)
+    given = [str(path)] if command == "report" else [*OURS, *PLAIN, "--ckpt_path", str(path)]
+    with pytest.raises(SystemExit) as ended:
+        main([command, *given])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err.splitlines()
+    assert re.search(r"error: '.*wrong.ckpt' is (damaged, or no checkpoint|a folder: pass the file)", said[-1]), said

@@ -7,16 +7,16 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from lightning_clamp._digest import fingerprint
 from lightning_clamp._trainer.data import CalibrationBatches, as_validation
 from lightning_clamp._trainer.devices import is_dry_run, ranks_of, take_group_down_at_exit
 from lightning_clamp._trainer.mailbox import Mailbox
 from lightning_clamp._trainer.progress import shown_progress
 from lightning_clamp._trainer.weights import Moment
-from lightning_clamp.checkpoint import SaveTo, calibrated_checkpoint, calibrated_path, fingerprint, save
+from lightning_clamp.checkpoint import SaveTo, calibrated_checkpoint, calibrated_path, save
 from lightning_clamp.clamping.fit import fit_by_plan
 from lightning_clamp.clamping.options import Plan
 from lightning_clamp.clamping.result import CalibrationResult
-from lightning_clamp.report import log_result
 
 
 def run_in_trainer(
@@ -39,27 +39,38 @@ def publish(
     moment: Moment,
     mailbox: Mailbox,
 ) -> str | None:
-    """Show the result, save it, post it to the process that started this one, and log it.
+    """Show the result, post it to the process that started this one, and save it.
+
+    It is posted first: a save that fails costs the file, and not the clamp. Where any rank cannot make the checkpoint,
+    none is written.
 
     Returns:
         The path where it was saved, None for nowhere.
     """
     rank_zero_info(str(result))
-    path = _path_for(trainer, save_to, moment)
+    ranks, path = ranks_of(trainer), _path_for(trainer, save_to, moment)
+    _post(trainer, mailbox, result, None)
     if path is not None:
-        with ranks_of(trainer).raise_together():
-            # All ranks take part in making it: a module's own hook may want that.
+        # All ranks take part in making it: a module's own hook may want that.
+        checkpoint: dict[str, Any] = {}
+        with ranks.raise_together():
             checkpoint = calibrated_checkpoint(module, result, *moment)
+        with ranks.raise_together():
             if trainer.is_global_zero:
                 save(trainer, checkpoint, path)
         rank_zero_info(
             f"saved: {path} (CalibrationModule.from_checkpoint reads it; {type(module).__name__}.load_from_checkpoint "
             "gives the bare model)"
         )
-    if trainer.local_rank == 0:
-        mailbox.send(result, path)
-    log_result(trainer, result)
+        _post(trainer, mailbox, result, path)
     return path
+
+
+def _post(trainer: Trainer, mailbox: Mailbox, result: CalibrationResult, path: str | None) -> None:
+    """Leave it once on every machine."""
+    with ranks_of(trainer).raise_together():
+        if trainer.local_rank == 0:
+            mailbox.send(result, path)
 
 
 def _path_for(trainer: Trainer, save_to: SaveTo, moment: Moment) -> str | None:

@@ -65,7 +65,7 @@ def weights_of(which: Weights, trainer: Trainer, module: LightningModule, ranks:
         module.load_state_dict(best["state_dict"], strict=module.strict_loading)
         yield Moment(best["epoch"], best["global_step"])
     finally:
-        module.load_state_dict(own)
+        module.load_state_dict(own, strict=module.strict_loading)
 
 
 def _keeper(trainer: Trainer) -> ModelCheckpoint | None:

@@ -66,12 +66,21 @@ class Clamp(nn.Module):
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> "Clamp":
-        """Rebuild a clamp from its :meth:`~torch.nn.Module.state_dict`; parts that are absent were not chosen."""
+        """Rebuild a clamp from its :meth:`~torch.nn.Module.state_dict`; parts that are absent were not chosen.
+
+        Raises:
+            ValueError: If it is another module's state, or has NaN or infinity in it.
+        """
         names = {"perturbation", "log_temperature", "class_bias", "class_scale", "class_matrix", "uniform_share"}
         if unknown := set(state) - names:
             raise ValueError(
                 f"A clamp has {sorted(names)}, got also {sorted(unknown)}: is this another module's state?"
             )
+        if "log_temperature" not in state:
+            raise ValueError("Every clamp has a `log_temperature`, and this state has none: is it all of it?")
+        for name, part in state.items():
+            if not bool(part.isfinite().all()):
+                raise ValueError(f"`{name}` of a clamp must be finite, and this state has NaN or infinity in it.")
         return cls(**state)
 
     @property

@@ -33,8 +33,8 @@ class CalibrationResult:
         n_samples: Size of the calibration set.
         passes: Passes over the calibration set, forward only or with a backward to the input.
         seconds: Time taken, reading the data included.
-        fingerprint: Of the weights that it belongs to, where a Trainer ran it (see
-            :func:`lightning_clamp.checkpoint.fingerprint`); empty elsewhere.
+        fingerprint: Of the weights that it belongs to, where a Trainer ran it: a digest of all parameters and
+            buffers; empty elsewhere.
     """
 
     clamp: Clamp
