@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_clamp._batch import Inputs
-from lightning_clamp._rows import Rows, is_dense
+from lightning_clamp._rows import Rows, class_axis_is_unclear, is_dense, unclear_axis
 from lightning_clamp.clamping.passes import CalibrationSet, Logits, summed
 from lightning_clamp.clamping.ranks import Ranks
 
@@ -67,14 +67,15 @@ class _Kind(NamedTuple):
     dtype: torch.dtype
     logit_dtype: torch.dtype
     float_inputs: bool
+    unclear_axis: str | None
 
 
 def summarize(data: CalibrationSet) -> DatasetSummary:
     """Pass over ``data`` once without gradients.
 
     Raises:
-        ValueError: If the set is empty or smaller than 10 samples, a logit is not finite, a label is out of range, or
-            the outputs are probabilities.
+        ValueError: If the set is empty or smaller than 10 samples, a logit is not finite, a label is out of range, the
+            outputs are probabilities, or no batch tells which of their axes has the classes.
     """
     logits_seen = Logits(data, None)
     kinds: set[_Kind] = set()
@@ -88,7 +89,7 @@ def summarize(data: CalibrationSet) -> DatasetSummary:
             _check_values(rows, seen, data.ranks)
             logits_seen.keep(logits, target)
             seen += len(logits)
-            kinds.add(_kind(inputs, value, logits, rows, data))
+            kinds.add(_kind(inputs, value, logits, target, rows, data))
             value = logits.new_zeros(0) if value is None else value
             counts = [len(logits), len(rows.target), value.numel(), _outside_simplex(logits, data.spec.binary)]
             yield (value.double() ** 2).sum(), torch.tensor(counts, dtype=torch.float64)
@@ -116,7 +117,9 @@ def summarize(data: CalibrationSet) -> DatasetSummary:
     )
 
 
-def _kind(inputs: Inputs, value: Tensor | None, logits: Tensor, rows: Rows, data: CalibrationSet) -> _Kind:
+def _kind(
+    inputs: Inputs, value: Tensor | None, logits: Tensor, target: Tensor, rows: Rows, data: CalibrationSet
+) -> _Kind:
     """What a batch shows; ``value`` is what a perturbation would be added to."""
     of_floats = value is not None and value.is_floating_point()
     if data.site.name is not None and not (of_floats and value is not None and len(value) == len(logits)):
@@ -134,6 +137,7 @@ def _kind(inputs: Inputs, value: Tensor | None, logits: Tensor, rows: Rows, data
         dtype=value.dtype if value is not None and of_floats else logits.dtype,
         logit_dtype=logits.dtype,
         float_inputs=of_floats,
+        unclear_axis=unclear_axis(logits, target) if class_axis_is_unclear(logits, target, data.spec.task) else None,
     )
 
 
@@ -146,6 +150,8 @@ def _of_all(kinds: set[_Kind]) -> _Kind:
         raise ValueError(
             f"The network returned logits of {classes[0]} classes for one batch and {classes[1]} for another."
         )
+    if all(kind.unclear_axis for kind in kinds):
+        raise ValueError(next(kind.unclear_axis for kind in kinds))
     return max(kinds, key=lambda kind: (kind.row_elements, repr(kind)))
 
 
@@ -163,8 +169,18 @@ def _check_values(rows: Rows, offset: int, ranks: Ranks) -> None:
     if len(wrong):
         raise ValueError(
             f"The calibration set has the label {int(wrong[0])}, but the network has {n_classes} classes, 0 to "
-            f"{n_classes - 1}: start the labels at 0, or name a padding label with ignore_index={int(wrong[0])}."
+            f"{n_classes - 1}: {_way_out(int(wrong[0]), rows.target, n_classes)}"
         )
+
+
+def _way_out(label: int, target: Tensor, n_classes: int) -> str:
+    """What to do about a label out of range; leaving the last of five classes out would calibrate on wrong ones."""
+    if label == n_classes and bool((target == 0).any()):
+        return (
+            "the network needs one logit per class; where it has one per threshold (an ordinal head such as CORAL's), "
+            'let the target be its levels, 0 or 1 in the shape of the logits, and say task="binary".'
+        )
+    return f"start the labels at 0, or name a padding label with ignore_index={label}."
 
 
 def _check_size(n_samples: int, n_rows: int) -> None:
