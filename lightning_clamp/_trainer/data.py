@@ -1,19 +1,22 @@
 """Which loader is the calibration set, and its batches as the Trainer hands them out."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from itertools import islice, product
 from typing import Any, NamedTuple
 
+from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch.utils.data import DataLoader, Subset
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_clamp._trainer.devices import is_dry_run
 from lightning_clamp._trainer.shards import Shard
 from lightning_clamp.clamping.frozen import kept_random_state
+from lightning_clamp.clamping.passes import check_batches
 from lightning_clamp.clamping.ranks import Ranks
 from lightning_clamp.clamping.summary import MIN_SAMPLES
 from lightning_clamp.spec import Spec
@@ -149,14 +152,12 @@ def as_validation(trainer: Trainer) -> Iterator[None]:
 
 
 def warn_if_training_data(loader: Any, trainer: Trainer) -> None:
-    """Warn if the calibration set is, or overlaps with, the training set."""
-    training = _dataset(trainer.train_dataloader)
-    for calibration in map(_dataset, loaders_of(loader)):
-        if calibration is None or training is None:
-            continue
-        if calibration is training:
+    """Warn if the calibration set is, or overlaps with, the training set, as far as that is seen without reading it."""
+    for calibration, training in product(loaders_of(loader), loaders_of(trainer.train_dataloader)):
+        ours, theirs = _dataset(calibration), _dataset(training)
+        if ours is theirs:
             shared = "is the training set itself"
-        elif overlap := _overlap(calibration, training):
+        elif overlap := _overlap(ours, theirs):
             shared = f"shares {overlap} samples with the training set"
         else:
             continue
@@ -166,13 +167,40 @@ def warn_if_training_data(loader: Any, trainer: Trainer) -> None:
 
 
 def _dataset(loader: Any) -> Any:
-    return getattr(loader, "dataset", None)
+    """What a loader reads from; itself, if it is a list of batches or no loader that says so."""
+    return getattr(loader, "dataset", loader)
 
 
 def _overlap(first: Any, second: Any) -> int:
-    if isinstance(first, Subset) and isinstance(second, Subset) and first.dataset is second.dataset:
-        return len(set(first.indices) & set(second.indices))
-    return 0
+    """Samples in both: of one dataset by their indices, of tensors by where they lie in memory."""
+    (root, chosen), (other, others) = _rooted(first), _rooted(second)
+    if root is other:
+        return len(set(chosen) & set(others))
+    return len({*_addresses(root, chosen)} & {*_addresses(other, others)})
+
+
+def _rooted(dataset: Any) -> tuple[Any, Sequence[int]]:
+    """The dataset that a subset, or a subset of one, was taken from, and the indices in it."""
+    if not isinstance(dataset, Subset):
+        return dataset, range(sized_len(dataset) or 0)
+    root, indices = _rooted(dataset.dataset)
+    return root, [indices[int(i)] for i in dataset.indices] if len(indices) else dataset.indices
+
+
+def _addresses(data: Any, chosen: Sequence[int]) -> Iterator[int]:
+    """Where the samples of a dataset of tensors, or of a list of batches of them, begin in memory."""
+    if isinstance(data, TensorDataset):
+        yield from (data.tensors[0][i].data_ptr() for i in chosen)
+    elif isinstance(data, list):
+        firsts = (batch[0] for batch in data if isinstance(batch, tuple | list) and batch)
+        yield from (row.data_ptr() for first in firsts if isinstance(first, Tensor) for row in first)
+
+
+def _check(loader: Any) -> None:
+    try:
+        check_batches(loader)
+    except TypeError as error:
+        raise MisconfigurationException(str(error)) from error
 
 
 class CalibrationBatches:
@@ -193,19 +221,17 @@ class CalibrationBatches:
         ranks: Ranks,
         spec: Spec,
     ) -> None:
-        loaders = loaders_of(source.loader)
-        for loader in loaders:
-            if not isinstance(loader, Iterable) or isinstance(loader, Iterator):
-                raise MisconfigurationException(
-                    f"The calibration set must be a DataLoader or a list of batches, got {type(loader).__name__}."
-                )
         self.limit = source.limit
         self.trainer = trainer
         self.module = module
         self.spec = spec
+        with ranks.raise_together():
+            loaders = loaders_of(source.loader)
+            for loader in loaders:
+                _check(loader)
         with kept_random_state():
             self.shards = [Shard(loader, ranks) for loader in loaders]
-            self._check(ranks)
+            self._check_first(ranks)
 
     @property
     def n_batches(self) -> int | None:
@@ -222,7 +248,7 @@ class CalibrationBatches:
         limited = islice(batches, self.limit)
         return (validation_batch(self.trainer, self.module, batch, index) for batch, index in limited)
 
-    def _check(self, ranks: Ranks) -> None:
+    def _check_first(self, ranks: Ranks) -> None:
         firsts = [(shard.first, index) for index, shard in enumerate(self.shards) if shard.first is not None]
         with ranks.raise_together():
             try:

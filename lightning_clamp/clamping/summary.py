@@ -1,12 +1,12 @@
 """A first look at the calibration set: one forward pass that counts, checks, and keeps the logits."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_clamp._batch import Inputs
+from lightning_clamp._batch import Inputs, tensors_of
 from lightning_clamp._rows import Rows, class_axis_is_unclear, is_dense, unclear_axis
 from lightning_clamp.clamping.passes import CalibrationSet, Logits, summed
 from lightning_clamp.clamping.ranks import Ranks
@@ -130,7 +130,7 @@ def _kind(
         )
     return _Kind(
         shape=None if value is None else data.site.shape_of(value),
-        n_inputs=len(inputs) if isinstance(inputs, Mapping) else 1,
+        n_inputs=len(tensors_of(inputs)),
         n_classes=rows.logits.shape[1],
         dense=is_dense(logits, data.spec.task),
         row_elements=logits[:1].numel(),
