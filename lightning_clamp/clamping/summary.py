@@ -10,6 +10,7 @@ from lightning_clamp._batch import Inputs, tensors_of
 from lightning_clamp._rows import Rows, class_axis_is_unclear, is_dense, unclear_axis
 from lightning_clamp.clamping.passes import CalibrationSet, Logits, summed
 from lightning_clamp.clamping.ranks import Ranks
+from lightning_clamp.clamping.repeats import marks_of, warn_of_repeats
 
 MIN_SAMPLES = 10
 
@@ -79,6 +80,7 @@ def summarize(data: CalibrationSet) -> DatasetSummary:
     """
     logits_seen = Logits(data, None)
     kinds: set[_Kind] = set()
+    marks: list[bytes] = []
 
     def batch_sums() -> Iterator[tuple[Tensor, ...]]:
         seen = 0
@@ -88,6 +90,8 @@ def summarize(data: CalibrationSet) -> DatasetSummary:
             rows = data.rows(logits, target)
             _check_values(rows, seen, data.ranks)
             logits_seen.keep(logits, target)
+            if data.ranks.size > 1:
+                marks.extend(marks_of(inputs))
             seen += len(logits)
             kinds.add(_kind(inputs, value, logits, target, rows, data))
             value = logits.new_zeros(0) if value is None else value
@@ -95,8 +99,10 @@ def summarize(data: CalibrationSet) -> DatasetSummary:
             yield (value.double() ** 2).sum(), torch.tensor(counts, dtype=torch.float64)
 
     squares, counts = summed(batch_sums(), [(), (4,)], data.ranks)
-    kinds = set().union(*data.ranks.gather(kinds))
+    all_kinds, all_marks = zip(*data.ranks.gather((kinds, marks)), strict=True)
+    kinds = set().union(*all_kinds)
     kind = _of_all(kinds)
+    warn_of_repeats(all_marks, data.ranks)
     n_samples, n_rows, n_values, n_outside = (int(count) for count in counts)
     _check_size(n_samples, n_rows)
     if n_outside == 0:

@@ -263,6 +263,40 @@ def test_the_published_solver_is_refused_on_several_ranks(tmp_path):
     on_ranks(2, tmp_path / "run", sgd_on_ranks)
 
 
+def repeats():
+    """What is warned of where ranks have the set in orders of their own, parts of their own, or overlapping ones."""
+    _, x, y = shifted_images(300)
+    rank, generator = dist.get_rank(), torch.Generator().manual_seed(dist.get_rank())
+    order = torch.randperm(300, generator=generator)
+    tokens = torch.randint(3, (300, 2), generator=generator)
+    embedded = nn.Sequential(nn.Embedding(3, 4), nn.Flatten(), nn.Linear(8, 4))
+    torch.manual_seed(0)
+    for parameter in embedded.parameters():
+        nn.init.normal_(parameter)
+    cases = {
+        "order": (SmallNet(2.0), x[order], y[order]),
+        "split": (SmallNet(2.0), x[order[:60]], y[order[:60]]),
+        "parts": (SmallNet(2.0), x[rank::2], y[rank::2]),
+        "equal by nature": (embedded, tokens, y),
+    }
+    said = {}
+    for name, (network, inputs, target) in cases.items():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fit_clamp(network, batches(inputs, target), method="temperature", process_group=dist.group.WORLD)
+        said[name] = [str(each.message) for each in caught if "count more than once" in str(each.message)]
+    return said
+
+
+def test_samples_that_several_ranks_read_are_said_on_the_first(tmp_path):
+    first, second = on_ranks(2, tmp_path / "run", repeats)
+    assert not any(second.values())
+    assert "The ranks read 600 samples of the calibration set, of which only 300 differ" in first["order"][0]
+    assert "read 120 samples" in first["split"][0]
+    assert not first["parts"]
+    assert not first["equal by nature"]
+
+
 def alone_among_others():
     """The first rank alone fits, without a group: it must wait for nobody."""
     if dist.get_rank() == 0:

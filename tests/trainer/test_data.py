@@ -30,7 +30,7 @@ SHARED = {
     "overlapping slices": (TensorDataset(X[80:], Y[80:]), TensorDataset(X[:90], Y[:90]), "shares 10 samples"),
     "a subset of the same tensors": (part(20), Subset(TensorDataset(X, Y), torch.arange(10, 40)), "shares 10 samples"),
     "a list of batches": ([*zip(X[50:].split(10), Y[50:].split(10), strict=True)], part(60), "shares 10 samples"),
-    "one of several loaders": (part(30), {"a": DataLoader(part(30, 60)), "b": DataLoader(part(25, 50))}, "shares 5 samples"),
+    "one of several": (part(30), {"a": DataLoader(part(30, 60)), "b": DataLoader(part(25, 50))}, "shares 5 samples"),
     "one of a combined loader": (part(7), CombinedLoader([DataLoader(DATA)]), "shares 7 samples"),
 }  # fmt: skip
 APART = {
