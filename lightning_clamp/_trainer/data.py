@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from lightning_clamp._trainer.devices import is_dry_run
+from lightning_clamp._trainer.devices import is_dry_run, ranks_of
 from lightning_clamp._trainer.shards import Shard
 from lightning_clamp.clamping.frozen import kept_random_state
 from lightning_clamp.clamping.passes import check_batches
@@ -39,7 +39,7 @@ class CalibrationSource(NamedTuple):
 
 
 def find_calibration_set(trainer: Trainer, module: LightningModule, given: Any) -> CalibrationSource | None:
-    """Find the calibration set, in this order.
+    """Find the calibration set, in this order, on all ranks.
 
     The loader given to the callback; the ``calibration_dataloader()`` of the datamodule, then of the module; the
     validation loader, of which as many batches are read as the Trainer validates on.
@@ -51,6 +51,11 @@ def find_calibration_set(trainer: Trainer, module: LightningModule, given: Any) 
     Raises:
         MisconfigurationException: If there is none, or there are several validation loaders.
     """
+    with ranks_of(trainer).raise_together():
+        return _found(trainer, module, given)
+
+
+def _found(trainer: Trainer, module: LightningModule, given: Any) -> CalibrationSource | None:
     # A dry run reads enough batches, of whatever size, to try the calibration.
     fast = MIN_SAMPLES if is_dry_run(trainer) else None
     if given is not None:
@@ -153,6 +158,11 @@ def as_validation(trainer: Trainer) -> Iterator[None]:
 
 def warn_if_training_data(loader: Any, trainer: Trainer) -> None:
     """Warn if the calibration set is, or overlaps with, the training set, as far as that is seen without reading it."""
+    with ranks_of(trainer).raise_together():
+        _warn_if_shared(loader, trainer)
+
+
+def _warn_if_shared(loader: Any, trainer: Trainer) -> None:
     for calibration, training in product(loaders_of(loader), loaders_of(trainer.train_dataloader)):
         ours, theirs = _dataset(calibration), _dataset(training)
         if ours is theirs:
@@ -191,7 +201,7 @@ def _addresses(data: Any, chosen: Sequence[int]) -> Iterator[int]:
     """Where the samples of a dataset of tensors, or of a list of batches of them, begin in memory."""
     if isinstance(data, TensorDataset):
         yield from (data.tensors[0][i].data_ptr() for i in chosen)
-    elif isinstance(data, list):
+    elif type(data) is list:  # one of somebody's own may read files when it is iterated
         firsts = (batch[0] for batch in data if isinstance(batch, tuple | list) and batch)
         yield from (row.data_ptr() for first in firsts if isinstance(first, Tensor) for row in first)
 

@@ -39,6 +39,7 @@ class Shard:
     Attributes:
         loader: What this rank iterates.
         first: The first batch of the loader (of this rank's part where its maker dealt it out), None if it has none.
+        n_batches: Number of this rank's batches; None for loaders that do not know it.
     """
 
     def __init__(self, loader: Iterable[Any], ranks: Ranks) -> None:
@@ -49,13 +50,16 @@ class Shard:
                 self.loader = _dealt(loader, 0, 1)
             self.first = next(iter(self), None)
             seen = self._seen() if ranks.size > 1 else ""
-        if len(set(ranks.gather(seen))) == 1 < ranks.size:
-            self.loader = _dealt(loader, ranks.rank, ranks.size)
+        everyone = ranks.gather(seen)
+        with ranks.raise_together():
+            if len(set(everyone)) == 1 < ranks.size:
+                self.loader = _dealt(loader, ranks.rank, ranks.size)
+            self.n_batches = sized_len(self.loader)
 
     def _seen(self) -> str:
         """Equal on ranks that read the same: first and last batch, and the order, as far as they are seen unread."""
         self._seed()
-        return _digest(self.first, _last(self.loader), self.n_batches, _order(self.loader))
+        return _digest(self.first, _last(self.loader), sized_len(self.loader), _order(self.loader))
 
     def __iter__(self) -> Iterator[Any]:
         """Yield this rank's batches, in an order that all ranks draw alike."""
@@ -69,11 +73,6 @@ class Shard:
             random.seed(0)
             np.random.seed(0)  # noqa: NPY002 - the global state is what users' samplers draw from
             torch.manual_seed(0)
-
-    @property
-    def n_batches(self) -> int | None:
-        """Number of this rank's batches; None for loaders that do not know it."""
-        return sized_len(self.loader)
 
 
 def _digest(*parts: Any) -> str:

@@ -15,7 +15,7 @@ from lightning_clamp._batch import Inputs, logits_of, map_tensors, n_items
 from lightning_clamp._rows import Rows, merged
 from lightning_clamp.clamping.frozen import kept_random_state, module_of
 from lightning_clamp.clamping.perturbation import shifted
-from lightning_clamp.clamping.ranks import ALONE, Ranks
+from lightning_clamp.clamping.ranks import ALONE, FAILURES, Ranks
 from lightning_clamp.clamping.site import PerturbationSite
 from lightning_clamp.spec import Spec
 
@@ -41,7 +41,7 @@ def summed(
     return ranks.total(total or [torch.zeros(tuple(shape), dtype=torch.float64) for shape in shapes], error)
 
 
-def _accumulated(batch_sums: Iterable[tuple[Tensor, ...]]) -> tuple[list[Tensor], Exception | None]:
+def _accumulated(batch_sums: Iterable[tuple[Tensor, ...]]) -> tuple[list[Tensor], BaseException | None]:
     """Sums over this rank's batches alone, empty if there are none; and what went wrong, for the ranks to agree on."""
     total: list[Tensor] = []
     try:
@@ -50,7 +50,7 @@ def _accumulated(batch_sums: Iterable[tuple[Tensor, ...]]) -> tuple[list[Tensor]
                 total = [torch.zeros(term.shape, dtype=torch.float64, device=term.device) for term in sums]
             for accumulated, term in zip(total, sums, strict=True):
                 accumulated += term
-    except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must hear of it; it is raised again
+    except FAILURES as error:
         return total, error
     return total, None
 

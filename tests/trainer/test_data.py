@@ -44,7 +44,7 @@ APART = {
 def looked_at(calibration, training):
     calibration = calibration if isinstance(calibration, list) else DataLoader(calibration, 10)
     training = DataLoader(training, 10) if isinstance(training, torch.utils.data.Dataset) else training
-    warn_if_training_data(calibration, SimpleNamespace(train_dataloader=training))
+    warn_if_training_data(calibration, SimpleNamespace(train_dataloader=training, world_size=1))
 
 
 @pytest.mark.parametrize("case", SHARED)
