@@ -186,7 +186,8 @@ def _overlap(first: Any, second: Any) -> int:
     (root, chosen), (other, others) = _rooted(first), _rooted(second)
     if root is other:
         return len(set(chosen) & set(others))
-    return len({*_addresses(root, chosen)} & {*_addresses(other, others)})
+    ours = {*_addresses(root, chosen)}
+    return len(ours & {*_addresses(other, others)}) if ours else 0
 
 
 def _rooted(dataset: Any) -> tuple[Any, Sequence[int]]:
@@ -200,10 +201,17 @@ def _rooted(dataset: Any) -> tuple[Any, Sequence[int]]:
 def _addresses(data: Any, chosen: Sequence[int]) -> Iterator[int]:
     """Where the samples of a dataset of tensors, or of a list of batches of them, begin in memory."""
     if isinstance(data, TensorDataset):
-        yield from (data.tensors[0][i].data_ptr() for i in chosen)
+        yield from _of_rows(data.tensors[0], chosen)
     elif type(data) is list:  # one of somebody's own may read files when it is iterated
         firsts = (batch[0] for batch in data if isinstance(batch, tuple | list) and batch)
-        yield from (row.data_ptr() for first in firsts if isinstance(first, Tensor) for row in first)
+        for first in firsts:
+            if isinstance(first, Tensor) and first.ndim:
+                yield from _of_rows(first, range(len(first)))
+
+
+def _of_rows(tensor: Tensor, chosen: Sequence[int]) -> Iterator[int]:
+    start, step = tensor.data_ptr(), tensor.stride(0) * tensor.element_size()
+    return (start + step * (i % len(tensor)) for i in chosen)
 
 
 def _check(loader: Any) -> None:

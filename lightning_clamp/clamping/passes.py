@@ -89,12 +89,13 @@ def check_batches(batches: Any) -> None:
 
 
 def _is_spent_by_reading(batches: Iterable[Any]) -> bool:
-    """Whether the set hands out one and the same iterator, whoever asks."""
+    """Whether the set hands out one and the same iterator, whoever asks; one that is its own may start anew."""
     source = batches.dataset if isinstance(batches, DataLoader) else batches
     if not isinstance(source, Iterable):
         return False
     with kept_random_state():
-        return iter(source) is iter(source)
+        first = iter(source)
+        return first is not source and first is iter(source)
 
 
 class CalibrationSet:

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from lightning_clamp import NeuralClamping
 from lightning_clamp._trainer.data import warn_if_training_data
-from tests.scenarios import LitClassifier, train_loader, trainer
+from tests.scenarios import LitClassifier, loader, train_loader, trainer
 
 X, Y = torch.randn(100, 3), torch.arange(100) % 2
 DATA = TensorDataset(X, Y)
@@ -25,6 +25,7 @@ SHARED = {
     "the same dataset": (DATA, DATA, "is the training set itself"),
     "subsets of one": (part(60), part(50, 100), "shares 10 samples"),
     "a subset of the training set": (part(30), DATA, "shares 30 samples"),
+    "from the end": (Subset(DATA, [-1, -2]), Subset(TensorDataset(X, Y), [99]), "shares 1 samples"),
     "a subset of a subset": (part(10, of=part(40, 80)), part(45, 60), "shares 5 samples"),
     "the same tensors": (TensorDataset(X, Y), DATA, "shares 100 samples"),
     "overlapping slices": (TensorDataset(X[80:], Y[80:]), TensorDataset(X[:90], Y[:90]), "shares 10 samples"),
@@ -71,6 +72,27 @@ class Once(IterableDataset):
         return self.samples
 
 
+class Restarting(Once):
+    """As streams of others do it: an iterator of its own that starts anew when it is asked for."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __iter__(self):
+        self.samples = (self.dataset[i] for i in range(len(self.dataset)))
+        return self
+
+    def __next__(self):
+        return next(self.samples)
+
+
+def test_a_stream_that_starts_anew_is_read_in_full(tmp_path):
+    held_out = loader(101, seed=30)
+    callback = NeuralClamping(DataLoader(Restarting(held_out.dataset), 10), method="temperature", cache_bytes=0)
+    trainer(tmp_path, callback).fit(LitClassifier(lr=0.0), train_loader())
+    assert callback.result.n_samples == 101
+
+
 WRONG = {
     "read once": (DataLoader(Once(DATA), 10), "got DataLoader, which can be read once"),
     "a dataset": (DATA, r"got TensorDataset: pass DataLoader\(dataset, batch_size"),
@@ -80,6 +102,6 @@ WRONG = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_sets_that_cannot_be_used_are_refused_before_training(tmp_path, case):
-    loader_, message = WRONG[case]
+    data, message = WRONG[case]
     with pytest.raises(MisconfigurationException, match=message):
-        trainer(tmp_path, NeuralClamping(loader_)).fit(LitClassifier(), train_loader())
+        trainer(tmp_path, NeuralClamping(data)).fit(LitClassifier(), train_loader())
