@@ -1,19 +1,18 @@
 """Which loader is the calibration set, and its batches as the Trainer hands them out."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice, product
 from typing import Any, NamedTuple
 
-from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import DataLoader
 
 from lightning_clamp._trainer.devices import is_dry_run, ranks_of
+from lightning_clamp._trainer.overlap import n_shared
 from lightning_clamp._trainer.shards import Shard
 from lightning_clamp.clamping.frozen import kept_random_state
 from lightning_clamp.clamping.passes import check_batches
@@ -167,8 +166,8 @@ def _warn_if_shared(loader: Any, trainer: Trainer) -> None:
         ours, theirs = _dataset(calibration), _dataset(training)
         if ours is theirs:
             shared = "is the training set itself"
-        elif overlap := _overlap(ours, theirs):
-            shared = f"shares {overlap} samples with the training set"
+        elif number := n_shared(ours, theirs):
+            shared = f"shares {number} samples with the training set"
         else:
             continue
         rank_zero_warn(
@@ -179,39 +178,6 @@ def _warn_if_shared(loader: Any, trainer: Trainer) -> None:
 def _dataset(loader: Any) -> Any:
     """What a loader reads from; itself, if it is a list of batches or no loader that says so."""
     return getattr(loader, "dataset", loader)
-
-
-def _overlap(first: Any, second: Any) -> int:
-    """Samples in both: of one dataset by their indices, of tensors by where they lie in memory."""
-    (root, chosen), (other, others) = _rooted(first), _rooted(second)
-    if root is other:
-        return len(set(chosen) & set(others))
-    ours = {*_addresses(root, chosen)}
-    return len(ours & {*_addresses(other, others)}) if ours else 0
-
-
-def _rooted(dataset: Any) -> tuple[Any, Sequence[int]]:
-    """The dataset that a subset, or a subset of one, was taken from, and the indices in it."""
-    if not isinstance(dataset, Subset):
-        return dataset, range(sized_len(dataset) or 0)
-    root, indices = _rooted(dataset.dataset)
-    return root, [indices[int(i)] for i in dataset.indices] if len(indices) else dataset.indices
-
-
-def _addresses(data: Any, chosen: Sequence[int]) -> Iterator[int]:
-    """Where the samples of a dataset of tensors, or of a list of batches of them, begin in memory."""
-    if isinstance(data, TensorDataset):
-        yield from _of_rows(data.tensors[0], chosen)
-    elif type(data) is list:  # one of somebody's own may read files when it is iterated
-        firsts = (batch[0] for batch in data if isinstance(batch, tuple | list) and batch)
-        for first in firsts:
-            if isinstance(first, Tensor) and first.ndim:
-                yield from _of_rows(first, range(len(first)))
-
-
-def _of_rows(tensor: Tensor, chosen: Sequence[int]) -> Iterator[int]:
-    start, step = tensor.data_ptr(), tensor.stride(0) * tensor.element_size()
-    return (start + step * (i % len(tensor)) for i in chosen)
 
 
 def _check(loader: Any) -> None:

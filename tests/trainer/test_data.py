@@ -38,6 +38,7 @@ APART = {
     "parts of one": (part(50), part(50, 100)),
     "slices of the same tensors": (TensorDataset(X[:50], Y[:50]), TensorDataset(X[50:], Y[50:])),
     "copies": (TensorDataset(X.clone(), Y), DATA),
+    "sparse": (TensorDataset(torch.eye(9).to_sparse()), TensorDataset(torch.eye(9).to_sparse())),
     "nothing to compare": ([{"x": X}], None),
 }
 
