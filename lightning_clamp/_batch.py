@@ -7,11 +7,15 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-# One tensor, or several by the names of the arguments that a network's forward has for them.
-Inputs: TypeAlias = Tensor | Mapping[str, Tensor]
-BatchKeys: TypeAlias = tuple[str | int | Sequence[str], str | int]
+# One tensor, or several: by the names of the arguments that a network's forward has for them, or in their order.
+Inputs: TypeAlias = Tensor | Mapping[str, Tensor] | tuple[Tensor, ...]
+BatchKeys: TypeAlias = tuple[str | int | Sequence[str] | Sequence[int], str | int]
 
 _LOGITS = ("logits", "out")
+# How targets are called, for a hint.
+_TARGETS = ("label", "target", "class", "y")
+
+_OF_SAMPLES = ": if the loader yields samples, pass DataLoader(dataset, batch_size=...), which makes batches of them."
 
 
 def as_pair(batch: Any, keys: BatchKeys | None = None) -> tuple[Inputs, Tensor]:
@@ -21,7 +25,8 @@ def as_pair(batch: Any, keys: BatchKeys | None = None) -> tuple[Inputs, Tensor]:
         batch: A pair; with ``keys`` also a longer tuple, a mapping, or any object with attributes. The input may itself
             be a mapping, of the arguments of the network's forward.
         keys: ``(input, target)``, each a key, an attribute's name or a position; the input may be several names, of
-            arguments of the network's forward. None for a pair ``(inputs, target)``.
+            arguments of the network's forward, or several positions, in their order. None for a pair
+            ``(inputs, target)``.
 
     Raises:
         TypeError: If the batch has no such entries, or they are no tensors.
@@ -29,13 +34,17 @@ def as_pair(batch: Any, keys: BatchKeys | None = None) -> tuple[Inputs, Tensor]:
     if keys is None:
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise TypeError(
-                f"Every batch must be a pair (inputs, target), got {_described(batch)}: pass a loader that yields "
-                f"pairs, or say which entries they are, batch_keys={_proposed(batch)}."
+                f"Every batch must be a pair (inputs, target), got {_described(batch)}: {_proposed(batch)}."
             )
         keys = (0, 1)
     inputs, target = input_of(batch, keys), _entry(batch, keys[1])
     if not isinstance(target, Tensor):
-        raise TypeError(f"The target of a batch must be a tensor, got {type(target).__name__}.")
+        samples = isinstance(target, int | float)
+        raise TypeError(
+            f"The target of a batch must be a tensor, got {type(target).__name__}{_OF_SAMPLES if samples else '.'}"
+        )
+    if target.ndim == 0:
+        raise TypeError(f"The target of a batch must have one value per item, got a single number{_OF_SAMPLES}")
     return inputs, target
 
 
@@ -46,14 +55,18 @@ def input_of(batch: Any, keys: BatchKeys) -> Inputs:
         if isinstance(inputs, Tensor):
             return inputs
         if not isinstance(inputs, Mapping):
-            raise TypeError(f"The input of a batch must be a tensor or a dict of tensors, got {type(inputs).__name__}.")
+            raise TypeError(
+                f"The input of a batch must be a tensor or a dict of tensors, got {type(inputs).__name__}: give "
+                "several inputs the names that forward's arguments have."
+            )
         several = dict(inputs)
     else:
         several = {name: _entry(batch, name) for name in keys[0]}
     for name, value in several.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"The input {name!r} of a batch must be a tensor, got {type(value).__name__}.")
-    return several
+    in_order = all(isinstance(name, int) for name in several)
+    return tuple(several.values()) if in_order else several
 
 
 def check_batch_keys(keys: Any) -> None:
@@ -63,12 +76,12 @@ def check_batch_keys(keys: Any) -> None:
     pair = list(keys) if isinstance(keys, list | tuple) else []
     several = bool(pair) and isinstance(pair[0], list | tuple)
     names = pair[0] if several else pair[:1]
-    kinds = str if several else str | int
-    right = len(pair) == 2 and names and all(isinstance(name, kinds) for name in names)
-    if not right or not isinstance(pair[1], str | int):
+    of_one_kind = any(all(isinstance(name, kind) for name in names) for kind in (str, int))
+    if len(pair) != 2 or not names or not of_one_kind or not isinstance(pair[1], str | int):
         raise ValueError(
-            "`batch_keys` must be a pair, the key of the input (or a list of names of forward's arguments) and the key "
-            f"of the target, such as ('image', 'label') or (0, 1), got {keys!r}."
+            "`batch_keys` must be a pair, the key of the input (or several, all names of forward's arguments or all "
+            "positions) and the key of the target, such as ('image', 'label'), (0, 1) or ((0, 1), 2), got "
+            f"{keys!r}."
         )
 
 
@@ -89,25 +102,60 @@ def _described(batch: Any) -> str:
 
 
 def _proposed(batch: Any) -> str:
-    return "('image', 'label')" if not isinstance(batch, tuple | list) else "(0, 1)"
+    """The way out for a batch that is no pair, with keys that it has."""
+    if isinstance(batch, Tensor):
+        return "pass a loader that yields pairs, or for a single batch the list [(inputs, target)]"
+    return f"pass a loader that yields pairs, or say which entries they are, {_keys_for(batch)}"
+
+
+def _keys_for(batch: Any) -> str:
+    if isinstance(batch, tuple | list) and len(batch) > 2:
+        last = len(batch) - 1
+        several = tuple(range(last))
+        return f"batch_keys=(0, {last}) or (0, 1), or for a network of several inputs batch_keys=({several}, {last})"
+    tensors = {name: value for name, value in _entries(batch).items() if isinstance(value, Tensor)}
+    if len(tensors) < 2:
+        return "batch_keys=('image', 'label')"
+    target = next((name for name in tensors if any(word in name.lower() for word in _TARGETS)), [*tensors][-1])
+    inputs = [name for name in tensors if name != target]
+    # Token ids come with a mask and the like of their shape; an image's index is no input.
+    inputs = [name for name in inputs if tensors[name].shape == tensors[inputs[0]].shape]
+    return f"such as batch_keys=({(inputs if len(inputs) > 1 else inputs[0])!r}, {target!r})"
+
+
+def _entries(batch: Any) -> Mapping[str, Any]:
+    if isinstance(batch, Mapping):
+        return {str(name): value for name, value in batch.items()}
+    return vars(batch) if hasattr(batch, "__dict__") else {}
 
 
 # Inputs of one tensor or of several
 
 
 def call_network(network: Callable[..., Any], inputs: Inputs) -> Any:
-    """The network's output for a batch: several inputs are its keyword arguments."""
-    return network(**inputs) if isinstance(inputs, Mapping) else network(inputs)
+    """The network's output for a batch: several inputs are its arguments, by name or in their order."""
+    if isinstance(inputs, Mapping):
+        return network(**inputs)
+    return network(*inputs) if isinstance(inputs, tuple) else network(inputs)
 
 
 def map_tensors(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
     """``change`` applied to every tensor."""
-    return {name: change(value) for name, value in inputs.items()} if isinstance(inputs, Mapping) else change(inputs)
+    if isinstance(inputs, Mapping):
+        return {name: change(value) for name, value in inputs.items()}
+    return tuple(map(change, inputs)) if isinstance(inputs, tuple) else change(inputs)
+
+
+def tensors_of(inputs: Inputs) -> list[Tensor]:
+    """The tensors that an input consists of."""
+    if isinstance(inputs, Tensor):
+        return [inputs]
+    return list(inputs.values() if isinstance(inputs, Mapping) else inputs)
 
 
 def n_items(inputs: Inputs) -> int:
     """Size of the batch."""
-    return len(next(iter(inputs.values()))) if isinstance(inputs, Mapping) else len(inputs)
+    return len(tensors_of(inputs)[0])
 
 
 def chunks(inputs: Inputs, size: int) -> list[Inputs]:

@@ -61,8 +61,8 @@ def as_rows(logits: Tensor, target: Tensor, *, task: Task = "multiclass", ignore
     Args:
         logits: ``(N, C)`` or dense ``(N, C, ...)``; for ``task="binary"`` one logit per position, ``(N,)``, ``(N, 1)``
             or dense ``(N, 1, ...)`` or ``(N, ...)``.
-        target: Class indices, ``(N,)`` or dense ``(N, ...)``; for ``task="binary"`` 0 or 1, int, bool or float, with or
-            without the axis of length 1.
+        target: Class indices, ``(N,)`` or dense ``(N, ...)``; for ``task="binary"`` 0 or 1, int, bool or float. Either
+            with or without an axis of length 1 in the place of the classes.
         task: ``"multiclass"`` or ``"binary"``.
         ignore_index: Target value of positions to leave out.
 
@@ -145,13 +145,37 @@ def _parts(logits: Tensor, target: Tensor, elements: int) -> Iterator[tuple[Tens
         yield from zip(torch.split(part, size, 2), torch.split(labels, size, 1), strict=True)
 
 
-def check_layout(logits: Tensor, target: Tensor, task: Task) -> None:
-    """Refuse logits and targets that do not fit together; errors are those of :func:`as_rows`."""
+def checked_target(logits: Tensor, target: Tensor, task: Task) -> Tensor:
+    """Refuse logits and targets that do not fit together; errors are those of :func:`as_rows`.
+
+    Returns:
+        The target; of class indices without the axis of length 1 that it may have where the logits have the classes.
+    """
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         raise TypeError(f"The network must return one float tensor of logits, got {_kind(logits)}.")
     if not isinstance(target, Tensor):
         raise TypeError(f"The target must be a tensor, got {_kind(target)}.")
-    (_check_binary if task == "binary" else _check_multiclass)(logits, target)
+    if task == "binary":
+        _check_binary(logits, target)
+        return target
+    return _class_indices(logits, target)
+
+
+def class_axis_is_unclear(logits: Tensor, target: Tensor, task: Task) -> bool:
+    """Whether shapes that fit together would also do so with the classes on the last axis, as in ``(N, L, C)``, L = C.
+
+    A target with an axis of length 1 in the place of the classes, ``(N, 1, L)``, says that they are on axis 1.
+    """
+    return task == "multiclass" and logits.ndim > 2 and target.shape == logits.shape[:-1]
+
+
+def unclear_axis(logits: Tensor, target: Tensor) -> str:
+    """What there is to say where :func:`class_axis_is_unclear` holds for every batch."""
+    return (
+        f"Logits of shape {tuple(logits.shape)} and a target of shape {tuple(target.shape)} fit together in two ways, "
+        f"with the classes on axis 1 or on the last: return logits.{_to_axis_1(logits)} if they are on the last, and "
+        "give the target that axis, target.unsqueeze(1), to say that they are on axis 1."
+    )
 
 
 def check_hard(target: Tensor) -> None:
@@ -162,7 +186,7 @@ def check_hard(target: Tensor) -> None:
 
 def _checked(logits: Tensor, target: Tensor, task: Task) -> tuple[Tensor, Tensor]:
     """Logits ``(N, C, S)`` and target ``(N, S)`` with the positions of an item on one axis; views where possible."""
-    check_layout(logits, target, task)
+    target = checked_target(logits, target, task)
     if task == "binary":
         check_hard(target)
         return logits[..., None].flatten(1)[:, None], target[..., None].flatten(1)
@@ -177,26 +201,50 @@ def _flat(logits: Tensor, target: Tensor, task: Task) -> tuple[Tensor, Tensor]:
     return logits.movedim(1, -1).flatten(0, -2), target.flatten().long()
 
 
-def _check_multiclass(logits: Tensor, target: Tensor) -> None:
-    if target.is_floating_point() or target.dtype == torch.bool:
-        raise TypeError(f"The target must hold class indices as int64, got {target.dtype}; use target.long().")
-    if logits.ndim < 2:
-        raise ValueError(f"Logits must have shape (N, C) or (N, C, ...), got {tuple(logits.shape)}.")
-    if logits.shape[1] == 1:
+def _class_indices(logits: Tensor, target: Tensor) -> Tensor:
+    """The target without its axis of length 1, if it has one; shapes are refused before dtypes."""
+    if logits.ndim < 2 or logits.shape[1] == 1:
         raise OptionError(
-            f"Logits of shape {tuple(logits.shape)} have one class, and a softmax over one class is always 1: "
+            f"Logits must have one value per class on axis 1, (N, C) or (N, C, ...), got {tuple(logits.shape)}: "
             'say task="binary" for a one-logit (sigmoid) head.'
         )
     if logits.shape == target.shape:
-        raise ValueError(
-            f"The target has the shape of the logits, {tuple(target.shape)}: one-hot? "
-            "Pass class indices, target.argmax(1)."
+        raise OptionError(
+            f"The target has the shape of the logits, {tuple(target.shape)}: of one-hot labels pass the class indices, "
+            'target.argmax(1); for several labels per item, each yes or no, say task="binary".'
         )
-    if target.shape != logits.shape[:1] + logits.shape[2:]:
+    wanted = logits.shape[:1] + logits.shape[2:]
+    if target.ndim == logits.ndim and target.shape[1] == 1:
+        target = target.squeeze(1)
+    if target.shape != wanted:
         raise ValueError(
-            f"Logits of shape {tuple(logits.shape)} (class axis 1) need a target of shape "
-            f"{tuple(logits.shape[:1] + logits.shape[2:])}, got {tuple(target.shape)}."
+            f"Logits of shape {tuple(logits.shape)} (class axis 1) need a target of shape {tuple(wanted)}, got "
+            f"{tuple(target.shape)}{_way_out(logits, target)}."
         )
+    if target.is_floating_point() or target.dtype == torch.bool:
+        raise TypeError(f"The target must hold class indices as int64, got {target.dtype}; use target.long().")
+    return target
+
+
+def _way_out(logits: Tensor, target: Tensor) -> str:
+    """What would make the shapes fit, as far as they tell."""
+    items, classes, *places = logits.shape
+    shape = list(target.shape)
+    if shape == [items, *places, 1]:
+        return ": use target.squeeze(-1)"
+    if shape == [items, *places, classes]:
+        return ": of one-hot labels pass the class indices, target.argmax(-1)"
+    if shape in ([*logits.shape[:-1]], [*logits.shape[:-1], 1]) and places:
+        return f": where the classes are on the last axis, return logits.{_to_axis_1(logits)}"
+    if shape == [items] and set(places) == {1}:
+        return ": return logits.flatten(1)"
+    if len(places) > 1 and len(shape) == 1 + len(places) and shape[0] == items:
+        return f": return logits of its size, torch.nn.functional.interpolate(logits, {tuple(shape[1:])})"
+    return ""
+
+
+def _to_axis_1(logits: Tensor) -> str:
+    return "transpose(1, 2)" if logits.ndim == 3 else "movedim(-1, 1)"
 
 
 def _check_binary(logits: Tensor, target: Tensor) -> None:

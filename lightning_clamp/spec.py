@@ -40,8 +40,9 @@ class Spec:
         task: ``"multiclass"`` (softmax over axis 1) or ``"binary"`` (one logit per position, sigmoid).
         ignore_index: Target value of positions to leave out.
         batch_keys: Which entries of a batch are input and target, where it is no pair: keys of a mapping, names of
-            attributes, or positions, such as ``("image", "label")`` or ``(0, 2)``. The input may be a list of names:
-            those entries are passed to the network as keyword arguments.
+            attributes, or positions, such as ``("image", "label")`` or ``(0, 2)``. The input may be several names, of
+            entries that are passed to the network as keyword arguments; or several positions, such as ``((0, 1), 2)``,
+            of entries that are its arguments in this order.
         perturb_at: Name of the submodule at whose input δ is added, such as the one that is fed a language model's
             embeddings; it must be called once in a forward. Sequences ``(N, length, features)`` that enter there get
             one value per feature. None for the network's own input, which must then be one tensor of floats.

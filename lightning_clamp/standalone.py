@@ -174,7 +174,8 @@ class _Run(LightningModule):
     def on_validation_start(self) -> None:
         """Calibrate."""
         trainer = self.trainer
-        source = given_calibration_set(self.data, self.network)
+        with ranks_of(trainer).raise_together():
+            source = given_calibration_set(self.data, self.network)
         if source.is_validation:
             rank_zero_warn(
                 f"{type(self._provider).__name__} has no calibration_dataloader(), so its validation set serves, which "

@@ -50,10 +50,10 @@ BAD_PREDICTIONS = {
     "integer preds": (_LOGITS.long(), _TARGET, {}, TypeError, "float tensor of logits"),
     "a list": ([[1.0, 2.0]], torch.zeros(1).long(), {}, TypeError, "float tensor of logits, got list"),
     "a list of labels": (_LOGITS, _TARGET.tolist(), {}, TypeError, "The target must be a tensor, got list"),
-    "one axis": (_LOGITS[0], _TARGET, {}, ValueError, r"must have shape \(N, C\) or \(N, C, ...\), got \(5,\)"),
+    "one axis": (_LOGITS[0], _TARGET, {}, ValueError, r"on axis 1, \(N, C\) or \(N, C, ...\), got \(5,\)"),
     "one class": (_LOGITS[:, :1], _TARGET, {}, ValueError, 'say task="binary"'),
     "shapes": (_LOGITS, _TARGET[:3], {}, ValueError, "need a target of shape"),
-    "labels with an axis too many": (_LOGITS, _TARGET[:, None], {}, ValueError, "need a target of shape"),
+    "labels with an axis too many": (_LOGITS, _TARGET[:, None, None], {}, ValueError, "need a target of shape"),
     "a scalar": (torch.tensor(1.0), torch.tensor(1), {"task": "binary"}, ValueError, "A batch needs an axis"),
 }
 

@@ -30,6 +30,7 @@ LAYOUTS = {
     "extra item": ((X, Y, torch.arange(3)), (0, 1)),
     "target first": ((Y, X), (1, 0)),
     "last": ((X, "names", Y), (0, -1)),
+    "first of several": ((X, X > 1, Y), (0, 2)),
     "dict": ({"image": X, "label": Y, "index": 3}, ("image", "label")),
     "dict, as a list": ({"image": X, "label": Y}, ["image", "label"]),
     "dataclass": (Sample(X, Y), ("image", "label")),
@@ -55,11 +56,45 @@ def test_several_inputs_have_the_names_of_arguments():
     assert as_pair(({"tokens": X, "mask": X}, Y))[0] == {"tokens": X, "mask": X}
 
 
+def test_several_inputs_of_a_tuple_are_arguments_in_their_order():
+    for batch, keys in [((X, X > 1, Y), ((0, 1), 2)), ([Y, X, X > 1], [[1, 2], 0])]:
+        check_batch_keys(keys)
+        inputs, target = as_pair(batch, keys)
+        assert isinstance(inputs, tuple)
+        assert torch.equal(torch.stack([inputs[0] > 1, inputs[1]]), torch.stack([X > 1, X > 1]))
+        assert target is Y
+    with pytest.raises(TypeError, match="no entry 4, which `batch_keys` names: got tuple of 3 items"):
+        as_pair((X, X, Y), ((0, 4), 2))
+
+
+@pytest.mark.parametrize(
+    ("batch", "proposed"),
+    [
+        ((X, X, Y), r"batch_keys=\(0, 2\) or \(0, 1\), or for a network of several inputs batch_keys=\(\(0, 1\), 2\)"),
+        ((X, X, X, Y), r"for a network of several inputs batch_keys=\(\(0, 1, 2\), 3\)"),
+        ({"img": X, "lbl_path": "x", "cls_label": Y}, r"such as batch_keys=\('img', 'cls_label'\)"),
+        ({"label": Y, "x": X, "index": Y}, r"such as batch_keys=\('x', 'label'\)"),
+        ({"input_ids": X, "attention_mask": X, "labels": Y}, r"=\(\['input_ids', 'attention_mask'\], 'labels'\)"),
+        ({"a": X, "b": Y}, r"such as batch_keys=\('a', 'b'\)"),
+        (Sample(X, Y), r"such as batch_keys=\('image', 'label'\)"),
+        ({"a": X}, r"batch_keys=\('image', 'label'\)"),
+        (X, r"got Tensor of 3 items: .* for a single batch the list \[\(inputs, target\)\]"),
+    ],
+)
+def test_the_keys_that_are_proposed_are_the_batchs_own(batch, proposed):
+    with pytest.raises(TypeError, match=proposed) as caught:
+        as_pair(batch)
+    if "such as" in proposed:
+        keys = eval(str(caught.value).split("batch_keys=")[1].rstrip("."))
+        check_batch_keys(keys)
+        as_pair(batch, keys)
+
+
 @pytest.mark.parametrize(
     ("batch", "keys", "message"),
     [
-        ({"image": X, "label": Y}, None, r"got dict of image, label: pass .* batch_keys=\('image', 'label'\)"),
-        ((X, Y, Y), None, r"got tuple of 3 items: .* batch_keys=\(0, 1\)"),
+        ({"image": X, "label": Y}, None, r"got dict of image, label: pass .* such as batch_keys=\('image', 'label'\)"),
+        (([X, X], Y), None, "tensor or a dict of tensors, got list: give several inputs the names"),
         (Sample(X, Y), None, "got Sample: pass a loader"),
         ({"image": X}, ("image", "label"), "no entry 'label', which `batch_keys` names: got dict of image"),
         ((X, Y), ("image", "label"), "no entry 'image', .* got tuple of 2 items"),
@@ -76,7 +111,8 @@ def test_what_is_not_there_is_said(batch, keys, message):
 
 
 @pytest.mark.parametrize(
-    "keys", ["image", ("image",), ("a", "b", "c"), ([], "b"), (None, "b"), (["a"], ["b"]), ([0, 1], 2), 3]
+    "keys",
+    ["image", ("image",), ("a", "b", "c"), ([], "b"), (None, "b"), (["a"], ["b"]), ([0, "b"], 2), ((0, 1), None), 3],
 )
 def test_keys_that_are_no_pair_are_refused_early(keys):
     with pytest.raises(ValueError, match="`batch_keys` must be a pair, the key of the input"):
@@ -229,3 +265,10 @@ def test_several_inputs_are_keyword_arguments_of_the_network():
     at_net = fit_clamp(TwoInputs(), named, batch_keys=keys, perturb_at="net", **OPTIONS)
     for name, value in expected.clamp.state_dict().items():
         torch.testing.assert_close(at_net.clamp.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+    in_order = [(b, y, a - 0.5) for a, b, y in zip(*split, strict=True)]
+    by_position = fit_clamp(TwoInputs(), in_order, batch_keys=((2, 0), 1), perturb_at="net", **OPTIONS)
+    assert torch.equal(by_position.clamp.perturbation, at_net.clamp.perturbation)
+    module = CalibrationModule.from_result(TwoInputs(), by_position)
+    one = tuple(in_order[0][key] for key in (2, 0))
+    assert torch.equal(module(one), module({"image": one[0], "brightness": one[1]}))
+    assert torch.equal(module.predict_step(in_order[0], 0), module(one))

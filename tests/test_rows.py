@@ -1,7 +1,11 @@
 import pytest
 import torch
 
+from lightning_clamp import fit_clamp
 from lightning_clamp._rows import as_rows, is_dense
+from lightning_clamp.losses import focal_loss
+from lightning_clamp.metrics import NegativeLogLikelihood, class_margin, negative_log_likelihood
+from tests.scenarios import calibrated_logits
 
 
 def test_class_outputs_are_rows_already():
@@ -43,6 +47,90 @@ def test_one_logit_heads_become_two_classes(logit_shape, target_shape, dense, dt
     assert is_dense(logits, "binary") == dense
 
 
+@pytest.mark.parametrize(("logit_shape", "target_shape"), [((4, 3), (4, 1)), ((4, 3, 2, 5), (4, 1, 2, 5))])
+def test_class_indices_may_have_an_axis_of_length_1_for_the_class(logit_shape, target_shape):
+    logits, target = torch.randn(logit_shape), torch.randint(3, target_shape)
+    for one, other in zip(as_rows(logits, target)[:3], as_rows(logits, target.squeeze(1))[:3], strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(class_margin(logits, target).squeeze(1), class_margin(logits, target.squeeze(1)))
+    assert focal_loss(logits, target) == focal_loss(logits, target.squeeze(1))
+    assert negative_log_likelihood(logits, target) == negative_log_likelihood(logits, target.squeeze(1))
+
+
+WAYS_OUT = {
+    "token classifier": ((4, 7, 3), (4, 7), r"return logits.transpose\(1, 2\)"),
+    "channels last": ((4, 8, 9, 3), (4, 8, 9), r"return logits.movedim\(-1, 1\)"),
+    "quarter size": ((4, 3, 8, 8), (4, 32, 32), r"of its size, torch.nn.functional.interpolate\(logits, \(32, 32\)\)"),
+    "volume": ((4, 3, 2, 2, 2), (4, 4, 4, 4), r"interpolate\(logits, \(4, 4, 4\)\)"),
+    "last axis of 1": ((4, 3, 8, 8), (4, 8, 8, 1), r"use target.squeeze\(-1\)"),
+    "one-hot, channels last": ((4, 3, 8, 9), (4, 8, 9, 3), r"target.argmax\(-1\)"),
+    "pooled, not flattened": ((4, 3, 1, 1), (4,), r"return logits.flatten\(1\)"),
+    "nothing to say": ((4, 3), (5,), r"need a target of shape \(4,\), got \(5,\)\.$"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WAYS_OUT)
+def test_shapes_that_do_not_fit_come_with_the_way_out(case):
+    logit_shape, target_shape, message = WAYS_OUT[case]
+    with pytest.raises(ValueError, match=message) as caught:
+        as_rows(torch.randn(logit_shape), torch.zeros(target_shape))  # of no dtype that fits: shapes come first
+    assert "\n" not in str(caught.value)
+
+
+def tokens(length, *, n=600):
+    """Logits ``(n, 5, length)`` that are three times too large, and their labels."""
+    logits, y = calibrated_logits(n * length)
+    return 3 * logits.reshape(n, length, 5).transpose(1, 2), y.reshape(n, length)
+
+
+IDENTITY = torch.nn.Identity()
+
+
+def test_where_no_batch_tells_the_axis_of_the_classes_it_is_asked_for():
+    logits, y = tokens(5)
+    with pytest.raises(
+        ValueError, match=r"fit together in two ways, .* logits.transpose\(1, 2\) .* target.unsqueeze\(1\)"
+    ):
+        fit_clamp(IDENTITY, [(logits.transpose(1, 2), y)], grids=())
+    said = fit_clamp(IDENTITY, [(logits, y.unsqueeze(1))], grids=())
+    assert float(said.clamp.temperature) == pytest.approx(3, rel=0.1)
+    told = fit_clamp(IDENTITY, [(logits, y), tokens(7, n=100)], grids=())
+    assert float(told.clamp.temperature) == pytest.approx(3, rel=0.1)
+    image = torch.randn(40, 4, 4, 4), torch.randint(4, (40, 4, 4))
+    with pytest.raises(ValueError, match=r"fit together in two ways, .* logits.movedim\(-1, 1\)"):
+        fit_clamp(IDENTITY, [image], grids=())
+
+
+def test_metrics_say_where_the_axis_of_the_classes_was_not_told(recwarn):
+    logits, y = tokens(5, n=20)
+    with pytest.warns(
+        UserWarning, match=r"negative_log_likelihood took axis 1 for the classes. Logits of shape \(20, 5, 5\)"
+    ):
+        negative_log_likelihood(logits, y)
+    negative_log_likelihood(logits, y.unsqueeze(1))
+    metric = NegativeLogLikelihood()
+    metric.update(logits, y)
+    metric.update(*tokens(3, n=20))
+    metric.compute()
+    assert not recwarn
+
+
+def test_levels_of_an_ordinal_head_are_binary():
+    """CORAL: one logit per threshold, trained on whether the class lies above it."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(2000, 1, generator=generator) + torch.tensor([2.0, 1.0, 0.0, -1.0])
+    u = torch.rand(2000, 1, generator=generator)
+    levels = (u < z.sigmoid()).float()
+    rank = levels.sum(1).long()
+    with pytest.raises(ValueError, match=r"the label 4, .* per threshold .* say task=\"binary\"") as caught:
+        fit_clamp(IDENTITY, [(3 * z, rank)], grids=())
+    assert "ignore_index" not in str(caught.value)
+    with pytest.raises(ValueError, match=r'for several labels per item, each yes or no, say task="binary"'):
+        fit_clamp(IDENTITY, [(3 * z, levels)], grids=())
+    result = fit_clamp(IDENTITY, [(3 * z, levels)], task="binary", method="temperature")
+    assert float(result.clamp.temperature) == pytest.approx(3, rel=0.1)
+
+
 @pytest.mark.parametrize(
     ("logits", "target", "task", "error", "message"),
     [
@@ -56,7 +144,8 @@ def test_one_logit_heads_become_two_classes(logit_shape, target_shape, dense, dt
             ValueError,
             r"target of shape \(4, 2\), got \(4,\)",
         ),
-        (torch.randn(4), torch.zeros(4).long(), "multiclass", ValueError, r"shape \(N, C\)"),
+        (torch.randn(4), torch.zeros(4), "multiclass", ValueError, r'one value per class .* say task="binary"'),
+        (torch.randn(4, 3), torch.eye(4)[:, :3], "multiclass", ValueError, r"one-hot .* target.argmax\(1\)"),
         (torch.randn(4, 3), torch.zeros(4).long(), "binary", ValueError, "one logit per target"),
         (torch.randn(4), torch.full((4,), 0.5), "binary", ValueError, "soft labels"),
         (

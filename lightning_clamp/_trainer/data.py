@@ -2,18 +2,20 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import islice
+from itertools import islice, product
 from typing import Any, NamedTuple
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
-from lightning_clamp._trainer.devices import is_dry_run
+from lightning_clamp._trainer.devices import is_dry_run, ranks_of
+from lightning_clamp._trainer.overlap import n_shared
 from lightning_clamp._trainer.shards import Shard
 from lightning_clamp.clamping.frozen import kept_random_state
+from lightning_clamp.clamping.passes import check_batches
 from lightning_clamp.clamping.ranks import Ranks
 from lightning_clamp.clamping.summary import MIN_SAMPLES
 from lightning_clamp.spec import Spec
@@ -36,7 +38,7 @@ class CalibrationSource(NamedTuple):
 
 
 def find_calibration_set(trainer: Trainer, module: LightningModule, given: Any) -> CalibrationSource | None:
-    """Find the calibration set, in this order.
+    """Find the calibration set, in this order, on all ranks.
 
     The loader given to the callback; the ``calibration_dataloader()`` of the datamodule, then of the module; the
     validation loader, of which as many batches are read as the Trainer validates on.
@@ -48,6 +50,11 @@ def find_calibration_set(trainer: Trainer, module: LightningModule, given: Any) 
     Raises:
         MisconfigurationException: If there is none, or there are several validation loaders.
     """
+    with ranks_of(trainer).raise_together():
+        return _found(trainer, module, given)
+
+
+def _found(trainer: Trainer, module: LightningModule, given: Any) -> CalibrationSource | None:
     # A dry run reads enough batches, of whatever size, to try the calibration.
     fast = MIN_SAMPLES if is_dry_run(trainer) else None
     if given is not None:
@@ -149,15 +156,18 @@ def as_validation(trainer: Trainer) -> Iterator[None]:
 
 
 def warn_if_training_data(loader: Any, trainer: Trainer) -> None:
-    """Warn if the calibration set is, or overlaps with, the training set."""
-    training = _dataset(trainer.train_dataloader)
-    for calibration in map(_dataset, loaders_of(loader)):
-        if calibration is None or training is None:
-            continue
-        if calibration is training:
+    """Warn if the calibration set is, or overlaps with, the training set, as far as that is seen without reading it."""
+    with ranks_of(trainer).raise_together():
+        _warn_if_shared(loader, trainer)
+
+
+def _warn_if_shared(loader: Any, trainer: Trainer) -> None:
+    for calibration, training in product(loaders_of(loader), loaders_of(trainer.train_dataloader)):
+        ours, theirs = _dataset(calibration), _dataset(training)
+        if ours is theirs:
             shared = "is the training set itself"
-        elif overlap := _overlap(calibration, training):
-            shared = f"shares {overlap} samples with the training set"
+        elif number := n_shared(ours, theirs):
+            shared = f"shares {number} samples with the training set"
         else:
             continue
         rank_zero_warn(
@@ -166,13 +176,15 @@ def warn_if_training_data(loader: Any, trainer: Trainer) -> None:
 
 
 def _dataset(loader: Any) -> Any:
-    return getattr(loader, "dataset", None)
+    """What a loader reads from; itself, if it is a list of batches or no loader that says so."""
+    return getattr(loader, "dataset", loader)
 
 
-def _overlap(first: Any, second: Any) -> int:
-    if isinstance(first, Subset) and isinstance(second, Subset) and first.dataset is second.dataset:
-        return len(set(first.indices) & set(second.indices))
-    return 0
+def _check(loader: Any) -> None:
+    try:
+        check_batches(loader)
+    except TypeError as error:
+        raise MisconfigurationException(str(error)) from error
 
 
 class CalibrationBatches:
@@ -193,19 +205,17 @@ class CalibrationBatches:
         ranks: Ranks,
         spec: Spec,
     ) -> None:
-        loaders = loaders_of(source.loader)
-        for loader in loaders:
-            if not isinstance(loader, Iterable) or isinstance(loader, Iterator):
-                raise MisconfigurationException(
-                    f"The calibration set must be a DataLoader or a list of batches, got {type(loader).__name__}."
-                )
         self.limit = source.limit
         self.trainer = trainer
         self.module = module
         self.spec = spec
+        with ranks.raise_together():
+            loaders = loaders_of(source.loader)
+            for loader in loaders:
+                _check(loader)
         with kept_random_state():
             self.shards = [Shard(loader, ranks) for loader in loaders]
-            self._check(ranks)
+            self._check_first(ranks)
 
     @property
     def n_batches(self) -> int | None:
@@ -222,7 +232,7 @@ class CalibrationBatches:
         limited = islice(batches, self.limit)
         return (validation_batch(self.trainer, self.module, batch, index) for batch, index in limited)
 
-    def _check(self, ranks: Ranks) -> None:
+    def _check_first(self, ranks: Ranks) -> None:
         firsts = [(shard.first, index) for index, shard in enumerate(self.shards) if shard.first is not None]
         with ranks.raise_together():
             try:

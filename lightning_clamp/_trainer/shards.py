@@ -4,6 +4,7 @@ Lightning's own distributed samplers repeat samples until all ranks have as many
 twice. Here ranks may have parts of different size, or none.
 """
 
+import copy
 import random
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
@@ -20,6 +21,9 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_clamp.clamping.ranks import Ranks
 
+# Indices that are compared: a sampler need not come to an end.
+_LONGEST_ORDER = 10**6
+
 
 class Shard:
     """The part of a loader's batches that one rank reads.
@@ -35,43 +39,69 @@ class Shard:
     Attributes:
         loader: What this rank iterates.
         first: The first batch of the loader (of this rank's part where its maker dealt it out), None if it has none.
+        n_batches: Number of this rank's batches; None for loaders that do not know it.
     """
 
     def __init__(self, loader: Iterable[Any], ranks: Ranks) -> None:
         self.ranks = ranks
-        self.loader: Iterable[Any] = _dealt(loader, 0, 1) if ranks.size > 1 else loader
+        self.loader: Iterable[Any] = loader
         with ranks.raise_together():
+            if ranks.size > 1:
+                self.loader = _dealt(loader, 0, 1)
             self.first = next(iter(self), None)
-        if len(set(ranks.gather(_digest(self.first)))) == 1 < ranks.size:
-            self.loader = _dealt(loader, ranks.rank, ranks.size)
+            seen = self._seen() if ranks.size > 1 else ""
+        everyone = ranks.gather(seen)
+        with ranks.raise_together():
+            if len(set(everyone)) == 1 < ranks.size:
+                self.loader = _dealt(loader, ranks.rank, ranks.size)
+            self.n_batches = sized_len(self.loader)
+
+    def _seen(self) -> str:
+        """Equal on ranks that read the same: first and last batch, and the order, as far as they are seen unread."""
+        self._seed()
+        return _digest(self.first, _last(self.loader), sized_len(self.loader), _order(self.loader))
 
     def __iter__(self) -> Iterator[Any]:
         """Yield this rank's batches, in an order that all ranks draw alike."""
+        self._seed()
+        return iter(self.loader)
+
+    def _seed(self) -> None:
         if self.ranks.size > 1:
             # A shuffled loader must be shuffled alike everywhere, or the ranks' parts overlap. Callers keep the random
             # state for after.
             random.seed(0)
             np.random.seed(0)  # noqa: NPY002 - the global state is what users' samplers draw from
             torch.manual_seed(0)
-        return iter(self.loader)
-
-    @property
-    def n_batches(self) -> int | None:
-        """Number of this rank's batches; None for loaders that do not know it."""
-        return sized_len(self.loader)
 
 
-def _digest(batch: Any) -> str:
-    """Equal for batches of equal tensors."""
+def _digest(*parts: Any) -> str:
+    """Equal for equal tensors, numbers and strings, however they are nested."""
     digest = blake2b(digest_size=16)
 
-    def add(tensor: Tensor) -> Tensor:
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return tensor
+    def add(value: Tensor | int | str) -> Any:
+        if isinstance(value, Tensor):
+            digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        else:
+            digest.update(repr(value).encode())
+        return value
 
-    apply_to_collection(batch, Tensor, add)
+    apply_to_collection(parts, (Tensor, int, str), add)
     return digest.hexdigest()
+
+
+def _last(loader: Iterable[Any]) -> Any:
+    """The last batch, where there is a list of them."""
+    batches = loader.source if isinstance(loader, _EveryNth) else None
+    return batches[-1] if isinstance(batches, list) and batches else None
+
+
+def _order(loader: Iterable[Any]) -> list[Any]:
+    """The indices that a DataLoader reads; none where only its dataset knows."""
+    if not isinstance(loader, DataLoader):
+        return []
+    return list(islice(loader.batch_sampler or loader.sampler, _LONGEST_ORDER))
 
 
 def _dealt(loader: Iterable[Any], rank: int, n_ranks: int) -> Iterable[Any]:
@@ -89,7 +119,8 @@ def _dealt(loader: Iterable[Any], rank: int, n_ranks: int) -> Iterable[Any]:
     }  # fmt: skip
     if loader.batch_size is None and loader.batch_sampler is not None:
         # Batches that somebody composed stay whole: their samples may not fit together otherwise.
-        return DataLoader(loader.dataset, batch_sampler=_EveryNth(loader.batch_sampler, rank, n_ranks), **options)
+        batches = _EveryNth(_undealt_batches(loader.batch_sampler), rank, n_ranks)
+        return DataLoader(loader.dataset, batch_sampler=batches, **options)
     indices = _EveryNth(_Indices(loader), rank, n_ranks)
     return DataLoader(loader.dataset, batch_size=loader.batch_size, sampler=indices, **options)
 
@@ -111,24 +142,43 @@ class _Indices:
     """The indices of the samples that a loader reads in one process."""
 
     def __init__(self, loader: DataLoader[Any]) -> None:
-        self.sampler: Any = loader.sampler
+        self.sampler = _Undealt(loader.sampler)
         self.batch_size = loader.batch_size or 1
         self.drop_last = loader.drop_last
 
     def __iter__(self) -> Iterator[Any]:
-        return islice(self._of_sampler(), len(self) if self.drop_last else None)
+        return islice(self.sampler, len(self) if self.drop_last else None)
 
     def __len__(self) -> int:
-        counted: Any = self.sampler.dataset if isinstance(self.sampler, DistributedSampler) else self.sampler
-        number = len(counted)
+        number = len(self.sampler)
         return number - number % self.batch_size if self.drop_last else number
 
-    def _of_sampler(self) -> Iterable[Any]:
+
+class _Undealt:
+    """What a sampler gives in one process: all of it, without the repeats of a ``DistributedSampler``."""
+
+    def __init__(self, sampler: Any) -> None:
+        self.sampler = sampler
+
+    def __iter__(self) -> Iterator[Any]:
         if isinstance(self.sampler, DistributedSamplerWrapper):
             # Its dataset are the indices of the sampler that it wraps.
             indices: Any = self.sampler.dataset
             indices.reset()
             return (indices[i] for i in range(len(indices)))
         if isinstance(self.sampler, DistributedSampler):
-            return range(len(self.sampler.dataset))  # type: ignore[arg-type]
-        return self.sampler  # type: ignore[no-any-return]
+            return iter(range(len(self)))
+        return iter(self.sampler)
+
+    def __len__(self) -> int:
+        counted: Any = self.sampler.dataset if isinstance(self.sampler, DistributedSampler) else self.sampler
+        return len(counted)
+
+
+def _undealt_batches(batch_sampler: Any) -> Any:
+    """A batch sampler as in one process, where it is made of a ``DistributedSampler``."""
+    if not isinstance(getattr(batch_sampler, "sampler", None), DistributedSampler):
+        return batch_sampler
+    again = copy.copy(batch_sampler)
+    again.sampler = _Undealt(batch_sampler.sampler)
+    return again

@@ -76,19 +76,21 @@ def fit_clamp(
         >>> 2.5 < float(result.clamp.temperature) < 3.5
         True
     """
-    plan = make_plan(method, keywords, fit_clamp)
-    return fit_by_plan(
-        network, dataloader, plan, cache_bytes=cache_bytes, progress=progress, ranks=Ranks(process_group)
-    )
+    ranks = Ranks(process_group)
+    with ranks.raise_together():
+        plan = make_plan(method, keywords, fit_clamp)
+    return fit_by_plan(network, dataloader, plan, cache_bytes=cache_bytes, progress=progress, ranks=ranks)
 
 
 def fit_by_plan(
     network: Network, batches: Batches, plan: Plan, *, cache_bytes: int, progress: Progress | None, ranks: Ranks
 ) -> CalibrationResult:
     """:func:`fit_clamp` with its keywords sorted."""
-    plan.check_ranks(ranks.size)
     started = time.perf_counter()
-    data = CalibrationSet(network, batches, plan.spec, cache_bytes=cache_bytes, progress=progress, ranks=ranks)
+    with ranks.raise_together():
+        plan.check_ranks(ranks.size)
+        data = CalibrationSet(network, batches, plan.spec, cache_bytes=cache_bytes, progress=progress, ranks=ranks)
+    ranks.check_equal({"method": plan.method, **vars(plan.options), **vars(plan.spec)})
     with frozen(network):
         if (module := module_of(network)) is not None:
             ranks.broadcast_buffers(module)

@@ -9,12 +9,13 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_clamp._batch import Inputs, logits_of, map_tensors, n_items
 from lightning_clamp._rows import Rows, merged
-from lightning_clamp.clamping.frozen import module_of
+from lightning_clamp.clamping.frozen import kept_random_state, module_of
 from lightning_clamp.clamping.perturbation import shifted
-from lightning_clamp.clamping.ranks import ALONE, Ranks
+from lightning_clamp.clamping.ranks import ALONE, FAILURES, Ranks
 from lightning_clamp.clamping.site import PerturbationSite
 from lightning_clamp.spec import Spec
 
@@ -40,7 +41,7 @@ def summed(
     return ranks.total(total or [torch.zeros(tuple(shape), dtype=torch.float64) for shape in shapes], error)
 
 
-def _accumulated(batch_sums: Iterable[tuple[Tensor, ...]]) -> tuple[list[Tensor], Exception | None]:
+def _accumulated(batch_sums: Iterable[tuple[Tensor, ...]]) -> tuple[list[Tensor], BaseException | None]:
     """Sums over this rank's batches alone, empty if there are none; and what went wrong, for the ranks to agree on."""
     total: list[Tensor] = []
     try:
@@ -49,7 +50,7 @@ def _accumulated(batch_sums: Iterable[tuple[Tensor, ...]]) -> tuple[list[Tensor]
                 total = [torch.zeros(term.shape, dtype=torch.float64, device=term.device) for term in sums]
             for accumulated, term in zip(total, sums, strict=True):
                 accumulated += term
-    except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must hear of it; it is raised again
+    except FAILURES as error:
         return total, error
     return total, None
 
@@ -67,6 +68,36 @@ class RowSource(Protocol):
         ...
 
 
+def check_batches(batches: Any) -> None:
+    """Refuse what is no set of batches that can be read again and again.
+
+    Raises:
+        TypeError: With what to pass instead.
+    """
+    way_out = ""
+    if isinstance(batches, Iterator) or (isinstance(batches, Iterable) and _is_spent_by_reading(batches)):
+        way_out = ", which can be read once: no generator will do, nor an __iter__ that always returns the same one"
+    elif isinstance(batches, Iterable):
+        return
+    elif isinstance(batches, Dataset):
+        way_out = ": pass DataLoader(dataset, batch_size=...)"
+    elif hasattr(batches, "val_dataloader"):
+        way_out = ": pass one of its loaders, such as datamodule.val_dataloader()"
+    raise TypeError(
+        f"The calibration set must be a DataLoader or a list of batches, got {type(batches).__name__}{way_out}."
+    )
+
+
+def _is_spent_by_reading(batches: Iterable[Any]) -> bool:
+    """Whether the set hands out one and the same iterator, whoever asks; one that is its own may start anew."""
+    source = batches.dataset if isinstance(batches, DataLoader) else batches
+    if not isinstance(source, Iterable):
+        return False
+    with kept_random_state():
+        first = iter(source)
+        return first is not source and first is iter(source)
+
+
 class CalibrationSet:
     """A network and its calibration batches, seen as a source of logits and of sums.
 
@@ -79,7 +110,7 @@ class CalibrationSet:
         ranks: The ranks that share the set; ``batches`` are this one's part, and may be none.
 
     Raises:
-        TypeError: If ``batches`` can be read once only.
+        TypeError: If ``batches`` are none, or can be read once only.
         ValueError: If there is no such submodule.
     """
 
@@ -93,8 +124,7 @@ class CalibrationSet:
         progress: Progress | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
-        if isinstance(batches, Iterator):
-            raise TypeError("The calibration set is read several times: pass a DataLoader or a list, not a generator.")
+        check_batches(batches)
         self.network = network
         self.batches = batches
         self.spec = spec
@@ -103,17 +133,31 @@ class CalibrationSet:
         self.progress = progress
         self.ranks = ranks
         self.passes = 0
+        self._size: int | None = None
         module = module_of(network)
         self.device = None if module is None else next((p.device for p in module.parameters()), None)
 
     def read(self, what: str) -> Iterator[tuple[Inputs, Tensor]]:
-        """One pass over the batches, on the network's device; ``what`` is shown as progress."""
+        """One pass over the batches that are not empty, on the network's device; ``what`` is shown as progress.
+
+        Raises:
+            ValueError: At its end, if it had another number of samples than the first.
+        """
         self.passes += 1
+        size = 0
         for index, batch in enumerate(self.batches):
             inputs, target = self.spec.pair(batch)
-            yield map_tensors(inputs, lambda value: value.to(self.device)), target.to(self.device)
+            size += n_items(inputs)
+            if n_items(inputs):
+                yield map_tensors(inputs, lambda value: value.to(self.device)), target.to(self.device)
             if self.progress is not None:
                 self.progress(what, index + 1)
+        self._size = size if self._size is None else self._size
+        if size != self._size:
+            raise ValueError(
+                f"The calibration set gave {self._size} samples when it was read first, and now {size}: it is read "
+                "several times, so every pass must start anew and give the same samples."
+            )
 
     def rows(self, logits: Tensor, target: Tensor) -> Rows:
         """Lay one batch out as rows."""

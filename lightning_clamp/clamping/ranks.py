@@ -1,7 +1,7 @@
 """The processes that share a calibration set: what they add up, and how they fail together."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 T = TypeVar("T")
+
+# What ends one rank's work, a Ctrl-C in its process too: the others must hear of it, and it is raised again.
+FAILURES = (Exception, KeyboardInterrupt, SystemExit)
 
 
 class Ranks:
@@ -31,14 +34,14 @@ class Ranks:
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
 
-    def total(self, terms: Sequence[Tensor], error: Exception | None = None) -> tuple[Tensor, ...]:
+    def total(self, terms: Sequence[Tensor], error: BaseException | None = None) -> tuple[Tensor, ...]:
         """Add up the ranks' terms, float64 and of the same shapes on all, in one all-reduce of one flat buffer.
 
         Returns:
             The sums, on the CPU and equal to the last bit on every rank.
 
         Raises:
-            Exception: ``error``, the one that kept this rank from forming its terms.
+            BaseException: ``error``, the one that kept this rank from forming its terms.
             RuntimeError: If another rank had one.
         """
         if self.group is None:
@@ -52,13 +55,13 @@ class Ranks:
             self.gather(None, error)
         return tuple(total.reshape(term.shape) for total, term in zip(sums, terms, strict=True))
 
-    def gather(self, value: T, error: Exception | None = None) -> list[T]:
+    def gather(self, value: T, error: BaseException | None = None) -> list[T]:
         """The values of all ranks, in their order; errors as in :meth:`total`."""
         if self.group is None:
             if error is not None:
                 raise error
             return [value]
-        message = None if error is None else f"{type(error).__name__}: {error}"
+        message = None if error is None else f"{type(error).__name__}: {error}".removesuffix(": ")
         everyone: list[tuple[T, str | None]] = [(value, message)] * self.size
         dist.all_gather_object(everyone, (value, message), group=self.group)
         for rank, (_, told) in enumerate(everyone):
@@ -69,17 +72,32 @@ class Ranks:
     @contextmanager
     def raise_together(self) -> Iterator[None]:
         """What goes wrong inside on one rank is raised on all after; no rank may wait for another inside."""
-        error = None
+        error: BaseException | None = None
         try:
             yield
-        except Exception as caught:  # noqa: BLE001 - whatever it is, the other ranks must hear of it; it is raised again
+        except FAILURES as caught:
             error = caught
         self.gather(None, error)
 
+    def check_equal(self, settings: Mapping[str, object]) -> None:
+        """Refuse settings that are not the same, in words, on all ranks.
+
+        Raises:
+            ValueError: On all of them, with the first that differs.
+        """
+        first, *others = self.gather({name: repr(value) for name, value in settings.items()})
+        for rank, theirs in enumerate(others, start=1):
+            for name, value in first.items():
+                if theirs.get(name) != value:
+                    raise ValueError(
+                        f"`{name}` is {value} on rank 0 and {theirs.get(name)} on rank {rank}: pass the same on all."
+                    )
+
     def warn(self, message: str, stacklevel: int = 1) -> None:
-        """:func:`warnings.warn`, on the first rank only."""
-        if self.rank == 0:
-            warnings.warn(message, stacklevel=stacklevel + 1)
+        """:func:`warnings.warn`, on the first rank only; raised on all where warnings are errors."""
+        with self.raise_together():
+            if self.rank == 0:
+                warnings.warn(message, stacklevel=stacklevel + 1)
 
     def broadcast_buffers(self, module: nn.Module) -> None:
         """See that all ranks hold the same network: give them the buffers of the first, in place.
@@ -92,9 +110,10 @@ class Ranks:
         """
         if self.group is None:
             return
-        buffers = dict(module.named_buffers())
-        layout = [(name, buffer.dtype, tuple(buffer.shape)) for name, buffer in buffers.items()]
-        sizes = [float(parameter.detach().abs().sum(dtype=torch.float64)) for parameter in module.parameters()]
+        with self.raise_together():
+            buffers = dict(module.named_buffers())
+            layout = [(name, buffer.dtype, tuple(buffer.shape)) for name, buffer in buffers.items()]
+            sizes = [float(parameter.detach().abs().sum(dtype=torch.float64)) for parameter in module.parameters()]
         everyone = self.gather((layout, torch.tensor(sizes, dtype=torch.float64)))
         # Not to the last bit: the ranks' devices may add up in different order.
         if any(other != layout or not torch.allclose(theirs, everyone[0][1], rtol=1e-6) for other, theirs in everyone):

@@ -1,14 +1,14 @@
 """Where a perturbation enters a network: at its own input, or at that of one of its submodules."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_clamp._batch import Inputs, call_network, map_tensors
+from lightning_clamp._batch import Inputs, call_network, map_tensors, tensors_of
 from lightning_clamp.clamping.frozen import module_of
 
 Change = Callable[[Tensor], Tensor]
@@ -157,8 +157,7 @@ def map_first_argument(
 
 def map_single_tensor(inputs: Inputs, change: Change) -> Inputs:
     """The inputs with the one tensor changed that they consist of; several are left as they are."""
-    several = isinstance(inputs, Mapping) and len(inputs) > 1
-    return inputs if several else map_tensors(inputs, change)
+    return inputs if len(tensors_of(inputs)) > 1 else map_tensors(inputs, change)
 
 
 def _checked(change: Change, value: Any) -> Tensor:

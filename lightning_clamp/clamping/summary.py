@@ -1,20 +1,20 @@
 """A first look at the calibration set: one forward pass that counts, checks, and keeps the logits."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_clamp._batch import Inputs
-from lightning_clamp._rows import MASKED, Rows, is_dense
+from lightning_clamp._batch import Inputs, tensors_of
+from lightning_clamp._rows import MASKED, Rows, class_axis_is_unclear, is_dense, unclear_axis
+from lightning_clamp.clamping.outlier import Heaviest, heaviest_of, warn_of_one_sample
 from lightning_clamp.clamping.passes import CalibrationSet, Logits, summed
 from lightning_clamp.clamping.ranks import Ranks
+from lightning_clamp.clamping.repeats import marks_of, warn_of_repeats
 
 MIN_SAMPLES = 10
-# Nats of one row that no honest network loses: its label had a probability of e^-100.
-_SUSPECT = 100.0
 
 
 class DatasetSummary(NamedTuple):
@@ -70,18 +70,20 @@ class _Kind(NamedTuple):
     dtype: torch.dtype
     logit_dtype: torch.dtype
     float_inputs: bool
+    unclear_axis: str | None
 
 
 def summarize(data: CalibrationSet) -> DatasetSummary:
     """Pass over ``data`` once without gradients.
 
     Raises:
-        ValueError: If the set is empty or smaller than 10 samples, a logit is not finite, a label is out of range, or
-            the outputs are probabilities.
+        ValueError: If the set is empty or smaller than 10 samples, a logit is not finite, a label is out of range, the
+            outputs are probabilities, or no batch tells which of their axes has the classes.
     """
     logits_seen = Logits(data, None)
     kinds: set[_Kind] = set()
-    heaviest = [_Heaviest(0.0, 0)]
+    marks: list[bytes] = []
+    heaviest = [Heaviest()]
 
     def batch_sums() -> Iterator[tuple[Tensor, ...]]:
         seen = 0
@@ -92,19 +94,23 @@ def summarize(data: CalibrationSet) -> DatasetSummary:
             _check_values(rows, seen, data.ranks)
             logits_seen.keep(logits, target)
             losses = F.cross_entropy(rows.doubled().logits, rows.target, reduction="none")
-            heaviest.append(_heaviest(losses, rows, seen))
+            heaviest.append(heaviest_of(losses, rows, seen))
+            if data.ranks.size > 1:
+                marks.extend(marks_of(inputs))
             seen += len(logits)
-            kinds.add(_kind(inputs, value, logits, rows, data))
+            kinds.add(_kind(inputs, value, logits, target, rows, data))
             value = logits.new_zeros(0) if value is None else value
             counts = [len(logits), len(rows.target), value.numel(), _outside_simplex(logits, data.spec.binary)]
             yield (value.double() ** 2).sum(), losses.sum(), torch.tensor(counts, dtype=torch.float64)
 
     squares, loss, counts = summed(batch_sums(), [(), (), (4,)], data.ranks)
-    kinds = set().union(*data.ranks.gather(kinds))
+    all_kinds, all_marks, all_heaviest = zip(*data.ranks.gather((kinds, marks, max(heaviest))), strict=True)
+    kinds = set().union(*all_kinds)
     kind = _of_all(kinds)
+    warn_of_repeats(all_marks, data.ranks)
     n_samples, n_rows, n_values, n_outside = (int(count) for count in counts)
     _check_size(n_samples, n_rows)
-    _warn_of_one_sample(data.ranks.gather(max(heaviest)), float(loss), data.ranks)
+    warn_of_one_sample(all_heaviest, float(loss), data.ranks)
     if n_outside == 0:
         _complain_of_probabilities(data)
     return DatasetSummary(
@@ -123,32 +129,9 @@ def summarize(data: CalibrationSet) -> DatasetSummary:
     )
 
 
-class _Heaviest(NamedTuple):
-    """The sample with the row of the largest loss."""
-
-    loss: float
-    sample: int
-
-
-def _heaviest(losses: Tensor, rows: Rows, offset: int) -> _Heaviest:
-    if not len(losses):
-        return _Heaviest(0.0, 0)
-    row = int(losses.argmax())
-    return _Heaviest(float(losses[row]), int(rows.item[row]) + offset)
-
-
-def _warn_of_one_sample(of_ranks: Sequence[_Heaviest], total: float, ranks: Ranks) -> None:
-    (loss, sample), rank = max((one, rank) for rank, one in enumerate(of_ranks))
-    if loss > max(_SUSPECT, total / 2):
-        where = "" if len(of_ranks) == 1 else f" of rank {rank}"
-        ranks.warn(
-            f"Sample {sample}{where} alone holds {loss / total:.1%} of the calibration set's NLL, {loss:.4g} nats: "
-            "look at its label and its input, and leave it out if they are wrong.",
-            stacklevel=4,
-        )
-
-
-def _kind(inputs: Inputs, value: Tensor | None, logits: Tensor, rows: Rows, data: CalibrationSet) -> _Kind:
+def _kind(
+    inputs: Inputs, value: Tensor | None, logits: Tensor, target: Tensor, rows: Rows, data: CalibrationSet
+) -> _Kind:
     """What a batch shows; ``value`` is what a perturbation would be added to."""
     of_floats = value is not None and value.is_floating_point()
     if data.site.name is not None and not (of_floats and value is not None and len(value) == len(logits)):
@@ -159,13 +142,14 @@ def _kind(inputs: Inputs, value: Tensor | None, logits: Tensor, rows: Rows, data
         )
     return _Kind(
         shape=None if value is None else data.site.shape_of(value),
-        n_inputs=len(inputs) if isinstance(inputs, Mapping) else 1,
+        n_inputs=len(tensors_of(inputs)),
         n_classes=rows.logits.shape[1],
         dense=is_dense(logits, data.spec.task),
         row_elements=logits[:1].numel(),
         dtype=value.dtype if value is not None and of_floats else logits.dtype,
         logit_dtype=logits.dtype,
         float_inputs=of_floats,
+        unclear_axis=unclear_axis(logits, target) if class_axis_is_unclear(logits, target, data.spec.task) else None,
     )
 
 
@@ -178,6 +162,8 @@ def _of_all(kinds: set[_Kind]) -> _Kind:
         raise ValueError(
             f"The network returned logits of {classes[0]} classes for one batch and {classes[1]} for another."
         )
+    if all(kind.unclear_axis for kind in kinds):
+        raise ValueError(next(kind.unclear_axis for kind in kinds))
     return max(kinds, key=lambda kind: (kind.row_elements, repr(kind)))
 
 
@@ -196,7 +182,7 @@ def _check_values(rows: Rows, offset: int, ranks: Ranks) -> None:
     if len(wrong):
         raise ValueError(
             f"The calibration set has the label {int(wrong[0])}, but the network has {n_classes} classes, 0 to "
-            f"{n_classes - 1}: start the labels at 0, or name a padding label with ignore_index={int(wrong[0])}."
+            f"{n_classes - 1}: {_way_out(int(wrong[0]), rows.target, n_classes)}"
         )
     of_label = rows.logits.gather(1, rows.target[:, None])[:, 0]
     if bool((of_label <= MASKED).any()):
@@ -206,6 +192,16 @@ def _check_values(rows: Rows, offset: int, ranks: Ranks) -> None:
             f"network returned {float(of_label[first]):.4g} for it, which counts as masked ({MASKED:.0f} and below): "
             "leave the sample out or unmask its class, or divide the outputs by a constant if nothing is masked."
         )
+
+
+def _way_out(label: int, target: Tensor, n_classes: int) -> str:
+    """What to do about a label out of range; leaving the last of five classes out would calibrate on wrong ones."""
+    if label == n_classes and bool((target == 0).any()):
+        return (
+            "the network needs one logit per class; where it has one per threshold (an ordinal head such as CORAL's), "
+            'let the target be its levels, 0 or 1 in the shape of the logits, and say task="binary".'
+        )
+    return f"start the labels at 0, or name a padding label with ignore_index={label}."
 
 
 def _check_size(n_samples: int, n_rows: int) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_clamp._checks import check_choice, check_range
-from lightning_clamp._rows import TASKS, Task, check_hard, check_layout
+from lightning_clamp._rows import TASKS, Task, check_hard, checked_target
 
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
 _REDUCTIONS: tuple[Reduction, ...] = ("mean", "sum", "none")
@@ -98,12 +98,12 @@ def as_positions(
     """
     check_choice("reduction", reduction, _REDUCTIONS)
     check_choice("task", task, TASKS)
-    check_layout(logits, target, task)
+    labels = checked_target(logits, target, task)
+    shape, target = target.shape, labels
     # Labels on an accelerator are not read, which would stall it, nor while a graph is made.
     readable = target.device.type == "cpu" and not torch.compiler.is_compiling()
     if readable and task == "binary":
         check_hard(target)
-    shape = target.shape
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     if task == "binary":
         logits, target = _pairs(logits, target)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmetrics.utilities import rank_zero_warn
 
 from lightning_clamp._checks import check_choice, check_range
-from lightning_clamp._rows import TASKS, Task, row_blocks
+from lightning_clamp._rows import TASKS, Rows, Task, class_axis_is_unclear, item_blocks, row_blocks, unclear_axis
 
 # Rounding of half-precision probabilities may move the sum of a row by this much.
 _SUM_TOLERANCE = 0.01
@@ -48,6 +48,8 @@ class Reader:
         self.validate_args = validate_args
         self._told_kind = False
         self._doubtful_rows = 0
+        # What to say of the class axis: "" once a batch has told which it is, None before any batch.
+        self._unclear_axis: str | None = None
 
     def blocks(self, preds: Tensor, target: Tensor, device: torch.device | None = None) -> Iterator["PredictedRows"]:
         """The rows of a batch in blocks, at least one, on ``device`` or where they are.
@@ -59,6 +61,12 @@ class Reader:
         """
         for logits, labels in row_blocks(preds, target, task=self.task, ignore_index=self.ignore_index):
             yield self.rows(logits, labels, device)
+        self._look_at_axes(preds, target)
+
+    def item_blocks(self, preds: Tensor, target: Tensor) -> Iterator[Rows]:
+        """The rows of a batch in blocks of whole items, unchecked; errors as in :meth:`blocks`."""
+        yield from item_blocks(preds, target, task=self.task, ignore_index=self.ignore_index)
+        self._look_at_axes(preds, target)
 
     def rows(self, preds: Tensor, target: Tensor, device: torch.device | None = None) -> "PredictedRows":
         """Checked rows, of preds ``(m, C)`` and target ``(m,)`` as :mod:`lightning_clamp._rows` lays them out."""
@@ -84,13 +92,21 @@ class Reader:
         return torch.zeros(shape, dtype=torch.int64, device=preds.device)
 
     def warn_unless(self, scored: bool) -> None:
-        """Warn that the result is nan, unless any position was scored."""
+        """Warn that the result is nan, unless any position was scored; or that it may be of the wrong axis."""
+        if self._unclear_axis:
+            rank_zero_warn(f"{self.name} took axis 1 for the classes. {self._unclear_axis}", UserWarning)
+            self._unclear_axis = ""
         if not scored:
             rank_zero_warn(
                 f"{self.name} is nan: no position was scored, since batches were empty or all targets were "
                 f"ignore_index={self.ignore_index}.",
                 UserWarning,
             )
+
+    def _look_at_axes(self, preds: Tensor, target: Tensor) -> None:
+        if self._unclear_axis != "":
+            unclear = class_axis_is_unclear(preds, target, self.task)
+            self._unclear_axis = unclear_axis(preds, target) if unclear else ""
 
     def _check(self, preds: Tensor, target: Tensor) -> None:
         check_range(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_clamp._rows import Rows, item_blocks
+from lightning_clamp._rows import Rows
 from lightning_clamp.metrics._base import RowMetric
 from lightning_clamp.metrics._binning import bin_index, checked_bins
 from lightning_clamp.metrics.reliability import ReliabilityCurve
@@ -88,7 +88,7 @@ class BootstrapSums(RowMetric):
 
     def add_batch(self, preds: Tensor, target: Tensor) -> None:
         """Add a batch by its items, in place."""
-        for batch in item_blocks(preds, target, task=self.reader.task, ignore_index=self.reader.ignore_index):
+        for batch in self.reader.item_blocks(preds, target):
             self._add_items(batch)
 
     def _add_items(self, batch: Rows) -> None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lightning_clamp._checks import check_range
-from lightning_clamp._rows import Task, check_layout
+from lightning_clamp._rows import Task, checked_target
 from lightning_clamp.metrics._reading import PredictedRows, Reader
 from lightning_clamp.metrics.scoring_rules import MeanMetric, mean_over_rows
 
@@ -28,12 +28,12 @@ def class_margin(logits: Tensor, target: Tensor) -> Tensor:
     Reference:
         Morosini, Gjika, Poggio and Beneventano, "Too Sharp, Too Sure", 2026 (arXiv 2604.20614).
     """
-    check_layout(logits, target, "multiclass")
-    if target.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_range(target.flatten(), logits.shape[1])
-    index = target.unsqueeze(1)
+    labels = checked_target(logits, target, "multiclass")
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_range(labels.flatten(), logits.shape[1])
+    index = labels.unsqueeze(1)
     others = logits.scatter(1, index, -torch.inf)
-    return logits.gather(1, index).squeeze(1) - others.amax(1)
+    return (logits.gather(1, index).squeeze(1) - others.amax(1)).reshape(target.shape)
 
 
 def exponential_margin_tail(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from lightning_clamp import Clamp, fit_clamp
 from tests.scenarios import SmallNet, assert_same, batches, calibrated_logits, images, sampled, shifted_images, trace
@@ -320,6 +321,35 @@ def poisoned(value):
     return [(x[:50], Y[:50]), (x[50:], Y[50:])]
 
 
+class Once:
+    """Batches that are gone once they were read."""
+
+    def __init__(self, batches):
+        self.batches = iter(batches)
+
+    def __iter__(self):
+        return self.batches
+
+
+class OnceStream(Once, IterableDataset):
+    """A dataset of that kind."""
+
+
+class Shrinking(list):
+    """Loses a batch with every pass."""
+
+    def __iter__(self):
+        yield from list(super().__iter__())
+        self.pop()
+
+
+class Module:
+    """As a datamodule has its loaders."""
+
+    def val_dataloader(self):
+        return []
+
+
 BAD = {
     "NaN": (bad(batches=poisoned(float("nan"))), ValueError, "NaN or infinite logits for sample 37"),
     "infinite": (bad(network=lambda x: SmallNet()(x) / 0), ValueError, "NaN or infinite logits for sample 0"),
@@ -340,7 +370,36 @@ BAD = {
     "empty": (bad(batches=[]), ValueError, "is empty: pass a loader"),
     "tiny": (bad(batches=[(X[:9], Y[:9])]), ValueError, "has 9 samples; a temperature needs at least 10"),
     "all ignored": (bad(batches=[(X, Y * 0 + 9)], ignore_index=9), ValueError, "Every label .* `ignore_index`"),
-    "generator": (bad(batches=iter([(X, Y)])), TypeError, "pass a DataLoader or a list, not a generator"),
+    "generator": (bad(batches=iter([(X, Y)])), TypeError, "got list_iterator, which can be read once: no generator"),
+    "read once": (
+        bad(batches=Once([(X, Y)])),
+        TypeError,
+        "got Once, which can be read once: .* always returns the same",
+    ),
+    "stream read once": (
+        bad(batches=DataLoader(OnceStream([(X, Y)]), batch_size=None)),
+        TypeError,
+        "got DataLoader, which can be read",
+    ),
+    "dataset": (
+        bad(batches=TensorDataset(X, Y)),
+        TypeError,
+        r"got TensorDataset: pass DataLoader\(dataset, batch_size",
+    ),
+    "subset": (bad(batches=Subset(TensorDataset(X, Y), [0, 1])), TypeError, r"got Subset: pass DataLoader\(dataset"),
+    "datamodule": (
+        bad(batches=Module()),
+        TypeError,
+        r"got Module: pass one of its loaders, such as .*val_dataloader\(\)",
+    ),
+    "number": (bad(batches=3), TypeError, r"must be a DataLoader or a list of batches, got int\."),
+    "samples": (bad(batches=DataLoader(TensorDataset(X, Y), None)), TypeError, "a single number: if the loader yields"),
+    "samples with numbers": (bad(batches=[(X[0], 3)]), TypeError, "got int: if the loader yields samples, pass DataL"),
+    "shrinking": (
+        bad(batches=Shrinking([(X, Y)] * 3), cache_bytes=0),
+        ValueError,
+        "gave 300 samples when it was read first, and now 200",
+    ),
     "dict": (
         bad(batches=[{"x": X, "y": Y}]),
         TypeError,
@@ -403,6 +462,23 @@ def test_bad_input_is_refused_in_one_sentence_and_leaves_the_network_as_it_was(c
     assert "\n" not in str(caught.value)
     if before is not None:
         assert_same(before, trace(network))
+
+
+@pytest.mark.parametrize("method", ["clamp", "published", "temperature"])
+def test_empty_batches_take_no_part(method):
+    network, x, y = shifted_images(200)
+    options = {"clamp": {"grids": (1,)}, "published": {"epochs": 1}, "temperature": {}}[method]
+    data = batches(x, y, 100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain, padded = (
+            fit_clamp(network, each, method=method, **options)
+            for each in (data, [(x[:0], y[:0]), data[0], (x[:0], y[:0]), data[1]])
+        )
+    for name, value in plain.clamp.state_dict().items():
+        assert torch.equal(value, padded.clamp.state_dict()[name])
+    with pytest.raises(ValueError, match="is empty: pass a loader"):
+        fit_clamp(network, [(x[:0], y[:0])], method=method, **options)
 
 
 def test_one_logit_outputs_between_0_and_1_raise_a_warning():

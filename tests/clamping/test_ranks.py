@@ -144,14 +144,14 @@ def test_ranks_with_parts_of_any_size_agree_with_one_process(alone, together, ca
 class Poisoned(SmallNet):
     """Fails at one of the calls on one rank."""
 
-    def __init__(self, rank, at):
+    def __init__(self, rank, at, error):
         super().__init__(2.0)
-        self.rank, self.at, self.calls = rank, at, 0
+        self.rank, self.at, self.error, self.calls = rank, at, error, 0
 
     def forward(self, x):
         self.calls += 1
         if dist.get_rank() == self.rank and self.calls == self.at:
-            raise MemoryError("no memory left")
+            raise self.error
         return super().forward(x)
 
 
@@ -170,14 +170,32 @@ def spoiled(kind, x, y):
     if kind == "label" and rank == 1:
         y[5] = 17
     data = batches(x, y, 50)
+    if kind == "generator" and rank == 1:
+        return iter(data)
     return Torn(data) if kind == "loader" and rank == 1 else data
+
+
+def slip(what, n_batches):
+    raise OSError("no such terminal")
+
+
+# What one of two ranks was given in another way.
+GIVEN = {
+    "perturb_at": {"perturb_at": "nowhere"},
+    "option": {"grids": (0,)},
+    "keyword": {"gridz": (1,)},
+    "progress": {"progress": slip},
+    "settings": {"max_passes": 3},
+}
 
 
 def failure(kind):
     """Type, words and aftermath of what is raised on this rank."""
     network = SmallNet(2.0 + (kind == "weights") * dist.get_rank())
     if kind.startswith("call"):
-        network = Poisoned(1, int(kind.split()[1]))
+        network = Poisoned(1, int(kind.split()[1]), MemoryError("no memory left"))
+    if kind == "interrupt":
+        network = Poisoned(1, 1, KeyboardInterrupt())
     if kind == "weights":
         network.linear.weight.data += dist.get_rank()
     if kind == "buffers" and dist.get_rank() == 1:
@@ -186,9 +204,10 @@ def failure(kind):
     # Far enough off that a grid is stepped: the fifth call is in its second pass.
     x, y = true - 3 * SHIFT, sampled(SmallNet()(true).detach().double())
     before = {name: value.clone() for name, value in network.state_dict().items()}
+    options = {"output_maps": ("temperature",), **(GIVEN.get(kind, {}) if dist.get_rank() == 1 else {})}
     try:
-        fit_clamp(network, spoiled(kind, x, y), output_maps=("temperature",), process_group=dist.group.WORLD)
-    except Exception as error:  # noqa: BLE001 - of any kind
+        fit_clamp(network, spoiled(kind, x, y), process_group=dist.group.WORLD, **options)
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - of any kind
         kept = all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
         return type(error).__name__, str(error), kept
     return None
@@ -201,11 +220,17 @@ FAILURES = {
     "call 1": ("MemoryError", "no memory left"),
     "call 4": ("MemoryError", "no memory left"),
     "call 5": ("MemoryError", "no memory left"),
+    "generator": ("TypeError", "which can be read once"),
+    "perturb_at": ("ValueError", "no submodule 'nowhere'"),
+    "option": ("ValueError", "`grids` must be a sequence"),
+    "keyword": ("TypeError", "fit_clamp has no argument `gridz`"),
+    "progress": ("OSError", "no such terminal"),
+    "interrupt": ("KeyboardInterrupt", ""),
 }
 
 
 def all_failures():
-    return {kind: failure(kind) for kind in [*FAILURES, "weights", "buffers"]}
+    return {kind: failure(kind) for kind in [*FAILURES, "weights", "buffers", "settings"]}
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +244,7 @@ def test_what_goes_wrong_on_one_rank_is_raised_on_all(failures, kind):
     other, its_own = (theirs[kind] for theirs in failures)
     assert its_own[0] == name
     assert words in its_own[1]
-    assert other == ("RuntimeError", f"Rank 1 failed with {name}: {its_own[1]}", True)
+    assert other == ("RuntimeError", f"Rank 1 failed with {name}: {its_own[1]}".removesuffix(": "), True)
     assert its_own[2]
 
 
@@ -229,6 +254,26 @@ def test_different_networks_are_refused_on_all_ranks(failures, kind):
         assert theirs[kind] == (
             "RuntimeError", "The ranks hold different networks: load the same weights on all of them.", True
         )  # fmt: skip
+
+
+def test_different_settings_are_refused_on_all_ranks(failures):
+    for theirs in failures:
+        assert theirs["settings"] == (
+            "ValueError", "`max_passes` is 6 on rank 0 and 3 on rank 1: pass the same on all.", True
+        )  # fmt: skip
+
+
+def warned():
+    """What is raised on this rank where warnings are errors, which are given on the first alone."""
+    warnings.simplefilter("error")
+    logits = torch.eye(4)[torch.arange(100) % 4] * 3
+    with pytest.raises(Exception, match="left as it is") as caught:
+        fit_clamp(nn.Identity(), [(logits, logits.argmax(1))], method="temperature", process_group=dist.group.WORLD)
+    return type(caught.value).__name__
+
+
+def test_a_warning_that_is_an_error_is_one_on_all_ranks(tmp_path):
+    assert on_ranks(2, tmp_path / "run", warned) == ["UserWarning", "RuntimeError"]
 
 
 def with_statistics_of_its_own():
@@ -261,6 +306,40 @@ def sgd_on_ranks():
 
 def test_the_published_solver_is_refused_on_several_ranks(tmp_path):
     on_ranks(2, tmp_path / "run", sgd_on_ranks)
+
+
+def repeats():
+    """What is warned of where ranks have the set in orders of their own, parts of their own, or overlapping ones."""
+    _, x, y = shifted_images(300)
+    rank, generator = dist.get_rank(), torch.Generator().manual_seed(dist.get_rank())
+    order = torch.randperm(300, generator=generator)
+    tokens = torch.randint(3, (300, 2), generator=generator)
+    embedded = nn.Sequential(nn.Embedding(3, 4), nn.Flatten(), nn.Linear(8, 4))
+    torch.manual_seed(0)
+    for parameter in embedded.parameters():
+        nn.init.normal_(parameter)
+    cases = {
+        "order": (SmallNet(2.0), x[order], y[order]),
+        "split": (SmallNet(2.0), x[order[:60]], y[order[:60]]),
+        "parts": (SmallNet(2.0), x[rank::2], y[rank::2]),
+        "equal by nature": (embedded, tokens, y),
+    }
+    said = {}
+    for name, (network, inputs, target) in cases.items():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fit_clamp(network, batches(inputs, target), method="temperature", process_group=dist.group.WORLD)
+        said[name] = [str(each.message) for each in caught if "count more than once" in str(each.message)]
+    return said
+
+
+def test_samples_that_several_ranks_read_are_said_on_the_first(tmp_path):
+    first, second = on_ranks(2, tmp_path / "run", repeats)
+    assert not any(second.values())
+    assert "The ranks read 600 samples of the calibration set, of which only 300 differ" in first["order"][0]
+    assert "read 120 samples" in first["split"][0]
+    assert not first["parts"]
+    assert not first["equal by nature"]
 
 
 def alone_among_others():

@@ -221,6 +221,52 @@ def test_a_rank_that_fails_costs_the_clamp_and_no_rank_hangs(tmp_path):
         ))  # fmt: skip
 
 
+class Torn(list):
+    """A list of batches that cannot be read to its end on one rank."""
+
+    def __init__(self, batches, where):
+        super().__init__(batches)
+        self.where = where
+
+    def fail(self, where):
+        if where == self.where and dist.is_initialized() and dist.get_rank() == 1:
+            raise FileNotFoundError("part-7.tar")
+
+    def __iter__(self):
+        self.fail("start")
+        first, *more = super().__iter__()
+        yield first
+        self.fail("second batch")
+        yield from more
+
+    def __len__(self):
+        self.fail("length")
+        return super().__len__()
+
+
+class TornProvider(LitClassifier):
+    """Brings its calibration set along."""
+
+    def __init__(self, where):
+        super().__init__(lr=0.0)
+        self.data = Torn(loader(301, seed=30), where)
+
+    def calibration_dataloader(self):
+        self.data.fail("hook")
+        return self.data
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["hook", "start", "second batch", "length"])
+def test_a_refit_whose_data_one_rank_cannot_read_is_given_up_on_all(tmp_path, where):
+    callback = NeuralClamping(other_weights="refit", method="temperature")
+    run = trainer(tmp_path, callback, devices=2, strategy="ddp_fork")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (metrics,) = run.test(TornProvider(where), loader(60, seed=53), verbose=False)
+    assert metrics["test_nll"] > 0
+
+
 def test_the_published_solver_is_refused_before_training(tmp_path):
     with pytest.raises(Exception, match='method="published" takes a step after every batch, so 2 ranks'):
         fitted(tmp_path / "run", 2, callback=NeuralClamping(loader(301, seed=30), method="published", epochs=1))

@@ -11,8 +11,10 @@ from torch import distributed as dist
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    Dataset,
     DistributedSampler,
     IterableDataset,
+    Sampler,
     SubsetRandomSampler,
     TensorDataset,
 )
@@ -66,6 +68,49 @@ def composed():
     return BatchSampler(SubsetRandomSampler(range(0, N, 2)), 7, drop_last=False)
 
 
+class Backwards(BatchSampler):
+    """A batch sampler of somebody's own."""
+
+    def __iter__(self):
+        return (batch[::-1] for batch in super().__iter__())
+
+
+def batched(kind, sampler=None):
+    return kind(distributed(sampler) or sampler or range(N), 7, drop_last=False)
+
+
+class Labelled(Dataset):
+    """Samples that can be told apart by their number alone, and hardly by that."""
+
+    def __len__(self):
+        return N
+
+    def __getitem__(self, index):
+        return torch.tensor(index // 50)
+
+
+CONSTANT = Labelled()
+
+
+class OwnPart(Sampler):
+    """Deals itself out, and knows its own length."""
+
+    def __init__(self):
+        start, step = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.indices = range(start, N, step)
+
+    def __iter__(self):
+        return iter(self.indices)
+
+    def __len__(self):
+        return len(self.indices)
+
+
+def own_batches():
+    start, step = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return [torch.arange(start, N, step)]
+
+
 LOADERS = {
     "plain": lambda: DataLoader(DATA, 10),
     "shuffled": lambda: DataLoader(DATA, 10, shuffle=True),
@@ -80,6 +125,13 @@ LOADERS = {
     "padded by Lightning, over a sampler": lambda: DataLoader(
         DATA, 10, sampler=distributed(SubsetRandomSampler(range(51)))
     ),
+    "composed of Lightning's": lambda: DataLoader(DATA, batch_sampler=batched(BatchSampler)),
+    "composed of Lightning's, own class": lambda: DataLoader(DATA, batch_sampler=batched(Backwards)),
+    "composed of Lightning's, over a sampler": lambda: DataLoader(
+        DATA, batch_sampler=batched(BatchSampler, SubsetRandomSampler(range(51)))
+    ),
+    "dealt out by its maker, equal at first": lambda: DataLoader(CONSTANT, 10, sampler=OwnPart()),
+    "list, dealt out by its maker, equal at first": lambda: [torch.zeros(0, dtype=torch.long), *own_batches()],
     "list": lambda: list(torch.arange(N).split(10)),
     "stream": lambda: DataLoader(Stream(dealt=False), 10),
     "stream, dealt out by its maker": lambda: DataLoader(Stream(dealt=True), 10),
