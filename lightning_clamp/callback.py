@@ -11,10 +11,16 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import Unpack
 
 from lightning_clamp._checks import check_choice
-from lightning_clamp._trainer.data import CalibrationBatches, find_calibration_set, warn_if_training_data
+from lightning_clamp._trainer.data import (
+    CalibrationBatches,
+    find_calibration_set,
+    loaders_of,
+    warn_if_training_data,
+)
 from lightning_clamp._trainer.devices import check_float64, check_strategy, ranks_of
 from lightning_clamp._trainer.hooks import ClampHooks
 from lightning_clamp._trainer.mailbox import Mailbox
+from lightning_clamp._trainer.preflight import check_forward, kept_loaders, try_network
 from lightning_clamp._trainer.run import publish, run_in_trainer
 from lightning_clamp._trainer.weights import Weights, averages_weights, check_best, weights_of
 from lightning_clamp.checkpoint import (
@@ -26,6 +32,7 @@ from lightning_clamp.checkpoint import (
     result_from_state,
     state_of_result,
 )
+from lightning_clamp.clamping.frozen import kept_random_state
 from lightning_clamp.clamping.options import ClampKeywords, Method, make_plan
 from lightning_clamp.clamping.result import CalibrationResult
 from lightning_clamp.clamping.site import submodule
@@ -96,6 +103,8 @@ class NeuralClamping(Callback):
         self._hooks: ClampHooks | None = None
         # Whether the training of this fit came to its end, and whether its calibration did.
         self._ended = self._done = False
+        # The step at which this fit's training began, once the network was tried.
+        self._first_step: int | None = None
 
     @property
     def state_key(self) -> str:
@@ -153,6 +162,7 @@ class NeuralClamping(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, and move behind all other callbacks, before any training."""
+        self._first_step = None
         if stage == "validate":
             return
         check_strategy(trainer)
@@ -161,6 +171,7 @@ class NeuralClamping(Callback):
         if stage != "fit":
             return
         check_float64(trainer)
+        check_forward(pl_module)
         self.plan.check_ranks(trainer.world_size)
         if self.weights == "best":
             check_best(trainer)
@@ -190,7 +201,21 @@ class NeuralClamping(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that there is a calibration set that can be read, before training time is spent."""
-        self._batches = self._find_batches(trainer, pl_module)
+        # Hooks that make loaders may split at random.
+        with kept_random_state():
+            self._batches = self._find_batches(trainer, pl_module)
+        if self._batches is None:
+            rank_zero_info(
+                "NeuralClamping does not try the network before training: the Trainer loads the validation set later."
+            )
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Try the network once, before the first step: only now is it sure to be all set up."""
+        if self._first_step is None:
+            if self._batches is not None:
+                with self._reported("tried the network before training, and this fit will not be calibrated."):
+                    try_network(trainer, pl_module, self._batches, self.plan)
+            self._first_step = trainer.global_step
 
     def _find_batches(self, trainer: Trainer, pl_module: LightningModule) -> CalibrationBatches | None:
         """The calibration set, with the warnings it deserves; None if it will be loaded later."""
@@ -206,21 +231,23 @@ class NeuralClamping(Callback):
         spec = self.plan.spec
         if spec.perturb_at is not None:
             submodule(pl_module, spec.perturb_at)
-        return CalibrationBatches(source, trainer, pl_module, ranks_of(trainer), spec)
+        with kept_loaders(loaders_of(source.loader)):
+            return CalibrationBatches(source, trainer, pl_module, ranks_of(trainer), spec)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Calibrate, report and save; a failure is reported and never loses the finished training."""
         self._ended = True
         self._result = self._path = None
         with (
-            self._failures_reported(),
+            self._reported(),
             weights_of(self.weights, trainer, pl_module, ranks_of(trainer)) as moment,
         ):
             result = self._calibrate(trainer, pl_module)
             self._path = publish(trainer, pl_module, result, self.save_to, moment, self._mailbox)
 
     @contextmanager
-    def _failures_reported(self) -> Iterator[None]:
+    def _reported(self, words: str | None = None) -> Iterator[None]:
+        """Turn what goes wrong into a warning, unless it shall be raised; ``words`` say what comes of it."""
         try:
             yield
         except Exception as error:  # hours of training must not be lost to whatever a network can raise
@@ -229,7 +256,8 @@ class NeuralClamping(Callback):
             state = (
                 "stays uncalibrated" if self._result is None else "is calibrated, but not all of it is saved and logged"
             )
-            rank_zero_warn(f"NeuralClamping failed: the model {state}. {type(error).__name__}: {error}")
+            words = words or f"failed: the model {state}."
+            rank_zero_warn(f"NeuralClamping {words} {type(error).__name__}: {error}")
 
     def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> CalibrationResult:
         batches = self._batches or self._find_batches(trainer, pl_module)
@@ -255,7 +283,8 @@ class NeuralClamping(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook behind, and say that an interrupted training was not calibrated."""
         self._remove_hooks()
-        if trainer.state.fn == "fit" and not self._done:
+        begun = self._first_step is not None and trainer.global_step > self._first_step
+        if trainer.state.fn == "fit" and begun and not self._done:
             rank_zero_info(
                 f"The fit stopped with {type(exception).__name__}: the model was not calibrated. To calibrate what was "
                 "trained so far: lightning_clamp.calibrate(Trainer(), model, dataloader)."
@@ -277,7 +306,7 @@ class NeuralClamping(Callback):
             return
         self._read_mail()
         if self.other_weights == "refit" and not self._belongs(trainer, pl_module):
-            with self._failures_reported():
+            with self._reported():
                 self._result = self._path = None
                 rank_zero_info(str(self._calibrate(trainer, pl_module)))
         if self._result is None:

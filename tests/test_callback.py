@@ -109,7 +109,7 @@ def test_nothing_of_the_users_is_touched(tmp_path, calibration_set, fails_at):
     model.net.conv.bias.requires_grad_(False)
     callbacks = [Arm(), first, NeuralClamping(calibration_set), last]
     run = trainer(tmp_path, *callbacks)
-    message = "the model stays uncalibrated. RuntimeError: out of memory, half-way"
+    message = "the model stays uncalibrated. RuntimeError: .*out of memory, half-way"
     with pytest.warns(UserWarning, match=message) if fails_at else warnings.catch_warnings():
         run.fit(model, train_loader())
     assert_same(first.taken[0], last.taken[0])
@@ -158,11 +158,6 @@ def softmaxed(self, x):
     return self.net(x).softmax(1)
 
 
-def under_no_grad(self, x):
-    with torch.no_grad():
-        return self.net(x)
-
-
 def pairs(transform):
     x, y = images(100), sampled(SmallNet()(images(100)).detach().double())
     return DataLoader(transform(x, y), batch_size=50)
@@ -186,7 +181,6 @@ def poisoned(x, y):
 
 FAILURES = {
     "probabilities": (softmaxed, TensorDataset, "returns probabilities"),
-    "no_grad": (under_no_grad, TensorDataset, "carries no gradient"),
     "NaN": (None, poisoned, "NaN or infinite logits for sample 3"),
     "labels from 1": (None, lambda x, y: TensorDataset(x, y + 1), "start the labels at 0"),
     "float labels": (None, lambda x, y: TensorDataset(x, y.float()), r"use target.long\(\)"),

@@ -1,11 +1,13 @@
 """The engine as a Trainer runs it: in its precision and stage, with its progress bar and loggers, on all its ranks."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_clamp._trainer.data import CalibrationBatches, as_validation
 from lightning_clamp._trainer.devices import is_dry_run, ranks_of, take_group_down_at_exit
@@ -67,6 +69,16 @@ def _path_for(trainer: Trainer, save_to: SaveTo, moment: Moment) -> str | None:
     return calibrated_path(save_to, folder, f"epoch={moment.epoch}-step={moment.step}")
 
 
+def _described(args: Iterable[Any], kwargs: Mapping[str, Any]) -> str:
+    """The arguments of a call, tensors by dtype and shape."""
+
+    def kind(value: Any) -> str:
+        is_tensor = isinstance(value, Tensor)
+        return f"{value.dtype} of shape {tuple(value.shape)}" if is_tensor else type(value).__name__
+
+    return ", ".join([*map(kind, args), *(f"{name}: {kind(value)}" for name, value in kwargs.items())])
+
+
 class TrainedNetwork(nn.Module):
     """The module's forward in the Trainer's precision."""
 
@@ -74,11 +86,27 @@ class TrainedNetwork(nn.Module):
         super().__init__()
         self.module = module
         self.precision = trainer.precision_plugin
+        self._has_run = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The output as the module's own steps would see it."""
-        with self.precision.forward_context():
-            return self.module(*args, **kwargs)
+        """The output as the module's own steps would see it.
+
+        Raises:
+            RuntimeError: If the first call fails, for that may not be the input that the module takes.
+        """
+        try:
+            with self.precision.forward_context():
+                output = self.module(*args, **kwargs)
+        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+            if self._has_run or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise RuntimeError(
+                f"The network fails when it is called with {_described(args, kwargs)}. {type(error).__name__}: {error} "
+                "(If that is not what its forward takes: `batch_keys` says which entries of a batch are input and "
+                "target.)"
+            ) from error
+        self._has_run = True
+        return output
 
     def get_submodule(self, target: str) -> nn.Module:
         """A submodule by the name that it has in the user's module."""

@@ -63,8 +63,8 @@ def fit_clamp(
         TypeError: If batches are no pairs of tensors, labels have no integer dtype, or a keyword is unknown.
         ValueError: If a setting or an option has no such value, the set is empty or has fewer than 10 samples, a logit
             is not finite, a label is out of range, or the network returns probabilities.
-        RuntimeError: If the output carries no gradient to the input and a perturbation was asked for; if another rank
-            of the process group failed, with its error in words.
+        RuntimeError: If ``method="published"`` finds no gradient to the input (other methods leave the input alone
+            then); if another rank of the process group failed, with its error in words.
 
     Example:
         >>> logits = torch.randn(2000, 5)

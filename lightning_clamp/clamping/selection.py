@@ -12,6 +12,7 @@ from lightning_clamp.clamping.candidate import Candidate, Refusal
 from lightning_clamp.clamping.clamp import Clamp
 from lightning_clamp.clamping.criterion import estimate
 from lightning_clamp.clamping.eligible import eligible_grids, refuse_map
+from lightning_clamp.clamping.gradient import gradient_problem
 from lightning_clamp.clamping.options import ClampOptions
 from lightning_clamp.clamping.outcome import MethodOutcome
 from lightning_clamp.clamping.output_map import (
@@ -54,6 +55,10 @@ def choose_clamp(
     kinds = _kinds(options.output_maps, summary.n_classes, binary=data.spec.binary)
     comparison = _comparison(summary, base, kinds, data.spec.binary)
     grids, refused = eligible_grids(options.grids, summary)
+    if grids and (problem := gradient_problem(data)) is not None:
+        refusal = Refusal("no gradient", problem)
+        refused += [Candidate(grid.size, "temperature", grid.n_coefficients + 1, refusal=refusal) for grid in grids]
+        grids = []
     fitted = _candidates(start_without_grid(summary, comparison.base), comparison)
     candidates = refused + [candidate for candidate, _ in fitted]
     best, map_fit = min(fitted, key=lambda pair: pair[0].rank)

@@ -69,8 +69,13 @@ class _Kind(NamedTuple):
     float_inputs: bool
 
 
-def summarize(data: CalibrationSet) -> DatasetSummary:
+def summarize(data: CalibrationSet, *, trial: bool = False) -> DatasetSummary:
     """Pass over ``data`` once without gradients.
+
+    Args:
+        data: Network and batches.
+        trial: Whether the network is not trained yet and these are not all of its batches: what may be right in the
+            end, such as the number of samples, is not checked.
 
     Raises:
         ValueError: If the set is empty or smaller than 10 samples, a logit is not finite, a label is out of range, or
@@ -85,7 +90,9 @@ def summarize(data: CalibrationSet) -> DatasetSummary:
             with torch.no_grad():
                 logits, value = data.observed(inputs)
             rows = data.rows(logits, target)
-            _check_values(rows, seen, data.ranks)
+            if not trial:
+                _check_finite(rows, seen, data.ranks)
+            _check_labels(rows)
             logits_seen.keep(logits, target)
             seen += len(logits)
             kinds.add(_kind(inputs, value, logits, rows, data))
@@ -97,8 +104,9 @@ def summarize(data: CalibrationSet) -> DatasetSummary:
     kinds = set().union(*data.ranks.gather(kinds))
     kind = _of_all(kinds)
     n_samples, n_rows, n_values, n_outside = (int(count) for count in counts)
-    _check_size(n_samples, n_rows)
-    if n_outside == 0:
+    if not trial:
+        check_size(n_samples, n_rows)
+    if n_outside == 0 and not (trial and data.spec.binary):
         _complain_of_probabilities(data)
     return DatasetSummary(
         logits=logits_seen,
@@ -149,7 +157,7 @@ def _of_all(kinds: set[_Kind]) -> _Kind:
     return max(kinds, key=lambda kind: (kind.row_elements, repr(kind)))
 
 
-def _check_values(rows: Rows, offset: int, ranks: Ranks) -> None:
+def _check_finite(rows: Rows, offset: int, ranks: Ranks) -> None:
     where = "the calibration set" if ranks.size == 1 else f"the part of the calibration set that rank {ranks.rank} has"
     finite = torch.isfinite(rows.logits).all(1)
     if not bool(finite.all()):
@@ -158,6 +166,9 @@ def _check_values(rows: Rows, offset: int, ranks: Ranks) -> None:
             f"The network returned NaN or infinite logits for sample {first} of {where}: "
             "find that sample, or the weights that overflow, before calibrating."
         )
+
+
+def _check_labels(rows: Rows) -> None:
     n_classes = rows.logits.shape[1]
     wrong = rows.target[(rows.target < 0) | (rows.target >= n_classes)]
     if len(wrong):
@@ -167,7 +178,8 @@ def _check_values(rows: Rows, offset: int, ranks: Ranks) -> None:
         )
 
 
-def _check_size(n_samples: int, n_rows: int) -> None:
+def check_size(n_samples: int, n_rows: int) -> None:
+    """Refuse a set that no temperature can be fitted to."""
     if n_rows == 0:
         raise ValueError("Every label of the calibration set is `ignore_index`: nothing is left to calibrate on.")
     if n_samples < MIN_SAMPLES:
@@ -179,11 +191,12 @@ def _check_size(n_samples: int, n_rows: int) -> None:
 
 def _outside_simplex(logits: Tensor, binary: bool) -> int:
     """How many outputs cannot be probabilities: outside [0, 1], or in a row that does not sum to 1."""
-    outside = ((logits < 0) | (logits > 1)).sum()
+    # NaN is outside, too.
+    outside = (~((logits >= 0) & (logits <= 1))).sum()
     if binary:
         return int(outside)
     tolerance = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 2e-2
-    return int(outside + ((logits.float().sum(1) - 1).abs() > tolerance).sum())
+    return int(outside + (~((logits.float().sum(1) - 1).abs() <= tolerance)).sum())
 
 
 def _complain_of_probabilities(data: CalibrationSet) -> None:
