@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import Unpack
 
-from lightning_clamp._checks import check_choice
+from lightning_clamp._checks import check_choice, check_package
 from lightning_clamp._trainer.data import (
     CalibrationBatches,
     find_calibration_set,
@@ -162,6 +162,7 @@ class NeuralClamping(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, and move behind all other callbacks, before any training."""
+        check_package(trainer, pl_module)
         self._first_step = None
         if stage == "validate":
             return

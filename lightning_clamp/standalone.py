@@ -9,9 +9,11 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import Unpack
 
+from lightning_clamp._checks import check_package
 from lightning_clamp._trainer.data import CalibrationBatches, given_calibration_set, owner_of
 from lightning_clamp._trainer.devices import check_float64, check_strategy, ranks_of
 from lightning_clamp._trainer.mailbox import Mailbox
+from lightning_clamp._trainer.preflight import check_forward
 from lightning_clamp._trainer.run import publish, run_in_trainer
 from lightning_clamp._trainer.weights import Moment
 from lightning_clamp.checkpoint import SaveTo, check_save_to
@@ -54,7 +56,7 @@ def calibrate(
         The calibrated module, on the CPU, with what was done in its ``result``.
 
     Raises:
-        TypeError: If the model is no LightningModule, or a keyword is unknown.
+        TypeError: If the model is no LightningModule, is of the package ``pytorch_lightning``, or a keyword is unknown.
         ValueError: If an argument has no such value, or for the reasons of :func:`~lightning_clamp.fit_clamp`.
         MisconfigurationException: If the Trainer's strategy cannot do this, or the calibration set cannot be read.
     """
@@ -73,6 +75,7 @@ def calibrate_by_plan(
     cache_bytes: int,
 ) -> CalibrationModule:
     """:func:`calibrate` with its keywords sorted."""
+    check_package(trainer, model, dataloaders, datamodule)
     if not isinstance(model, LightningModule) or isinstance(model, CalibrationModule):
         raise TypeError(
             f"`calibrate` takes the LightningModule that was trained, before torch.compile, got {type(model).__name__}."
@@ -80,6 +83,7 @@ def calibrate_by_plan(
     check_save_to(save_to)
     check_strategy(trainer)
     check_float64(trainer)
+    check_forward(model)
     plan.check_ranks(trainer.world_size)
     if plan.spec.perturb_at is not None:
         submodule(model, plan.spec.perturb_at)

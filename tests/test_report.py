@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMPr
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_clamp import Clamp, NeuralClamping, fit_clamp
+from lightning_clamp import Clamp, NeuralClamping, calibrate, fit_clamp
 from lightning_clamp.report import plot_perturbation, scalars
 from tests.scenarios import LitClassifier, batches, loader, shifted_images, train_loader, trainer
 
@@ -222,6 +222,22 @@ def test_the_table_is_shown_to_the_user(tmp_path, caplog):
 def test_progress_is_drawn_in_the_trainers_own_bar(tmp_path, bar, capsys):
     run = trainer(tmp_path, plain(), bar, enable_progress_bar=True)
     run.fit(LitClassifier(), train_loader())
+    assert "Calibrating (" in "".join(capsys.readouterr())
+
+
+class Unsized(list):
+    """Batches whose number nobody knows."""
+
+    __len__ = None
+
+
+@pytest.mark.parametrize("bar", [TQDMProgressBar(), RichProgressBar(console_kwargs={"force_terminal": True})])
+def test_progress_is_drawn_of_a_set_without_a_length(tmp_path, bar, capsys):
+    run = trainer(tmp_path, bar, enable_progress_bar=True)
+    calibrate(run, LitClassifier(), Unsized(loader(200, 3)), method="temperature")
+    callback = NeuralClamping(Unsized(loader(200, 3)), method="temperature")
+    trainer(tmp_path, callback, bar, enable_progress_bar=True).fit(LitClassifier(), train_loader())
+    assert callback.result is not None
     assert "Calibrating (" in "".join(capsys.readouterr())
 
 

@@ -40,7 +40,7 @@ def check_forward(module: LightningModule) -> None:
     """
     if not is_overridden("forward", module, LightningModule):
         raise MisconfigurationException(
-            f"{type(module).__name__} has no `forward`, and a calibration calls the model on the inputs alone: define "
+            f"{type(module).__name__} has no forward, and a calibration calls the model on the inputs alone: define "
             "forward(self, x) that returns the logits, and call self(x) in its steps."
         )
 

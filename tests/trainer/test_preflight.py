@@ -114,7 +114,7 @@ def test_what_stays_wrong_is_found_before_the_first_step(tmp_path, case, caplog)
 
 def test_a_module_without_forward_is_refused_in_setup(tmp_path):
     run = trainer(tmp_path, NeuralClamping(held_out()))
-    with pytest.raises(MisconfigurationException, match="NoForward has no `forward`"):
+    with pytest.raises(MisconfigurationException, match="NoForward has no forward"):
         run.fit(NoForward(), held_out())
     assert run.global_step == 0
 
