@@ -15,6 +15,11 @@ class OptionError(ValueError):
         return OptionError(re.sub(r"(?<=`)\w+(?=`)|\b\w+(?==)", lambda found: name_of(found[0]), str(self)))
 
 
+def counted(number: int, thing: str, things: str = "") -> str:
+    """A number of things, as in "1 pass" and "2 passes"."""
+    return f"{number} {thing if number == 1 else things or thing + 's'}"
+
+
 def check_package(*things: object) -> None:
     """Refuse classes and objects of Lightning's twin package, which are none of Lightning's own.
 

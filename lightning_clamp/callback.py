@@ -10,18 +10,18 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import Unpack
 
-from lightning_clamp._checks import check_choice, check_package
+from lightning_clamp._checks import check_choice, check_package, check_whole
 from lightning_clamp._trainer.data import (
     CalibrationBatches,
     find_calibration_set,
     loaders_of,
     warn_if_training_data,
 )
-from lightning_clamp._trainer.devices import check_float64, check_strategy, ranks_of
+from lightning_clamp._trainer.devices import check_float64, check_method, check_strategy, ranks_of
 from lightning_clamp._trainer.hooks import ClampHooks
 from lightning_clamp._trainer.mailbox import Mailbox
-from lightning_clamp._trainer.preflight import check_forward, kept_loaders, try_network
-from lightning_clamp._trainer.run import publish, run_in_trainer
+from lightning_clamp._trainer.preflight import check_forward, check_site, kept_loaders, try_network
+from lightning_clamp._trainer.run import check_place, publish, run_in_trainer
 from lightning_clamp._trainer.weights import Weights, averages_weights, check_best, weights_of
 from lightning_clamp.checkpoint import (
     STATE_KEY,
@@ -35,7 +35,6 @@ from lightning_clamp.checkpoint import (
 from lightning_clamp.clamping.frozen import kept_random_state
 from lightning_clamp.clamping.options import ClampKeywords, Method, make_plan
 from lightning_clamp.clamping.result import CalibrationResult
-from lightning_clamp.clamping.site import submodule
 from lightning_clamp.module import CalibrationModule
 
 
@@ -86,6 +85,7 @@ class NeuralClamping(Callback):
     ) -> None:
         self.plan = make_plan(method, keywords, NeuralClamping)
         check_save_to(save_to)
+        check_whole("cache_bytes", cache_bytes, least=0)
         check_choice("on_error", on_error, ("warn", "raise"))
         check_choice("weights", weights, ("last", "best"))
         check_choice("other_weights", other_weights, ("skip", "refit"))
@@ -167,16 +167,25 @@ class NeuralClamping(Callback):
         if stage == "validate":
             return
         check_strategy(trainer)
+        self._check_alone(trainer)
         if not isinstance(pl_module, CalibrationModule):
             self._module = pl_module
         if stage != "fit":
             return
         check_float64(trainer)
         check_forward(pl_module)
-        self.plan.check_ranks(trainer.world_size)
+        check_method(trainer, self.plan)
         if self.weights == "best":
             check_best(trainer)
         self._move_to_the_end(trainer)
+
+    def _check_alone(self, trainer: Trainer) -> None:
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if (several := sum(isinstance(callback, NeuralClamping) for callback in callbacks)) > 1:
+            raise MisconfigurationException(
+                f"One Trainer takes one NeuralClamping, and this one has {several}: keep one, and give the trained "
+                "model to lightning_clamp.calibrate(Trainer(), model, dataloader) to compare it with others."
+            )
 
     def _move_to_the_end(self, trainer: Trainer) -> None:
         """Callbacks run in list order: calibrate when the others have averaged weights and saved all of the training.
@@ -202,6 +211,8 @@ class NeuralClamping(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that there is a calibration set that can be read, before training time is spent."""
+        with ranks_of(trainer).raise_together():
+            check_place(trainer, self.save_to)
         # Hooks that make loaders may split at random.
         with kept_random_state():
             self._batches = self._find_batches(trainer, pl_module)
@@ -231,7 +242,7 @@ class NeuralClamping(Callback):
         warn_if_training_data(source.loader, trainer)
         spec = self.plan.spec
         if spec.perturb_at is not None:
-            submodule(pl_module, spec.perturb_at)
+            check_site(pl_module, spec.perturb_at)
         with kept_loaders(loaders_of(source.loader)):
             return CalibrationBatches(source, trainer, pl_module, ranks_of(trainer), spec)
 
@@ -357,11 +368,15 @@ class NeuralClamping(Callback):
 
     # State in checkpoints: what a later process needs to test and predict with the clamp
 
-    def state_dict(self) -> dict[str, Any]:
-        """The clamp, as tensors, numbers and strings; empty before calibration."""
-        self._read_mail()
-        return {} if self._result is None else state_of_result(self._result)
+    # (not state_dict and load_state_dict: of two callbacks that have those a Trainer says less than we do)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the clamp."""
-        self._result = result_from_state(state_dict)
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the clamp, as tensors, numbers and strings; nothing before calibration."""
+        self._read_mail()
+        if self._result is not None:
+            checkpoint.setdefault("callbacks", {})[STATE_KEY] = state_of_result(self._result)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Restore the clamp, if the checkpoint has one."""
+        if (state := checkpoint.get("callbacks", {}).get(STATE_KEY)) is not None:
+            self._result = result_from_state(state)

@@ -9,17 +9,16 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import Unpack
 
-from lightning_clamp._checks import check_package
+from lightning_clamp._checks import check_package, check_whole
 from lightning_clamp._trainer.data import CalibrationBatches, given_calibration_set, owner_of
-from lightning_clamp._trainer.devices import check_float64, check_strategy, ranks_of
+from lightning_clamp._trainer.devices import check_float64, check_method, check_strategy, ranks_of
 from lightning_clamp._trainer.mailbox import Mailbox
-from lightning_clamp._trainer.preflight import check_forward
-from lightning_clamp._trainer.run import publish, run_in_trainer
+from lightning_clamp._trainer.preflight import check_forward, check_site
+from lightning_clamp._trainer.run import check_place, publish, run_in_trainer
 from lightning_clamp._trainer.weights import Moment
 from lightning_clamp.checkpoint import SaveTo, check_save_to
 from lightning_clamp.clamping.options import ClampKeywords, Method, Plan, make_plan
 from lightning_clamp.clamping.result import CalibrationResult
-from lightning_clamp.clamping.site import submodule
 from lightning_clamp.module import CalibrationModule
 
 
@@ -81,12 +80,14 @@ def calibrate_by_plan(
             f"`calibrate` takes the LightningModule that was trained, before torch.compile, got {type(model).__name__}."
         )
     check_save_to(save_to)
+    check_whole("cache_bytes", cache_bytes, least=0)
     check_strategy(trainer)
     check_float64(trainer)
     check_forward(model)
-    plan.check_ranks(trainer.world_size)
+    check_method(trainer, plan)
     if plan.spec.perturb_at is not None:
-        submodule(model, plan.spec.perturb_at)
+        check_site(model, plan.spec.perturb_at)
+    check_place(trainer, save_to)
     run = _Run(copy.deepcopy(model), _one_source(dataloaders, datamodule), plan, save_to, cache_bytes)
     trainer.validate(run, dataloaders=[_NoBatches()], verbose=False)
     left = run.mailbox.receive()
@@ -186,7 +187,13 @@ class _Run(LightningModule):
         batches = CalibrationBatches(source, trainer, self, ranks_of(trainer), self.plan.spec)
         self.result = run_in_trainer(trainer, self.network, batches, self.plan, self.cache_bytes)
         moment = Moment(trainer.current_epoch, trainer.global_step)
-        publish(trainer, self.network, self.result, self.save_to, moment, self.mailbox)
+        try:
+            publish(trainer, self.network, self.result, self.save_to, moment, self.mailbox)
+        except Exception as error:  # noqa: BLE001 - the clamp must not be lost to a disk that is full
+            rank_zero_warn(
+                "calibrate() returns the calibrated model, but not all of it is saved and logged. "
+                f"{type(error).__name__}: {error}"
+            )
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Nothing: all was done at the start."""

@@ -26,6 +26,7 @@ from lightning_clamp.clamping.options import ClampOptions, Plan, PublishedOption
 from lightning_clamp.clamping.passes import CalibrationSet
 from lightning_clamp.clamping.published import check_differentiable, check_inputs
 from lightning_clamp.clamping.ranks import Ranks
+from lightning_clamp.clamping.site import submodule
 from lightning_clamp.clamping.summary import DatasetSummary, check_size, summarize
 
 # More samples than any grid needs: how many there are is not asked of a try.
@@ -43,6 +44,18 @@ def check_forward(module: LightningModule) -> None:
             f"{type(module).__name__} has no forward, and a calibration calls the model on the inputs alone: define "
             "forward(self, x) that returns the logits, and call self(x) in its steps."
         )
+
+
+def check_site(module: LightningModule, perturb_at: str) -> None:
+    """Refuse a name that no submodule has.
+
+    Raises:
+        MisconfigurationException: If there is no such submodule.
+    """
+    try:
+        submodule(module, perturb_at)
+    except ValueError as error:
+        raise MisconfigurationException(str(error)) from None
 
 
 def try_network(trainer: Trainer, module: LightningModule, batches: CalibrationBatches, plan: Plan) -> None:

@@ -1,12 +1,15 @@
 """The engine as a Trainer runs it: in its precision and stage, with its progress bar and loggers, on all its ranks."""
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 
 from lightning_clamp._trainer.data import CalibrationBatches, as_validation
@@ -21,13 +24,47 @@ from lightning_clamp.clamping.result import CalibrationResult
 from lightning_clamp.report import log_result
 
 
+def check_place(trainer: Trainer, save_to: SaveTo) -> None:
+    """Refuse a place where nothing can be saved, before there is anything to lose.
+
+    Raises:
+        MisconfigurationException: If the file's name is that of a folder, a folder's that of a file, or the folder may
+            not be written in.
+    """
+    path = _path_for(trainer, save_to, Moment(0, 0))
+    if path is None or "://" in path or not trainer.is_global_zero:
+        return
+    folder = os.path.dirname(os.path.abspath(path))
+    while not os.path.lexists(folder):
+        folder = os.path.dirname(folder)
+    if os.path.isdir(path):
+        problem = "that is a folder"
+    elif not os.path.isdir(folder):
+        problem = f"{folder!r} is no folder"
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        problem = f"{folder!r} may not be written in"
+    else:
+        return
+    raise MisconfigurationException(
+        f"The calibrated model cannot be saved as {path!r}, for {problem}: give `save_to` another place."
+    )
+
+
 def run_in_trainer(
     trainer: Trainer, module: LightningModule, batches: CalibrationBatches, plan: Plan, cache_bytes: int
 ) -> CalibrationResult:
     """:func:`~lightning_clamp.fit_clamp` of a module of a running Trainer, on all ranks."""
     take_group_down_at_exit()
     ranks, network = ranks_of(trainer), TrainedNetwork(trainer, module)
-    with as_validation(trainer), shown_progress(trainer, batches.n_batches) as progress:
+    with as_validation(trainer), shown_progress(trainer, batches.n_batches) as shown:
+
+        def progress(what: str, done: int) -> None:
+            # A Trainer only notes the signal, and looks at the note between batches of training.
+            if trainer.received_sigterm:
+                raise SIGTERMException
+            if shown is not None:
+                shown(what, done)
+
         result = fit_by_plan(network, batches, plan, cache_bytes=cache_bytes, progress=progress, ranks=ranks)
     # Statistics of a batch normalisation differ from rank to rank; the first rank's are calibrated, and saved.
     return replace(result, fingerprint=ranks.gather(fingerprint(module))[0])
@@ -46,19 +83,30 @@ def publish(
     Returns:
         The path where it was saved, None for nowhere.
     """
-    rank_zero_info(str(result))
+    dry = (
+        "This was a trial run (fast_dev_run) of a network that is hardly trained: the numbers mean nothing, and "
+        "nothing is saved.\n"
+    )
+    rank_zero_info(f"{dry if is_dry_run(trainer) else ''}{result}")
     path = _path_for(trainer, save_to, moment)
     if path is not None:
         with ranks_of(trainer).raise_together():
             # All ranks take part in making it: a module's own hook may want that.
             checkpoint = calibrated_checkpoint(module, result, *moment)
             if trainer.is_global_zero:
-                save(trainer, checkpoint, path)
+                _save(trainer, checkpoint, path)
         rank_zero_info(f"saved: {path}")
     if trainer.local_rank == 0:
         mailbox.send(result, path)
     log_result(trainer, result)
     return path
+
+
+def _save(trainer: Trainer, checkpoint: dict[str, Any], path: str) -> None:
+    try:
+        save(trainer, checkpoint, path)
+    except OSError as error:
+        raise OSError(error.errno, f"{path!r} was not saved: {error.strerror or error}") from error
 
 
 def _path_for(trainer: Trainer, save_to: SaveTo, moment: Moment) -> str | None:

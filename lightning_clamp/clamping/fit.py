@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from typing_extensions import Unpack
 
+from lightning_clamp._checks import check_whole
 from lightning_clamp.clamping.clamp import Clamp
 from lightning_clamp.clamping.frozen import frozen, module_of
 from lightning_clamp.clamping.options import ClampKeywords, Method, Plan, TemperatureOptions, make_plan
@@ -74,6 +75,7 @@ def fit_clamp(
         True
     """
     plan = make_plan(method, keywords, fit_clamp)
+    check_whole("cache_bytes", cache_bytes, least=0)
     return fit_by_plan(
         network, dataloader, plan, cache_bytes=cache_bytes, progress=progress, ranks=Ranks(process_group)
     )

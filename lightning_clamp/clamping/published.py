@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_clamp._batch import Inputs
+from lightning_clamp._checks import counted
 from lightning_clamp._rows import Rows
 from lightning_clamp.clamping.clamp import Clamp
 from lightning_clamp.clamping.gradient import gradient_problem
@@ -149,9 +150,9 @@ def _finished(
     history: list[dict[str, float]],
 ) -> MethodOutcome:
     if not temperature > 0 or not bool(torch.isfinite(perturbation).all()):
-        reason = f"after {epochs} epochs T = {temperature:.4g}, which is no temperature"
+        reason = f"after {counted(epochs, 'epoch')} T = {temperature:.4g}, which is no temperature"
         return MethodOutcome(Clamp(), summary.logits, reason, history=tuple(history))
     log_temperature = torch.tensor(temperature, dtype=torch.float64).log().to(perturbation.dtype)
     clamp = Clamp(perturbation.cpu(), log_temperature)
-    reason = f"the published method: the last iterate of {epochs} epochs, T = {temperature:.4g}"
+    reason = f"the published method: the last iterate of {counted(epochs, 'epoch')}, T = {temperature:.4g}"
     return MethodOutcome(clamp, Logits(data, clamp.perturbation, recompute=True), reason, history=tuple(history))

@@ -503,7 +503,7 @@ SITUATIONS = {
     "exception in calibration, raised": (
         failing("calibration", OSError("no disk"), on_error="raise"), Raised(OSError, "no disk", trained=True)
     ),
-    "two instances": (two_instances, refused(RuntimeError, "more than one stateful callback of type `NeuralClamping`")),
+    "two instances": (two_instances, refused(MisconfigurationException, "One Trainer takes one NeuralClamping")),
     "test without fit": (no_fit, Said("has calibrated nothing yet")),
     "test without fit, refit": (no_fit_refitted, calibrated),
     "test with other weights": (other_weights_in_test, Said("weights are not the ones that NeuralClamping calibrated")),
