@@ -225,7 +225,8 @@ class NeuralClamping(Callback):
         """Try the network once, before the first step: only now is it sure to be all set up."""
         if self._first_step is None:
             if self._batches is not None:
-                with self._reported("tried the network before training, and this fit will not be calibrated."):
+                words = "NeuralClamping tried the network before training, and this fit will not be calibrated."
+                with self._reported(words):
                     try_network(trainer, pl_module, self._batches, self.plan)
             self._first_step = trainer.global_step
 
@@ -268,8 +269,8 @@ class NeuralClamping(Callback):
             state = (
                 "stays uncalibrated" if self._result is None else "is calibrated, but not all of it is saved and logged"
             )
-            words = words or f"failed: the model {state}."
-            rank_zero_warn(f"NeuralClamping {words} {type(error).__name__}: {error}")
+            words = words or f"NeuralClamping failed: the model {state}."
+            rank_zero_warn(f"{words} {type(error).__name__}: {error}")
 
     def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> CalibrationResult:
         batches = self._batches or self._find_batches(trainer, pl_module)

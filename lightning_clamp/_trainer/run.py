@@ -145,7 +145,7 @@ class TrainedNetwork(nn.Module):
         try:
             with self.precision.forward_context():
                 output = self.module(*args, **kwargs)
-        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+        except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
             if self._has_run or isinstance(error, torch.OutOfMemoryError):
                 raise
             raise RuntimeError(

@@ -29,7 +29,7 @@ def _problem(data: CalibrationSet) -> str | None:
             if not logits.requires_grad:
                 return "a forward under `no_grad`, `detach` or rounding?"
             torch.autograd.grad(logits.sum(), moved)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, MemoryError):
             # Smaller batches would do.
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, the outputs can be calibrated without

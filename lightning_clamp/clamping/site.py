@@ -124,7 +124,7 @@ def submodule(network: Callable[..., Any], name: str) -> nn.Module:
         return module.get_submodule(name)
     except AttributeError:
         names = [known for known, _ in module.named_modules() if known]
-        near = [known for known in names if known.endswith(f".{name}")] or get_close_matches(name, names)
+        near = [known for known in names if known.endswith(f".{name}")] or get_close_matches(name, names, n=1)
         known = [known for known in names if known.count(".") <= name.count(".")]
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {', '.join(known)}."
         raise ValueError(f"The network has no submodule {name!r} to perturb at: {hint}") from None

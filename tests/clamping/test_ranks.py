@@ -180,10 +180,12 @@ def failure(kind):
         network = Poisoned(1, int(kind.split()[1]))
     if kind == "weights":
         network.linear.weight.data += dist.get_rank()
+    if kind == "nan weights":
+        network.linear.weight.data.fill_(torch.nan)
     if kind == "buffers" and dist.get_rank() == 1:
         network.register_buffer("cache", torch.zeros(3))
     true = images(100, seed=dist.get_rank())
-    # Far enough off that a grid is stepped: the fifth call is in its second pass.
+    # Far enough off that a grid is stepped: the sixth call is in its second pass.
     x, y = true - 3 * SHIFT, sampled(SmallNet()(true).detach().double())
     before = {name: value.clone() for name, value in network.state_dict().items()}
     try:
@@ -199,13 +201,14 @@ FAILURES = {
     "label": ("ValueError", "has the label 17, but the network has 4 classes"),
     "loader": ("FileNotFoundError", "part-7.tar"),
     "call 1": ("MemoryError", "no memory left"),
+    "call 3": ("MemoryError", "no memory left"),
     "call 4": ("MemoryError", "no memory left"),
-    "call 5": ("MemoryError", "no memory left"),
+    "call 6": ("MemoryError", "no memory left"),
 }
 
 
 def all_failures():
-    return {kind: failure(kind) for kind in [*FAILURES, "weights", "buffers"]}
+    return {kind: failure(kind) for kind in [*FAILURES, "weights", "buffers", "nan weights"]}
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +224,14 @@ def test_what_goes_wrong_on_one_rank_is_raised_on_all(failures, kind):
     assert words in its_own[1]
     assert other == ("RuntimeError", f"Rank 1 failed with {name}: {its_own[1]}", True)
     assert its_own[2]
+
+
+def test_weights_that_are_nan_everywhere_are_no_different_networks(failures):
+    for rank, theirs in enumerate(failures):
+        name, words, _ = theirs["nan weights"]
+        assert name == "ValueError"
+        assert "NaN or infinite logits for sample 0 of" in words
+        assert f"that rank {rank} has" in words
 
 
 @pytest.mark.parametrize("kind", ["weights", "buffers"])
