@@ -88,8 +88,24 @@ def try_network(trainer: Trainer, module: LightningModule, batches: CalibrationB
         check_size(sum(counts), sum(counts))
     data = CalibrationSet(network, firsts, plan.spec, cache_bytes=0, ranks=ranks)
     # What a Trainer compiles would be compiled once more for a frozen network.
-    with as_validation(trainer), frozen(network), torch.compiler.set_stance("force_eager"):
+    with as_validation(trainer), _as_at_the_end(module), frozen(network), torch.compiler.set_stance("force_eager"):
         _try_gradient(data, summarize(data, trial=True), plan)
+
+
+@contextmanager
+def _as_at_the_end(module: LightningModule) -> Iterator[None]:
+    """Have ``self.log`` refused, as it will be: now it would take the try for a part of the training."""
+    # Private, and the hook that `self.log` takes itself to be called from. A test holds it.
+    hook, module._current_fx_name = module._current_fx_name, "on_train_end"  # noqa: SLF001
+    try:
+        yield
+    except MisconfigurationException as error:
+        raise MisconfigurationException(
+            f"{error} A forward that logs cannot be called when training has ended: log in the steps, or "
+            "`if self.training`."
+        ) from error
+    finally:
+        module._current_fx_name = hook  # noqa: SLF001
 
 
 def _try_gradient(data: CalibrationSet, summary: DatasetSummary, plan: Plan) -> None:

@@ -12,6 +12,7 @@ from lightning_clamp._batch import BatchKeys, Inputs, call_network, logits_of
 from lightning_clamp._checks import check_at_least, check_package
 from lightning_clamp._rows import Task
 from lightning_clamp._trainer.data import as_validation, validation_batch
+from lightning_clamp._trainer.preflight import kept_loaders
 from lightning_clamp.clamping.frozen import kept_random_state
 from lightning_clamp.losses._modes import in_mode
 from lightning_clamp.metrics import ExpectedCalibrationError, ExponentialMarginTail
@@ -91,7 +92,7 @@ class SharpnessMonitor(Callback):
         """
         check_package(trainer)
         # A loader draws a seed when it is read, which training must not notice.
-        with kept_random_state(), as_validation(trainer):
+        with kept_random_state(), kept_loaders([self.dataloader]), as_validation(trainer):
             batches = [validation_batch(trainer, pl_module, batch) for batch in self.dataloader]
         if not batches:
             raise MisconfigurationException("SharpnessMonitor needs a loader that yields one batch at least.")

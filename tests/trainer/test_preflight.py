@@ -168,6 +168,36 @@ def test_by_default_it_warns_and_training_goes_on(tmp_path):
     assert run.global_step == 2
 
 
+class Logging(Net):
+    """Logs whenever it is called, or in training alone."""
+
+    def __init__(self, in_training):
+        super().__init__()
+        self.in_training = in_training
+
+    def forward(self, x):
+        if self.training or not self.in_training:
+            self.log("mean", x.mean(), on_step=True, on_epoch=True)
+        return super().forward(x)
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+
+def test_a_forward_that_logs_is_found_before_and_logs_nothing_of_the_try(tmp_path):
+    run = trainer(tmp_path, NeuralClamping(held_out(), on_error="raise"))
+    with pytest.raises(MisconfigurationException, match=r"can't `self.log\(\)` inside .* or `if self.training`"):
+        run.fit(Logging(in_training=False), held_out())
+    assert run.global_step == 0
+    logged = []
+    for more in ([], [NeuralClamping(held_out(), on_error="raise", method="temperature")]):
+        end = Ending()
+        trainer(tmp_path, end, *more).fit(Logging(in_training=True), held_out())
+        logged.append(end.logged)
+    assert logged[0] == logged[1]
+    assert "mean_epoch" in logged[0]
+
+
 # What an untrained network may do, and a trained one will not
 
 
