@@ -174,7 +174,7 @@ def test_data_without_a_calibration_set_are_refused_in_a_sentence(tmp_path):
         calibrate(trainer(tmp_path), LitClassifier(), LightningDataModule())
     with pytest.raises(MisconfigurationException, match="no calibration set: give LitClassifier a `calibration_"):
         calibrate(trainer(tmp_path), LitClassifier())
-    with pytest.raises(ValueError, match="no submodule 'nett' to perturb at; it has net"):
+    with pytest.raises(MisconfigurationException, match="no submodule 'nett' to perturb at: did you mean 'net'"):
         calibrate(trainer(tmp_path), LitClassifier(), HELD_OUT, perturb_at="nett")
 
 
