@@ -15,6 +15,26 @@ class OptionError(ValueError):
         return OptionError(re.sub(r"(?<=`)\w+(?=`)|\b\w+(?==)", lambda found: name_of(found[0]), str(self)))
 
 
+def counted(number: int, thing: str, things: str = "") -> str:
+    """A number of things, as in "1 pass" and "2 passes"."""
+    return f"{number} {thing if number == 1 else things or thing + 's'}"
+
+
+def check_package(*things: object) -> None:
+    """Refuse classes and objects of Lightning's twin package, which are none of Lightning's own.
+
+    Raises:
+        TypeError: If there is one.
+    """
+    for thing in things:
+        kind = thing if isinstance(thing, type) else type(thing)
+        if any(base.__module__.partition(".")[0] == "pytorch_lightning" for base in kind.__mro__):
+            raise TypeError(
+                f"{kind.__name__} comes from pytorch_lightning, a package with classes of its own: write `import "
+                "lightning.pytorch as pl` for `import pytorch_lightning as pl`; the API is the same."
+            )
+
+
 def check_range(target: Tensor, classes: int, way_out: str = "") -> None:
     """Refuse class indices out of range; ``way_out`` says what to do about it.
 

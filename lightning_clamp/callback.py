@@ -11,13 +11,19 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import Unpack
 
-from lightning_clamp._checks import check_choice
+from lightning_clamp._checks import check_choice, check_package, check_whole
 from lightning_clamp._digest import fingerprint
-from lightning_clamp._trainer.data import CalibrationBatches, find_calibration_set, warn_if_training_data
-from lightning_clamp._trainer.devices import check_float64, check_strategy, ranks_of
+from lightning_clamp._trainer.data import (
+    CalibrationBatches,
+    find_calibration_set,
+    loaders_of,
+    warn_if_training_data,
+)
+from lightning_clamp._trainer.devices import check_float64, check_method, check_strategy, ranks_of
 from lightning_clamp._trainer.hooks import ClampHooks, warn_every_time
 from lightning_clamp._trainer.mailbox import Mailbox
-from lightning_clamp._trainer.run import publish, run_in_trainer
+from lightning_clamp._trainer.preflight import check_forward, check_site, kept_loaders, try_network
+from lightning_clamp._trainer.run import check_place, publish, run_in_trainer
 from lightning_clamp._trainer.weights import Weights, averages_weights, check_best, weights_of
 from lightning_clamp.checkpoint import (
     STATE_KEY,
@@ -29,9 +35,9 @@ from lightning_clamp.checkpoint import (
     state_of_result,
 )
 from lightning_clamp.clamping.copies import independent_copy
+from lightning_clamp.clamping.frozen import kept_random_state
 from lightning_clamp.clamping.options import ClampKeywords, Method, make_plan
 from lightning_clamp.clamping.result import CalibrationResult
-from lightning_clamp.clamping.site import submodule
 from lightning_clamp.module import CalibrationModule
 from lightning_clamp.report import log_result
 
@@ -83,6 +89,7 @@ class NeuralClamping(Callback):
     ) -> None:
         self.plan = make_plan(method, keywords, NeuralClamping)
         check_save_to(save_to)
+        check_whole("cache_bytes", cache_bytes, least=0)
         check_choice("on_error", on_error, ("warn", "raise"))
         check_choice("weights", weights, ("last", "best"))
         check_choice("other_weights", other_weights, ("skip", "refit"))
@@ -100,6 +107,8 @@ class NeuralClamping(Callback):
         self._hooks: ClampHooks | None = None
         # Whether the training of this fit came to its end, and whether its calibration did.
         self._ended = self._done = False
+        # The step at which this fit's training began, once the network was tried.
+        self._first_step: int | None = None
 
     @property
     def state_key(self) -> str:
@@ -168,18 +177,30 @@ class NeuralClamping(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, and move behind all other callbacks, before any training."""
+        check_package(trainer, pl_module)
+        self._first_step = None
         if stage == "validate":
             return
         check_strategy(trainer)
+        self._check_alone(trainer)
         if not isinstance(pl_module, CalibrationModule):
             self._module = pl_module
         if stage != "fit":
             return
         check_float64(trainer)
-        self.plan.check_ranks(trainer.world_size)
+        check_forward(pl_module)
+        check_method(trainer, self.plan)
         if self.weights == "best":
             check_best(trainer)
         self._move_to_the_end(trainer)
+
+    def _check_alone(self, trainer: Trainer) -> None:
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if (several := sum(isinstance(callback, NeuralClamping) for callback in callbacks)) > 1:
+            raise MisconfigurationException(
+                f"One Trainer takes one NeuralClamping, and this one has {several}: keep one, and give the trained "
+                "model to lightning_clamp.calibrate(Trainer(), model, dataloader) to compare it with others."
+            )
 
     def _move_to_the_end(self, trainer: Trainer) -> None:
         """Callbacks run in list order: calibrate when the others have averaged weights and saved all of the training.
@@ -205,7 +226,24 @@ class NeuralClamping(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that there is a calibration set that can be read, before training time is spent."""
-        self._batches = self._find_batches(trainer, pl_module)
+        with ranks_of(trainer).raise_together():
+            check_place(trainer, self.save_to)
+        # Hooks that make loaders may split at random.
+        with kept_random_state():
+            self._batches = self._find_batches(trainer, pl_module)
+        if self._batches is None:
+            rank_zero_info(
+                "NeuralClamping does not try the network before training: the Trainer loads the validation set later."
+            )
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Try the network once, before the first step: only now is it sure to be all set up."""
+        if self._first_step is None:
+            if self._batches is not None:
+                words = "NeuralClamping tried the network before training, and this fit will not be calibrated."
+                with self._reported(words):
+                    try_network(trainer, pl_module, self._batches, self.plan)
+            self._first_step = trainer.global_step
 
     def _find_batches(self, trainer: Trainer, pl_module: LightningModule) -> CalibrationBatches | None:
         """The calibration set, with the warnings it deserves; None if it will be loaded later."""
@@ -220,15 +258,16 @@ class NeuralClamping(Callback):
         warn_if_training_data(source.loader, trainer)
         spec = self.plan.spec
         if spec.perturb_at is not None:
-            submodule(pl_module, spec.perturb_at)
-        return CalibrationBatches(source, trainer, pl_module, ranks_of(trainer), spec)
+            check_site(pl_module, spec.perturb_at)
+        with kept_loaders(loaders_of(source.loader)):
+            return CalibrationBatches(source, trainer, pl_module, ranks_of(trainer), spec)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Calibrate, report and save; a failure is reported and never loses the finished training."""
         self._ended = True
         self._result = self._path = None
         with (
-            self._failures_reported(),
+            self._reported(),
             weights_of(self.weights, trainer, pl_module, ranks_of(trainer)) as moment,
         ):
             result = self._calibrate(trainer, pl_module)
@@ -236,7 +275,8 @@ class NeuralClamping(Callback):
             log_result(trainer, result)
 
     @contextmanager
-    def _failures_reported(self) -> Iterator[None]:
+    def _reported(self, words: str | None = None) -> Iterator[None]:
+        """Turn what goes wrong into a warning, unless it shall be raised; ``words`` say what comes of it."""
         try:
             yield
         except Exception as error:  # hours of training must not be lost to whatever a network can raise
@@ -245,7 +285,8 @@ class NeuralClamping(Callback):
             state = (
                 "stays uncalibrated" if self._result is None else "is calibrated, but not all of it is saved and logged"
             )
-            rank_zero_warn(f"NeuralClamping failed: the model {state}. {type(error).__name__}: {error}")
+            words = words or f"NeuralClamping failed: the model {state}."
+            rank_zero_warn(f"{words} {type(error).__name__}: {error}")
 
     def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> CalibrationResult:
         batches = self._batches or self._find_batches(trainer, pl_module)
@@ -271,7 +312,8 @@ class NeuralClamping(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook behind, and say that an interrupted training was not calibrated."""
         self._remove_hooks()
-        if trainer.state.fn == "fit" and not self._done:
+        begun = self._first_step is not None and trainer.global_step > self._first_step
+        if trainer.state.fn == "fit" and begun and not self._done:
             rank_zero_info(
                 f"The fit stopped with {type(exception).__name__}: the model was not calibrated. To calibrate what was "
                 "trained so far: lightning_clamp.calibrate(Trainer(), model, dataloader)."
@@ -313,7 +355,7 @@ class NeuralClamping(Callback):
         refits = self.other_weights == "refit"
         seen = fingerprint(pl_module) if refits or self._result is not None else ""
         if refits and not self._belongs(trainer, seen):
-            with self._failures_reported():
+            with self._reported():
                 self._result = self._path = None
                 rank_zero_info(str(self._calibrate(trainer, pl_module)))
         if self._result is None:
@@ -383,16 +425,18 @@ class NeuralClamping(Callback):
 
     # State in checkpoints: what a later process needs to test and predict with the clamp
 
-    def state_dict(self) -> dict[str, Any]:
-        """The clamp, as tensors, numbers and strings; empty before calibration."""
+    # (not state_dict and load_state_dict: of two callbacks that have those a Trainer says less than we do)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the clamp, as tensors, numbers and strings; nothing before calibration."""
         self._read_mail()
-        return {} if self._result is None else state_of_result(self._result)
+        if self._result is not None:
+            checkpoint.setdefault("callbacks", {})[STATE_KEY] = state_of_result(self._result)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Refuse a calibrated file that is not as it was saved; a module's own hook may have changed what it holds."""
+        """Restore the clamp, if the checkpoint has one; refuse a calibrated file that is not as it was saved."""
+        # The module's own hook may have changed what the file holds.
         if not is_overridden("on_load_checkpoint", pl_module):
             check_seal(checkpoint, str(trainer.ckpt_path), migrated=True)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the clamp."""
-        self._result = result_from_state(state_dict)
+        if (state := checkpoint.get("callbacks", {}).get(STATE_KEY)) is not None:
+            self._result = result_from_state(state)

@@ -1,6 +1,7 @@
 """The command line: Lightning's own commands with the clamp, ``calibrate`` for a checkpoint, and ``report``."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,13 +14,14 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.imports import RequirementCache
 
 from lightning_clamp import __version__
+from lightning_clamp._trainer.devices import check_method
 from lightning_clamp.callback import NeuralClamping
 from lightning_clamp.checkpoint import calibrated_path, read_checkpoint, read_result
 from lightning_clamp.clamping.result import CalibrationResult
-from lightning_clamp.clamping.site import submodule
 from lightning_clamp.module import CalibrationModule
 from lightning_clamp.report import figures
 from lightning_clamp.standalone import calibrate_by_plan
@@ -33,15 +35,18 @@ _JSONARGPARSE = "jsonargparse[signatures]>=4.39,<5"
 def main(args: list[str] | None = None) -> None:
     """Run the command line, with ``sys.argv`` by default.
 
-    Modules are found in the working directory, as under ``python -m``. What a user can set right ends with a sentence
-    and exit code 2; an exception of the user's own code keeps its traceback.
+    Modules are found in the working directory, after all that is installed; ``report`` needs none and looks for none
+    there. What a user can set right ends with a sentence and exit code 2; an exception of the user's own code keeps its
+    traceback.
 
     Raises:
-        SystemExit: After ``--help`` and the like, and with code 2 if the arguments or the files they name will not do.
+        SystemExit: After ``--help`` and the like; with code 2 if the arguments or the files they name will not do, or a
+            ``fit`` ends without a calibrated model; with code 143 after SIGTERM.
     """
     args = sys.argv[1:] if args is None else args
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    if args[:1] != ["report"] and os.getcwd() not in sys.path:
+        # Not first: a file that lies beside a checkpoint must not take the place of an installed package.
+        sys.path.append(os.getcwd())
     try:
         if not RequirementCache(_JSONARGPARSE):
             raise MisconfigurationException(
@@ -54,10 +59,19 @@ def main(args: list[str] | None = None) -> None:
     except MisconfigurationException as error:
         sys.stderr.write(f"{_PROGRAM}: error: {error}\n")
         raise SystemExit(2) from None
+    except SIGTERMException:
+        raise SystemExit(128 + signal.SIGTERM) from None
 
 
 class CalibratingTrainer(Trainer):
     """A Trainer that also calibrates checkpoints, with the options of its :class:`~lightning_clamp.NeuralClamping`."""
+
+    @property
+    def clamping(self) -> NeuralClamping:
+        """The callback that is attached."""
+        callbacks: list[Any] = self.callbacks  # type: ignore[attr-defined]
+        (clamping,) = (callback for callback in callbacks if isinstance(callback, NeuralClamping))
+        return clamping
 
     def calibrate(
         self,
@@ -86,13 +100,9 @@ class CalibratingTrainer(Trainer):
         Raises:
             MisconfigurationException: If the checkpoint cannot be used, or there is no calibration set.
         """
-        callbacks: list[Any] = self.callbacks  # type: ignore[attr-defined]
-        (clamping,) = (callback for callback in callbacks if isinstance(callback, NeuralClamping))
+        clamping = self.clamping
         load_weights(model, ckpt_path)
         plan, where = clamping.plan, clamping.save_to if save_to is None else save_to
-        if plan.spec.perturb_at is not None:
-            with _refusals(ckpt_path):
-                submodule(model, plan.spec.perturb_at)
         path = calibrated_path(where, Path(ckpt_path).parent, Path(ckpt_path).stem)
         return calibrate_by_plan(
             self, model, None, datamodule, plan, save_to=path or False, cache_bytes=clamping.cache_bytes
@@ -246,6 +256,20 @@ class ClampCLI(LightningCLI):
             NeuralClamping(**options.calibration)
         except (TypeError, ValueError) as error:
             raise MisconfigurationException(f"--calibration: {error}") from error
+
+    def before_fit(self) -> None:
+        """Refuse what the callback would, before other processes are started."""
+        assert isinstance(self.trainer, CalibratingTrainer)
+        check_method(self.trainer, self.trainer.clamping.plan)
+
+    def after_fit(self) -> None:
+        """Refuse to end well without what was promised."""
+        assert isinstance(self.trainer, CalibratingTrainer)
+        if self.trainer.clamping.result is None:
+            raise MisconfigurationException(
+                "This fit has ended without a calibrated model, and a warning above says why. What was trained is "
+                f"there: mend that, and run {_PROGRAM} calibrate --ckpt_path=..."
+            )
 
 
 def _as_trained(model: Any, checkpoint: dict[str, Any]) -> dict[str, Any]:

@@ -47,7 +47,20 @@ def log_result(trainer: Trainer, result: CalibrationResult) -> None:
     step = trainer.fit_loop.epoch_loop._batches_that_stepped  # noqa: SLF001
     for logger in trainer.loggers:
         logger.log_metrics(numbers, step=step)
+    log_words(trainer.loggers, result, step)
     log_figures(trainer.loggers, result, step)
+
+
+def log_words(loggers: Sequence[Logger], result: CalibrationResult, step: int) -> None:
+    """Log what was chosen and why to TensorBoard (text), Weights & Biases (summary) and MLflow (tags)."""
+    for key, text in {"calibration/chosen": result.chosen_name, "calibration/reason": result.reason}.items():
+        for logger in loggers:
+            if isinstance(logger, WandbLogger):
+                logger.experiment.summary[key] = text
+            elif isinstance(logger, MLFlowLogger):
+                logger.experiment.set_tag(logger.run_id, key, text)
+            elif isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text(key, text, step)
 
 
 def log_figures(loggers: Sequence[Logger], result: CalibrationResult, step: int) -> None:

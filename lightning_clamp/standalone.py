@@ -8,16 +8,17 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import Unpack
 
+from lightning_clamp._checks import check_package, check_whole
 from lightning_clamp._trainer.data import CalibrationBatches, given_calibration_set, owner_of
-from lightning_clamp._trainer.devices import check_float64, check_strategy, ranks_of
+from lightning_clamp._trainer.devices import check_float64, check_method, check_strategy, ranks_of
 from lightning_clamp._trainer.mailbox import Mailbox
-from lightning_clamp._trainer.run import publish, run_in_trainer
+from lightning_clamp._trainer.preflight import check_forward, check_site
+from lightning_clamp._trainer.run import check_place, publish, run_in_trainer
 from lightning_clamp._trainer.weights import Moment
 from lightning_clamp.checkpoint import SaveTo, check_save_to
 from lightning_clamp.clamping.copies import independent_copy
 from lightning_clamp.clamping.options import ClampKeywords, Method, Plan, make_plan
 from lightning_clamp.clamping.result import CalibrationResult
-from lightning_clamp.clamping.site import submodule
 from lightning_clamp.module import CalibrationModule
 from lightning_clamp.report import log_result
 
@@ -55,7 +56,8 @@ def calibrate(
         The calibrated module, on the CPU, with what was done in its ``result``.
 
     Raises:
-        TypeError: If the model is no LightningModule or holds something that cannot be copied, or a keyword is unknown.
+        TypeError: If the model is no LightningModule, is of the package ``pytorch_lightning``, or holds something that
+            cannot be copied, or a keyword is unknown.
         ValueError: If an argument has no such value, or for the reasons of :func:`~lightning_clamp.fit_clamp`.
         MisconfigurationException: If the Trainer's strategy cannot do this, or the calibration set cannot be read.
     """
@@ -74,16 +76,20 @@ def calibrate_by_plan(
     cache_bytes: int,
 ) -> CalibrationModule:
     """:func:`calibrate` with its keywords sorted."""
+    check_package(trainer, model, dataloaders, datamodule)
     if not isinstance(model, LightningModule) or isinstance(model, CalibrationModule):
         raise TypeError(
             f"`calibrate` takes the LightningModule that was trained, before torch.compile, got {type(model).__name__}."
         )
     check_save_to(save_to)
+    check_whole("cache_bytes", cache_bytes, least=0)
     check_strategy(trainer)
     check_float64(trainer)
-    plan.check_ranks(trainer.world_size)
+    check_forward(model)
+    check_method(trainer, plan)
     if plan.spec.perturb_at is not None:
-        submodule(model, plan.spec.perturb_at)
+        check_site(model, plan.spec.perturb_at)
+    check_place(trainer, save_to)
     run = _Run(independent_copy(model), _one_source(dataloaders, datamodule), plan, save_to, cache_bytes)
     trainer.validate(run, dataloaders=[_NoBatches()], verbose=False)
     left = run.mailbox.receive()
@@ -184,8 +190,14 @@ class _Run(LightningModule):
         batches = CalibrationBatches(source, trainer, self, ranks_of(trainer), self.plan.spec)
         self.result = run_in_trainer(trainer, self.network, batches, self.plan, self.cache_bytes)
         moment = Moment(trainer.current_epoch, trainer.global_step)
-        publish(trainer, self.network, self.result, self.save_to, moment, self.mailbox)
-        log_result(trainer, self.result)
+        try:
+            publish(trainer, self.network, self.result, self.save_to, moment, self.mailbox)
+            log_result(trainer, self.result)
+        except Exception as error:  # noqa: BLE001 - the clamp must not be lost to a disk that is full
+            rank_zero_warn(
+                "calibrate() returns the calibrated model, but not all of it is saved and logged. "
+                f"{type(error).__name__}: {error}"
+            )
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Nothing: all was done at the start."""

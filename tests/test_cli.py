@@ -4,6 +4,7 @@ import inspect
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,8 @@ PLAIN = [*QUIET, "--trainer.logger=false", "--trainer.enable_checkpointing=false
 DIGITS = ["--model=examples.digits.DigitsClassifier", "--data=examples.digits.DigitsData"]
 SMALL = ["--model.width=4", "--data.n_calibration=200", *QUIET]
 OURS = ["--model=tests.scenarios.LitClassifier"]
+WITH_DATA = ["--model=tests.test_cli.Trainable", "--trainer.max_epochs=1"]
+TWO = ["--trainer.devices=2", "--trainer.strategy=ddp_fork"]
 
 
 def enter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -215,6 +218,19 @@ class OwnCalibrationData(OwnData):
         return loader(1000, 30, shift=False)
 
 
+class Trainable(OwnCalibrationData):
+    def train_dataloader(self):
+        return loader(100, 20)
+
+
+class Told(OwnCalibrationData):
+    """Is sent a signal when it is calibrated."""
+
+    def forward(self, x):
+        signal.raise_signal(signal.SIGTERM)
+        return super().forward(x)
+
+
 @pytest.mark.slow
 def test_a_model_trained_elsewhere_is_built_with_its_own_hyperparameters(here):
     path = plain_checkpoint(temperature=3.0, lr=0.0)
@@ -364,6 +380,12 @@ def test_ones_own_command_line_sets_the_options(here):
         (["calibrate", *DIGITS, "--ckpt_path=plain.ckpt"], "'plain.ckpt' is no checkpoint of this DigitsClassifier"),
         (["calibrate", *OURS, "--ckpt_path=plain.ckpt"], "There is no calibration set: give .* a `calibration_"),
         (["calibrate", *OURS, "--ckpt_path=plain.ckpt", "--calibration.perturb_at=nett"], "no submodule 'nett'"),
+        (["fit", *OURS, "--calibration.cache_bytes=-1"], "--calibration: `cache_bytes` must be a whole number"),
+        (["fit", *WITH_DATA, "--calibration.perturb_at=nett"], "no submodule 'nett' to perturb at: did you mean 'net'"),
+        (["fit", *WITH_DATA, "--calibration.save_to=text.ckpt/x.ckpt"], "cannot be saved as 'text.ckpt/x.ckpt', for"),
+        (["fit", *WITH_DATA, "--calibration.method=published", *TWO], 'method="published" takes a step .*one device'),
+        (["calibrate", *OURS, "--ckpt_path=plain.ckpt", "--save_to=text.ckpt/x.ckpt"], "cannot be saved as"),
+        (["calibrate", *OURS, "--ckpt_path=plain.ckpt", "--calibration.method=published", *TWO], "on one device"),
         (["fit", *OURS, "--ckpt_path=weights.ckpt"], "'weights.ckpt' is a model without its training"),
         (["report", "nowhere.ckpt"], "'nowhere.ckpt' cannot be read: No such file"),
         (["report", "plain.ckpt"], "'plain.ckpt' holds no clamp"),
@@ -394,6 +416,33 @@ def test_without_jsonargparse_one_is_told_how_to_get_it(monkeypatch, capsys):
         main(["report", "x.ckpt"])
     assert ended.value.code == 2
     assert 'pip install "lightning-clamp[cli]"' in capsys.readouterr().err
+
+
+def test_report_imports_nothing_from_beside_the_checkpoint(here, capsys):
+    with pytest.raises(SystemExit):
+        main(["report", "nowhere.ckpt"])
+    assert str(here) not in sys.path
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    # Behind all that is installed.
+    assert sys.path[-1] == str(here)
+
+
+def test_a_fit_that_promised_a_calibrated_model_and_has_none_ends_with_an_error(here, capsys):
+    with pytest.warns(UserWarning, match="NeuralClamping") as caught, pytest.raises(SystemExit) as ended:
+        main(["fit", *WITH_DATA, *PLAIN, "--calibration.task=binary"])
+    assert any("tried the network before training" in str(one.message) for one in caught)
+    assert ended.value.code == 2
+    assert "error: This fit has ended without a calibrated model" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_calibration_with_its_code(here):
+    plain_checkpoint()
+    command = ["calibrate", "--model=tests.test_cli.Told", "--ckpt_path=plain.ckpt", *PLAIN]
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    assert ended.value.code == 143
 
 
 def test_modules_are_found_in_the_working_directory(here, capsys):

@@ -2,6 +2,7 @@ import csv
 import importlib.util
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMPr
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_clamp import Clamp, NeuralClamping, fit_clamp
+from lightning_clamp import Clamp, NeuralClamping, calibrate, fit_clamp
+from lightning_clamp._checks import counted
+from lightning_clamp.clamping.candidate import Candidate, Refusal
+from lightning_clamp.clamping.reason import reason
 from lightning_clamp.report import plot_perturbation, scalars
 from tests.scenarios import LitClassifier, batches, loader, shifted_images, train_loader, trainer
 
@@ -83,6 +87,10 @@ def test_every_logger_and_the_callback_metrics_get_the_numbers(tmp_path):
         assert event.value == pytest.approx(expected[name])
         assert event.step == run.global_step == 2
     assert set(events.Tags()["images"]) == {"calibration/reliability", "calibration/perturbation"}
+    words = {"chosen": callback.result.chosen.name, "reason": callback.result.reason}
+    for name, text in words.items():
+        (event,) = events.Tensors(f"calibration/{name}/text_summary")
+        assert event.tensor_proto.string_val[0].decode() == text
     with open(Path(loggers[1].log_dir) / "metrics.csv") as file:
         (row,) = [row for row in csv.DictReader(file) if row["calibration/temperature"]]
     assert float(row["calibration/after/nll"]) == pytest.approx(expected["calibration/after/nll"])
@@ -140,6 +148,9 @@ def test_mlflow_gets_numbers_and_figures(tmp_path, monkeypatch):
     assert set(metrics) >= KEYS
     assert metrics["calibration/after/nll"] == pytest.approx(callback.result.after["nll"])
     assert [point.step for point in client.get_metric_history(run_id, "calibration/temperature")] == [2]
+    tags = client.get_run(run_id).data.tags
+    assert tags["calibration/chosen"] == callback.result.chosen.name
+    assert tags["calibration/reason"] == callback.result.reason
     written = {path.name for path in (tmp_path / "runs").rglob("artifacts/calibration/*.png")}
     assert written == {"reliability.png", "perturbation.png"}
 
@@ -198,6 +209,8 @@ def test_weights_and_biases_gets_numbers_and_figures(tmp_path, monkeypatch):
     logger.experiment.finish()
     assert summary["calibration/temperature"] == pytest.approx(float(callback.result.clamp.temperature))
     assert set(summary) >= KEYS | {"calibration/reliability", "calibration/perturbation"}
+    assert summary["calibration/chosen"] == callback.result.chosen.name
+    assert summary["calibration/reason"] == callback.result.reason
     assert len(list(tmp_path.rglob("media/images/calibration/*.png"))) == 2
     (file,) = tmp_path.rglob("run-*.wandb")
     logged = written_offline(file)
@@ -225,6 +238,22 @@ def test_progress_is_drawn_in_the_trainers_own_bar(tmp_path, bar, capsys):
     assert "Calibrating (" in "".join(capsys.readouterr())
 
 
+class Unsized(list):
+    """Batches whose number nobody knows."""
+
+    __len__ = None
+
+
+@pytest.mark.parametrize("bar", [TQDMProgressBar(), RichProgressBar(console_kwargs={"force_terminal": True})])
+def test_progress_is_drawn_of_a_set_without_a_length(tmp_path, bar, capsys):
+    run = trainer(tmp_path, bar, enable_progress_bar=True)
+    calibrate(run, LitClassifier(), Unsized(loader(200, 3)), method="temperature")
+    callback = NeuralClamping(Unsized(loader(200, 3)), method="temperature")
+    trainer(tmp_path, callback, bar, enable_progress_bar=True).fit(LitClassifier(), train_loader())
+    assert callback.result is not None
+    assert "Calibrating (" in "".join(capsys.readouterr())
+
+
 @pytest.mark.parametrize(
     ("callbacks", "enabled"),
     [([], False), ([TQDMProgressBar(refresh_rate=0)], True), ([RichProgressBar(refresh_rate=0)], True)],
@@ -233,3 +262,18 @@ def test_where_the_user_turned_the_bar_off_none_is_drawn(tmp_path, callbacks, en
     run = trainer(tmp_path, plain(), *callbacks, enable_progress_bar=enabled)
     run.fit(LitClassifier(), train_loader())
     assert "Calibrating" not in "".join(capsys.readouterr())
+
+
+def test_what_was_left_out_is_called_by_its_whole_name():
+    """Beside a chosen grid, "1×1 grid" would be a riddle where only an output map on it was left out."""
+    few = Refusal("too few samples for the map", "40 samples are fewer than 90")
+    chosen = Candidate(1, "temperature", 4, 1.0, 4.0, achieved_gain=0.1, expected_change=-0.1, standard_error=0.01)
+    chosen = replace(chosen, criterion=-0.09)
+    left = [Candidate(0, "vector", 9, refusal=few), Candidate(1, "vector", 12, refusal=few)]
+    words = reason(chosen, [*left, chosen])
+    assert "(left out: vector and 1×1 grid + vector because 40 samples are fewer than 90)" in words
+
+
+def test_one_of_a_thing_is_not_several():
+    assert [counted(n, "pass", "passes") for n in (0, 1, 2)] == ["0 passes", "1 pass", "2 passes"]
+    assert [counted(n, "candidate") for n in (1, 2)] == ["1 candidate", "2 candidates"]

@@ -7,10 +7,36 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_clamp import CalibrationModule, Clamp, NeuralClamping, calibrate, fit_clamp
+from lightning_clamp.losses import ACLSMixin
+from lightning_clamp.sharpness import SharpnessMonitor
 from tests.scenarios import LitClassifier, assert_same, loader, trace, train_loader, trainer
 
 OPTIONS = {"output_maps": ("temperature",), "grids": (1,)}
 HELD_OUT = loader(600, seed=30)
+
+
+def of_the_twin(base):
+    """A class as somebody writes it who imports Lightning's twin package."""
+    twin = type(base.__name__, (base,), {"__module__": "pytorch_lightning.core"})
+    return type("Mine", (twin,), {})
+
+
+@pytest.mark.parametrize("which", ["trainer", "model", "datamodule"])
+def test_the_twin_package_of_lightning_is_named(tmp_path, which):
+    given = {"trainer": trainer(tmp_path), "model": LitClassifier(), "datamodule": Data()}
+    given[which].__class__ = of_the_twin(type(given[which]))
+    with pytest.raises(TypeError, match=r"Mine comes from pytorch_lightning.*: write `import lightning.py"):
+        calibrate(**given, **OPTIONS)
+
+
+def test_the_callbacks_and_the_mixins_name_it_too(tmp_path):
+    for callback, setup in ((NeuralClamping(), "setup"), (SharpnessMonitor(HELD_OUT), "on_fit_start")):
+        run = trainer(tmp_path)
+        run.__class__ = of_the_twin(type(run))
+        with pytest.raises(TypeError, match="Mine comes from pytorch_lightning"):
+            getattr(callback, setup)(run, LitClassifier(), *["fit"][: setup == "setup"])
+    with pytest.raises(TypeError, match="Calibrated comes from pytorch_lightning"):
+        type("Calibrated", (ACLSMixin, of_the_twin(LitClassifier)), {})
 
 
 class Data(LightningDataModule):
@@ -148,7 +174,7 @@ def test_data_without_a_calibration_set_are_refused_in_a_sentence(tmp_path):
         calibrate(trainer(tmp_path), LitClassifier(), LightningDataModule())
     with pytest.raises(MisconfigurationException, match="no calibration set: give LitClassifier a `calibration_"):
         calibrate(trainer(tmp_path), LitClassifier())
-    with pytest.raises(ValueError, match="no submodule 'nett' to perturb at; it has net"):
+    with pytest.raises(MisconfigurationException, match="no submodule 'nett' to perturb at: did you mean 'net'"):
         calibrate(trainer(tmp_path), LitClassifier(), HELD_OUT, perturb_at="nett")
 
 

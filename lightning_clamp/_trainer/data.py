@@ -192,6 +192,9 @@ class CalibrationBatches:
 
     Reads the first batch, so that a set that cannot be used is refused before training and not after.
 
+    Attributes:
+        firsts: The first batch of every loader, on the device, for who tries the network before training.
+
     Raises:
         MisconfigurationException: If the set cannot be iterated again and again, is empty, or its batches are not what
             ``batch_keys`` says.
@@ -209,11 +212,12 @@ class CalibrationBatches:
         self.trainer = trainer
         self.module = module
         self.spec = spec
+        self.firsts: list[Any] = []
         with ranks.raise_together():
             loaders = loaders_of(source.loader)
             for loader in loaders:
                 _check(loader)
-        with kept_random_state():
+        with kept_random_state(), as_validation(trainer):
             self.shards = [Shard(loader, ranks) for loader in loaders]
             self._check_first(ranks)
 
@@ -236,8 +240,9 @@ class CalibrationBatches:
         firsts = [(shard.first, index) for index, shard in enumerate(self.shards) if shard.first is not None]
         with ranks.raise_together():
             try:
-                for batch, index in firsts:
-                    self.spec.pair(validation_batch(self.trainer, self.module, batch, index))
+                self.firsts = [validation_batch(self.trainer, self.module, batch, index) for batch, index in firsts]
+                for batch in self.firsts:
+                    self.spec.pair(batch)
             except TypeError as error:
                 raise MisconfigurationException(f"NeuralClamping cannot use the calibration set. {error}") from error
         if not any(ranks.gather(bool(firsts))):

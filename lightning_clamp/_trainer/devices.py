@@ -8,6 +8,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from torch import distributed as dist
 
+from lightning_clamp.clamping.options import Plan
 from lightning_clamp.clamping.ranks import ALONE, Ranks
 
 
@@ -39,6 +40,18 @@ def check_float64(trainer: Trainer) -> None:
             "NeuralClamping sums in float64, which MPS does not have: use Trainer(accelerator='cpu'), or train without "
             "it and run lightning_clamp.calibrate(Trainer(accelerator='cpu'), model, dataloader)."
         )
+
+
+def check_method(trainer: Trainer, plan: Plan) -> None:
+    """Refuse a method that several ranks cannot share.
+
+    Raises:
+        MisconfigurationException: If it is, and there are several.
+    """
+    try:
+        plan.check_ranks(trainer.world_size)
+    except ValueError as error:
+        raise MisconfigurationException(f"{error} Here that is Trainer(devices=1).") from None
 
 
 def take_group_down_at_exit() -> None:

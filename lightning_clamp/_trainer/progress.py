@@ -1,5 +1,6 @@
 """Calibration progress in the Trainer's own progress bar."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -49,11 +50,13 @@ def _tqdm(bar: TQDMProgressBar, total: int | None) -> Iterator[Callable[[str, in
 def _rich(bar: RichProgressBar, total: int | None) -> Iterator[Callable[[str, int], None]]:
     progress = bar.progress
     assert progress is not None
-    task = progress.add_task("Calibrating", total=total)
+    # Lightning's columns take infinity for a length that is not known, and refuse rich's own None.
+    length = math.inf if total is None else total
+    task = progress.add_task("Calibrating", total=length)
 
     def update(what: str, done: int) -> None:
         if done == 1:
-            progress.reset(task, total=total)
+            progress.reset(task, total=length)
         progress.update(task, description=f"Calibrating ({what})", completed=done)
         bar.refresh()
 

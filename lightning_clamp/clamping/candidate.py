@@ -12,6 +12,7 @@ _GridCode: TypeAlias = Literal[
     "several inputs",
     "integer inputs",
     "inputs differ in shape",
+    "no gradient",
     "no such grid",
     "missing classes",
     "too few samples for the grid",

@@ -20,14 +20,12 @@ _MOST_MATRIX_CLASSES = 30
 FEWEST = 100
 
 
-def eligible_grids(
-    sizes: Iterable[int], summary: DatasetSummary, moments: LogitMoments
-) -> tuple[list[Grid], list[Candidate]]:
+def eligible_grids(sizes: Iterable[int], summary: DatasetSummary) -> tuple[list[Grid], list[Candidate]]:
     """The grids to consider, and a record of each that was refused."""
     eligible: list[Grid] = []
     refused: list[Candidate] = []
     for size in sorted(set(sizes)):
-        if refusal := _refuse_inputs(size, summary) or _refuse_classes(moments):
+        if refusal := _refuse_inputs(size, summary):
             refused.append(Candidate(size, "temperature", 0, refusal=refusal))
             continue
         assert summary.shape is not None
@@ -81,8 +79,8 @@ def _refuse_inputs(size: int, summary: DatasetSummary) -> Refusal | None:
     return None
 
 
-def _refuse_classes(moments: LogitMoments) -> Refusal | None:
-    """A perturbation acts on all classes, also on those of which the set says nothing."""
+def refuse_grids(moments: LogitMoments) -> Refusal | None:
+    """Why no grid is fitted: a perturbation acts on all classes, also on those of which the set says nothing."""
     if moments.is_one_class:
         return Refusal("one class", "all labels are the same")
     if moments.are_missing:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from typing_extensions import Unpack
 
+from lightning_clamp._checks import check_whole
 from lightning_clamp.clamping.clamp import Clamp
 from lightning_clamp.clamping.frozen import frozen, module_of
 from lightning_clamp.clamping.options import ClampKeywords, Method, Plan, TemperatureOptions, make_plan
@@ -66,8 +67,8 @@ def fit_clamp(
         TypeError: If batches are no pairs of tensors, labels have no integer dtype, or a keyword is unknown.
         ValueError: If a setting or an option has no such value, the set is empty or has fewer than 10 samples, a logit
             is not finite, a label is out of range, or the network returns probabilities.
-        RuntimeError: If the output carries no gradient to the input and a perturbation was asked for; if another rank
-            of the process group failed, with its error in words.
+        RuntimeError: If ``method="published"`` finds no gradient to the input (other methods leave the input alone
+            then); if another rank of the process group failed, with its error in words.
 
     Example:
         >>> logits = torch.randn(2000, 5)
@@ -79,6 +80,7 @@ def fit_clamp(
     ranks = Ranks(process_group)
     with ranks.raise_together():
         plan = make_plan(method, keywords, fit_clamp)
+        check_whole("cache_bytes", cache_bytes, least=0)
     return fit_by_plan(network, dataloader, plan, cache_bytes=cache_bytes, progress=progress, ranks=ranks)
 
 

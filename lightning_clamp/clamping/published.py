@@ -8,8 +8,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_clamp._batch import Inputs
+from lightning_clamp._checks import counted
 from lightning_clamp._rows import Rows
 from lightning_clamp.clamping.clamp import Clamp
+from lightning_clamp.clamping.gradient import gradient_problem
 from lightning_clamp.clamping.options import PublishedOptions
 from lightning_clamp.clamping.outcome import MethodOutcome
 from lightning_clamp.clamping.passes import CalibrationSet, Logits, summed
@@ -37,7 +39,8 @@ def fit_published(
     Reference:
         Tang, Chen and Ho, "Neural Clamping", TMLR 2024; https://github.com/yungchentang/NCToolkit.
     """
-    _check_inputs(summary, options)
+    check_inputs(summary, options)
+    check_differentiable(data)
     torch.manual_seed(options.seed)
     perturbation, temperature = _start(data, summary, options)
     parameters = [perturbation, temperature]
@@ -55,7 +58,16 @@ def fit_published(
     return _finished(data, summary, perturbation.detach(), float(temperature.detach()), options.epochs, history)
 
 
-def _check_inputs(summary: DatasetSummary, options: PublishedOptions) -> None:
+def check_differentiable(data: CalibrationSet) -> None:
+    """Refuse a network that cannot be differentiated in its input."""
+    if (problem := gradient_problem(data)) is not None:
+        raise RuntimeError(
+            f'method="published" descends along the gradient to the input, and {problem}: mend that, or use '
+            'method="temperature".'
+        )
+
+
+def check_inputs(summary: DatasetSummary, options: PublishedOptions) -> None:
     """Refuse inputs that no one perturbation fits."""
     if summary.shape is None:
         raise ValueError(
@@ -138,9 +150,9 @@ def _finished(
     history: list[dict[str, float]],
 ) -> MethodOutcome:
     if not temperature > 0 or not bool(torch.isfinite(perturbation).all()):
-        reason = f"after {epochs} epochs T = {temperature:.4g}, which is no temperature"
+        reason = f"after {counted(epochs, 'epoch')} T = {temperature:.4g}, which is no temperature"
         return MethodOutcome(Clamp(), summary.logits, reason, history=tuple(history))
     log_temperature = torch.tensor(temperature, dtype=torch.float64).log().to(perturbation.dtype)
     clamp = Clamp(perturbation.cpu(), log_temperature)
-    reason = f"the published method: the last iterate of {epochs} epochs, T = {temperature:.4g}"
+    reason = f"the published method: the last iterate of {counted(epochs, 'epoch')}, T = {temperature:.4g}"
     return MethodOutcome(clamp, Logits(data, clamp.perturbation, recompute=True), reason, history=tuple(history))

@@ -116,7 +116,8 @@ class Ranks:
             sizes = [float(parameter.detach().abs().sum(dtype=torch.float64)) for parameter in module.parameters()]
         everyone = self.gather((layout, torch.tensor(sizes, dtype=torch.float64)))
         # Not to the last bit: the ranks' devices may add up in different order.
-        if any(other != layout or not torch.allclose(theirs, everyone[0][1], rtol=1e-6) for other, theirs in everyone):
+        same = [torch.allclose(theirs, everyone[0][1], rtol=1e-6, equal_nan=True) for _, theirs in everyone]
+        if not all(same) or any(other != layout for other, _ in everyone):
             raise RuntimeError("The ranks hold different networks: load the same weights on all of them.")
         for buffer in buffers.values():
             value = buffer.detach().to(self._device, copy=True)

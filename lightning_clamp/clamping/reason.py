@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from lightning_clamp._checks import counted
 from lightning_clamp.clamping.candidate import Candidate
 
 
@@ -14,14 +15,15 @@ def reason(chosen: Candidate, candidates: Sequence[Candidate]) -> str:
         words = (
             f"{chosen.name}{_with_share(chosen)} lowers the calibration NLL by {chosen.achieved_gain:.4f} against "
             f"temperature scaling with {chosen.effective_parameters:.1f} effective parameters; held out it is expected "
-            f"to change by {chosen.expected_change:+.4f} ± {chosen.standard_error:.4f}: the best of {len(richer) + 1} "
-            "candidates"
+            f"to change by {chosen.expected_change:+.4f} ± {chosen.standard_error:.4f}: the best of "
+            f"{counted(len(richer) + 1, 'candidate')}"
         )
     elif richer:
         best = min(richer, key=lambda one: one.rank)
         words = (
-            f"temperature alone: the best of {len(richer)} richer candidates, {best.name}, is expected to change the "
-            f"held-out NLL by {best.expected_change:+.4f} ± {best.standard_error:.4f}, no improvement to rely on"
+            f"temperature alone: the best of {counted(len(richer), 'richer candidate')}, {best.name}, is expected to "
+            f"change the held-out NLL by {best.expected_change:+.4f} ± {best.standard_error:.4f}, no improvement to "
+            "rely on"
         )
     else:
         words = "temperature alone: there was no richer candidate"

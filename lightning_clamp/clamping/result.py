@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from lightning_clamp._checks import counted
 from lightning_clamp.clamping.candidate import Candidate, Refusal
 from lightning_clamp.clamping.clamp import Clamp
 from lightning_clamp.clamping.options import Method
@@ -53,6 +54,13 @@ class CalibrationResult:
     seconds: float
     fingerprint: str = ""
 
+    @property
+    def chosen_name(self) -> str:
+        """What is applied, in a word or two: ``"identity"``, ``"vector"``, ``"2×2 grid + temperature"``."""
+        if self.clamp.is_identity:
+            return "identity"
+        return self.method if self.chosen is None else self.chosen.name
+
     def __repr__(self) -> str:
         """A few lines of text: the metrics before and after, and what was chosen and why."""
         lines = [f"{'calibration set':<16}{'before':>10}{'after':>10}    change [95 % interval]"]
@@ -62,7 +70,7 @@ class CalibrationResult:
             lines.append(f"{row}    {change} [{low}, {high}]")
         lines.append(
             f"T = {float(self.clamp.temperature):.4g}, |δ| = {self.clamp.perturbation_norm:.3g}, "
-            f"{self.n_samples} samples, {self.passes} passes, {self.seconds:.1f} s"
+            f"{counted(self.n_samples, 'sample')}, {counted(self.passes, 'pass', 'passes')}, {self.seconds:.1f} s"
         )
         lines.append(f"chosen: {self.reason}")
         return "\n".join(lines)

@@ -44,9 +44,6 @@ def score_pass(
 
     Returns:
         For every grid the sums in (coefficients, free parameters of the map); and the logits.
-
-    Raises:
-        RuntimeError: If the network's output does not depend differentiably on its input.
     """
     logits_seen = Logits(data, perturbation)
 
@@ -84,11 +81,6 @@ def _input_scores(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits of one batch, the loss's gradient to every input, and every item's score in the map, ``(N, q)``."""
     logits, moved = data.tracked(inputs, perturbation)
-    if not logits.requires_grad:
-        raise RuntimeError(
-            "The network's output carries no gradient to its input (a forward under `no_grad`, `detach` or rounding?): "
-            'remove it, or pass grids=() or method="temperature" to calibrate the outputs only.'
-        )
     rows = data.rows(logits, target).doubled()
     log_probs = space.apply(rows.logits, free).log_softmax(1)
     (gradient,) = torch.autograd.grad(space.loss_of_label(log_probs, rows.target)[0].sum(), moved)

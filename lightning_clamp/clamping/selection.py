@@ -12,7 +12,8 @@ from torch import Tensor
 from lightning_clamp.clamping.candidate import Candidate, Refusal
 from lightning_clamp.clamping.clamp import Clamp
 from lightning_clamp.clamping.criterion import estimate
-from lightning_clamp.clamping.eligible import FEWEST, eligible_grids, refuse_map
+from lightning_clamp.clamping.eligible import FEWEST, eligible_grids, refuse_grids, refuse_map
+from lightning_clamp.clamping.gradient import gradient_problem
 from lightning_clamp.clamping.map_loss import standard_error
 from lightning_clamp.clamping.moments import LogitMoments, logit_moments
 from lightning_clamp.clamping.options import ClampOptions
@@ -57,7 +58,10 @@ def choose_clamp(
         return MethodOutcome(Clamp(), summary.logits, NO_TEMPERATURE)
     kinds = _kinds(options.output_maps, summary.n_classes, binary=data.spec.binary)
     comparison = _comparison(summary, base, kinds, options, data.spec.binary)
-    grids, refused = eligible_grids(options.grids, summary, comparison.moments)
+    grids, refused = eligible_grids(options.grids, summary)
+    if grids and (refusal := refuse_grids(comparison.moments) or _no_gradient(data)) is not None:
+        refused += [Candidate(grid.size, "temperature", grid.n_coefficients + 1, refusal=refusal) for grid in grids]
+        grids = []
     fitted = _candidates(start_without_grid(summary, comparison.base), comparison)
     candidates = refused + [candidate for candidate, _ in fitted]
     best, map_fit = min(fitted, key=lambda pair: pair[0].rank)
@@ -139,6 +143,11 @@ def _comparison(
         refusal = refuse_map(kind, moments, n_rows / repeats, kept=kept)
         spaces[kind] = refusal or map_space(kind, moments, repeats)
     return _Comparison(summary, binary, moments, fit, alone, spaces)
+
+
+def _no_gradient(data: CalibrationSet) -> Refusal | None:
+    problem = gradient_problem(data)
+    return None if problem is None else Refusal("no gradient", problem)
 
 
 def _warn_of_unseen(moments: LogitMoments, ranks: Ranks) -> None:

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -114,7 +115,7 @@ def submodule(network: Callable[..., Any], name: str) -> nn.Module:
     """The submodule of that name.
 
     Raises:
-        ValueError: If the network has none, with the names that it has.
+        ValueError: If the network has none, with the names that come near, or those that it has.
     """
     module = module_of(network)
     if module is None:
@@ -122,8 +123,11 @@ def submodule(network: Callable[..., Any], name: str) -> nn.Module:
     try:
         return module.get_submodule(name)
     except AttributeError:
-        names = [known for known, _ in module.named_modules() if known and known.count(".") <= name.count(".")]
-        raise ValueError(f"The network has no submodule {name!r} to perturb at; it has {', '.join(names)}.") from None
+        names = [known for known, _ in module.named_modules() if known]
+        near = [known for known in names if known.endswith(f".{name}")] or get_close_matches(name, names, n=1)
+        known = [known for known in names if known.count(".") <= name.count(".")]
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {', '.join(known)}."
+        raise ValueError(f"The network has no submodule {name!r} to perturb at: {hint}") from None
 
 
 def first_parameter(module: nn.Module) -> str | None:

@@ -73,8 +73,13 @@ class _Kind(NamedTuple):
     unclear_axis: str | None
 
 
-def summarize(data: CalibrationSet) -> DatasetSummary:
+def summarize(data: CalibrationSet, *, trial: bool = False) -> DatasetSummary:
     """Pass over ``data`` once without gradients.
+
+    Args:
+        data: Network and batches.
+        trial: Whether the network is not trained yet and these are not all of its batches: what may be right in the
+            end, such as the number of samples, is not checked.
 
     Raises:
         ValueError: If the set is empty or smaller than 10 samples, a logit is not finite, a label is out of range, the
@@ -91,7 +96,9 @@ def summarize(data: CalibrationSet) -> DatasetSummary:
             with torch.no_grad():
                 logits, value = data.observed(inputs)
             rows = data.rows(logits, target)
-            _check_values(rows, seen, data.ranks)
+            _check_labels(rows)
+            if not trial:
+                _check_values(rows, seen, data.ranks)
             logits_seen.keep(logits, target)
             losses = F.cross_entropy(rows.doubled().logits, rows.target, reduction="none")
             heaviest.append(heaviest_of(losses, rows, seen))
@@ -107,11 +114,12 @@ def summarize(data: CalibrationSet) -> DatasetSummary:
     all_kinds, all_marks, all_heaviest = zip(*data.ranks.gather((kinds, marks, max(heaviest))), strict=True)
     kinds = set().union(*all_kinds)
     kind = _of_all(kinds)
-    warn_of_repeats(all_marks, data.ranks)
     n_samples, n_rows, n_values, n_outside = (int(count) for count in counts)
-    _check_size(n_samples, n_rows)
-    warn_of_one_sample(all_heaviest, float(loss), data.ranks)
-    if n_outside == 0:
+    if not trial:
+        warn_of_repeats(all_marks, data.ranks)
+        check_size(n_samples, n_rows)
+        warn_of_one_sample(all_heaviest, float(loss), data.ranks)
+    if n_outside == 0 and not (trial and data.spec.binary):
         _complain_of_probabilities(data)
     return DatasetSummary(
         logits=logits_seen,
@@ -177,13 +185,6 @@ def _check_values(rows: Rows, offset: int, ranks: Ranks) -> None:
             f"The network returned NaN or infinite logits for sample {first} of {where}: "
             "find that sample, or the weights that overflow, before calibrating."
         )
-    n_classes = rows.logits.shape[1]
-    wrong = rows.target[(rows.target < 0) | (rows.target >= n_classes)]
-    if len(wrong):
-        raise ValueError(
-            f"The calibration set has the label {int(wrong[0])}, but the network has {n_classes} classes, 0 to "
-            f"{n_classes - 1}: {_way_out(int(wrong[0]), rows.target, n_classes)}"
-        )
     of_label = rows.logits.gather(1, rows.target[:, None])[:, 0]
     if bool((of_label <= MASKED).any()):
         first = int((of_label <= MASKED).nonzero()[0])
@@ -191,6 +192,16 @@ def _check_values(rows: Rows, offset: int, ranks: Ranks) -> None:
             f"Sample {int(rows.item[first]) + offset} of {where} has the label {int(rows.target[first])}, and the "
             f"network returned {float(of_label[first]):.4g} for it, which counts as masked ({MASKED:.0f} and below): "
             "leave the sample out or unmask its class, or divide the outputs by a constant if nothing is masked."
+        )
+
+
+def _check_labels(rows: Rows) -> None:
+    n_classes = rows.logits.shape[1]
+    wrong = rows.target[(rows.target < 0) | (rows.target >= n_classes)]
+    if len(wrong):
+        raise ValueError(
+            f"The calibration set has the label {int(wrong[0])}, but the network has {n_classes} classes, 0 to "
+            f"{n_classes - 1}: {_way_out(int(wrong[0]), rows.target, n_classes)}"
         )
 
 
@@ -204,7 +215,8 @@ def _way_out(label: int, target: Tensor, n_classes: int) -> str:
     return f"start the labels at 0, or name a padding label with ignore_index={label}."
 
 
-def _check_size(n_samples: int, n_rows: int) -> None:
+def check_size(n_samples: int, n_rows: int) -> None:
+    """Refuse a set that no temperature can be fitted to."""
     if n_rows == 0:
         raise ValueError("Every label of the calibration set is `ignore_index`: nothing is left to calibrate on.")
     if n_samples < MIN_SAMPLES:
@@ -216,11 +228,12 @@ def _check_size(n_samples: int, n_rows: int) -> None:
 
 def _outside_simplex(logits: Tensor, binary: bool) -> int:
     """How many outputs cannot be probabilities: outside [0, 1], or in a row that does not sum to 1."""
-    outside = ((logits < 0) | (logits > 1)).sum()
+    # NaN is outside, too.
+    outside = (~((logits >= 0) & (logits <= 1))).sum()
     if binary:
         return int(outside)
     tolerance = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 2e-2
-    return int(outside + ((logits.float().sum(1) - 1).abs() > tolerance).sum())
+    return int(outside + (~((logits.float().sum(1) - 1).abs() <= tolerance)).sum())
 
 
 def _complain_of_probabilities(data: CalibrationSet) -> None:

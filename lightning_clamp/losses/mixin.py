@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_clamp._checks import OptionError, check_choice
+from lightning_clamp._checks import OptionError, check_choice, check_package
 from lightning_clamp._rows import TASKS, Task
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -78,6 +78,7 @@ class LossMixin(LightningModule):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse a class in which the mixin would be passed over, or two of them compete."""
         super().__init_subclass__(**kwargs)
+        check_package(cls)
         order = cls.__mro__[: cls.__mro__.index(LossMixin)]
         others = [base for base in order if not issubclass(base, LossMixin)]
         if before := [base.__name__ for base in others if "training_step" in vars(base)]:

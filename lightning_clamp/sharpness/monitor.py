@@ -9,9 +9,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_clamp._batch import BatchKeys, Inputs, call_network, logits_of
-from lightning_clamp._checks import check_at_least
+from lightning_clamp._checks import check_at_least, check_package
 from lightning_clamp._rows import Task
 from lightning_clamp._trainer.data import as_validation, validation_batch
+from lightning_clamp._trainer.preflight import kept_loaders
 from lightning_clamp.clamping.frozen import kept_random_state
 from lightning_clamp.losses._modes import in_mode
 from lightning_clamp.metrics import ExpectedCalibrationError, ExponentialMarginTail
@@ -89,8 +90,9 @@ class SharpnessMonitor(Callback):
         Raises:
             MisconfigurationException: If there are none, or they are not what ``batch_keys`` says.
         """
+        check_package(trainer)
         # A loader draws a seed when it is read, which training must not notice.
-        with kept_random_state(), as_validation(trainer):
+        with kept_random_state(), kept_loaders([self.dataloader]), as_validation(trainer):
             batches = [validation_batch(trainer, pl_module, batch) for batch in self.dataloader]
         if not batches:
             raise MisconfigurationException("SharpnessMonitor needs a loader that yields one batch at least.")

@@ -408,7 +408,11 @@ BAD = {
     "triple": (bad(batches=[(X, Y, Y)]), TypeError, "got tuple of 3 items"),
     "bare": (bad(batches=[X]), TypeError, r"pair \(inputs, target\), got Tensor"),
     "lists": (bad(batches=[([1], [2])]), TypeError, "input of a batch must be a tensor or a dict of tensors, got list"),
-    "no_grad": (bad(network=torch.no_grad()(SmallNet())), RuntimeError, "carries no gradient .* under `no_grad`"),
+    "no_grad": (
+        bad(network=torch.no_grad()(SmallNet()), method="published"),
+        RuntimeError,
+        'method="published" descends along the gradient .* under `no_grad`',
+    ),
     "not a tensor": (
         bad(network=lambda x: {"scores": x}),
         TypeError,

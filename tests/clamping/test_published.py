@@ -99,7 +99,7 @@ def test_the_data_driven_start_is_an_option():
 def test_a_temperature_that_crosses_zero_changes_nothing():
     network, x, y = shifted_images(100)
     options = {"method": "published", "epochs": 1, "optimizer": "adamw", "lr": 6.0, "initial_temperature": 5.0}
-    with pytest.warns(UserWarning, match="left as it is: after 1 epochs T = -.*, which is no temperature"):
+    with pytest.warns(UserWarning, match="left as it is: after 1 epoch T = -.*, which is no temperature"):
         result = fit_clamp(network, batches(x, y), **options)
     assert result.clamp.is_identity
     assert result.after == result.before

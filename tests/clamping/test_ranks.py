@@ -198,10 +198,12 @@ def failure(kind):
         network = Poisoned(1, 1, KeyboardInterrupt())
     if kind == "weights":
         network.linear.weight.data += dist.get_rank()
+    if kind == "nan weights":
+        network.linear.weight.data.fill_(torch.nan)
     if kind == "buffers" and dist.get_rank() == 1:
         network.register_buffer("cache", torch.zeros(3))
     true = images(100, seed=dist.get_rank())
-    # Far enough off that a grid is stepped: the fifth call is in its second pass.
+    # Far enough off that a grid is stepped: the sixth call is in its second pass.
     x, y = true - 3 * SHIFT, sampled(SmallNet()(true).detach().double())
     before = {name: value.clone() for name, value in network.state_dict().items()}
     options = {"output_maps": ("temperature",), **(GIVEN.get(kind, {}) if dist.get_rank() == 1 else {})}
@@ -218,8 +220,9 @@ FAILURES = {
     "label": ("ValueError", "has the label 17, but the network has 4 classes"),
     "loader": ("FileNotFoundError", "part-7.tar"),
     "call 1": ("MemoryError", "no memory left"),
+    "call 3": ("MemoryError", "no memory left"),
     "call 4": ("MemoryError", "no memory left"),
-    "call 5": ("MemoryError", "no memory left"),
+    "call 6": ("MemoryError", "no memory left"),
     "generator": ("TypeError", "which can be read once"),
     "perturb_at": ("ValueError", "no submodule 'nowhere'"),
     "option": ("ValueError", "`grids` must be a sequence"),
@@ -230,7 +233,7 @@ FAILURES = {
 
 
 def all_failures():
-    return {kind: failure(kind) for kind in [*FAILURES, "weights", "buffers", "settings"]}
+    return {kind: failure(kind) for kind in [*FAILURES, "weights", "buffers", "settings", "nan weights"]}
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +249,14 @@ def test_what_goes_wrong_on_one_rank_is_raised_on_all(failures, kind):
     assert words in its_own[1]
     assert other == ("RuntimeError", f"Rank 1 failed with {name}: {its_own[1]}".removesuffix(": "), True)
     assert its_own[2]
+
+
+def test_weights_that_are_nan_everywhere_are_no_different_networks(failures):
+    for rank, theirs in enumerate(failures):
+        name, words, _ = theirs["nan weights"]
+        assert name == "ValueError"
+        assert "NaN or infinite logits for sample 0 of" in words
+        assert f"that rank {rank} has" in words
 
 
 @pytest.mark.parametrize("kind", ["weights", "buffers"])

@@ -94,6 +94,18 @@ def of_bytes(n, seed):
     return DataLoader(TensorDataset(255 * images, target), batch_size=20)
 
 
+def test_a_generator_that_training_shares_is_as_it_was(tmp_path):
+    weights = []
+    for monitored in (False, True):
+        generator = torch.Generator().manual_seed(3)
+        options = {"batch_size": 20, "shuffle": True, "generator": generator}
+        data = [DataLoader(loader(60, seed).dataset, **options) for seed in (1, 3)]
+        model = LitClassifier(lr=0.1)
+        trainer(tmp_path, *[SharpnessMonitor(data[1], max_iterations=1)][:monitored]).fit(model, data[0])
+        weights.append(model.net.linear.weight.detach())
+    assert torch.equal(*weights)
+
+
 def test_the_monitor_sees_batches_as_a_validation_step_does(tmp_path):
     monitor, model = SharpnessMonitor(of_bytes(60, 3)), Bytes(lr=0.0)
     trainer(tmp_path, monitor).fit(model, of_bytes(100, 1))
