@@ -22,6 +22,12 @@ from lightning_clamp.metrics.classwise import ClasswiseCalibrationError, classwi
 from lightning_clamp.metrics.diagram import ReliabilityDiagram
 from lightning_clamp.metrics.margin import ExponentialMarginTail, class_margin, exponential_margin_tail
 from lightning_clamp.metrics.picture import plot_reliability
+from lightning_clamp.metrics.refined import (
+    BestTemperature,
+    RefinedNegativeLogLikelihood,
+    best_temperature,
+    refined_negative_log_likelihood,
+)
 from lightning_clamp.metrics.reliability import ReliabilityCurve, reliability_curve
 from lightning_clamp.metrics.scoring_rules import (
     Accuracy,
@@ -38,6 +44,7 @@ from lightning_clamp.metrics.smooth import SmoothCalibrationError, smooth_calibr
 __all__ = [
     "Accuracy",
     "AdaptiveCalibrationError",
+    "BestTemperature",
     "BlockSums",
     "BootstrapSums",
     "BrierScore",
@@ -49,12 +56,14 @@ __all__ = [
     "NegativeLogLikelihood",
     "OverconfidenceError",
     "PredictiveEntropy",
+    "RefinedNegativeLogLikelihood",
     "ReliabilityCurve",
     "ReliabilityDiagram",
     "RootMeanSquareCalibrationError",
     "SmoothCalibrationError",
     "accuracy",
     "adaptive_calibration_error",
+    "best_temperature",
     "brier_score",
     "class_margin",
     "classwise_calibration_error",
@@ -66,6 +75,7 @@ __all__ = [
     "paired_bootstrap",
     "plot_reliability",
     "predictive_entropy",
+    "refined_negative_log_likelihood",
     "reliability_curve",
     "root_mean_square_calibration_error",
     "smooth_calibration_error",
