@@ -144,7 +144,7 @@ def _ladder_sums(rows: PredictedRows) -> Tensor:
     below = logits - logits.amax(1, keepdim=True)
     beta = _inverse_temperatures(torch.arange(_N_RUNGS, dtype=below.dtype, device=below.device))[:, None]
     at_once = _AT_ONCE if below.device.type == "cpu" else _AT_ONCE_DEVICE
-    parts = below.split(max(1, at_once // (_N_RUNGS * below.shape[1])))
+    parts = torch.split(below, max(1, at_once // (_N_RUNGS * below.shape[1])))
     log_sums = torch.cat([(part[:, None] * beta).clamp_(_NEGLIGIBLE).exp_().sum(2).log_() for part in parts])
     distance = -below.gather(1, rows.target[:, None]).sum(dtype=torch.float64)
     count = distance.new_tensor(float(len(below)))
