@@ -2,9 +2,9 @@
 
     python examples/choose_epoch.py
 
-Small convnets are trained on scikit-learn's handwritten digits with noise in pixels and labels. In every training, one
-``CalibrationMonitor`` and three ``ModelCheckpoint`` keep the best weights by each of the three on a few hundred
-validation images; all are then calibrated on those, and judged on the images that are left. The table compares the
+Small convnets are trained on scikit-learn's handwritten digits with noise in pixels, labels or both. In every training,
+one ``CalibrationMonitor`` and three ``ModelCheckpoint`` keep the best weights by each of the three on a few hundred
+validation images; all are then calibrated on those, and judged on the images that are left. The tables compare the
 held-out NLL of trainings with the same seed.
 """
 
@@ -27,6 +27,8 @@ from lightning_clamp import CalibrationMonitor, fit_clamp
 from lightning_clamp.metrics import Accuracy, negative_log_likelihood
 
 CHOSEN_BY = {"nll": "min", "accuracy": "max", "refined_nll": "min"}
+# Standard deviation that is added to pixels, which lie in [0, 1], and share of labels that are drawn at random.
+NOISE = {"pixels": (0.5, 0.0), "labels": (0.0, 0.2), "pixels and labels": (0.4, 0.2)}
 
 
 class Validated(LitDigits):
@@ -38,23 +40,24 @@ class Validated(LitDigits):
         self.log("val/loss", F.cross_entropy(self(x), y))
 
 
-def noisy_digits(seed: int, n_train: int, n_val: int) -> list[TensorDataset]:
-    """Digits to train on, to choose an epoch by and to judge, all of one kind: noisy pixels, every fifth label wrong."""
+def noisy_digits(seed: int, noise: str, n_val: int, n_train: int = 500) -> list[TensorDataset]:
+    """Digits to train on, to choose an epoch by and to judge, all with the same noise."""
+    of_pixels, of_labels = NOISE[noise]
     data, generator = load_digits(), torch.Generator().manual_seed(seed)
     images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16
-    images += 0.4 * torch.randn(images.shape, generator=generator)
+    images += of_pixels * torch.randn(images.shape, generator=generator)
     target = torch.tensor(data.target)
-    wrong = torch.rand(len(target), generator=generator) < 0.2
+    wrong = torch.rand(len(target), generator=generator) < of_labels
     target[wrong] = torch.randint(10, (int(wrong.sum()),), generator=generator)
     order = torch.randperm(len(target), generator=generator)
     parts = order.split([n_train, n_val, len(target) - n_train - n_val])
     return [TensorDataset(images[part], target[part]) for part in parts]
 
 
-def chosen(seed: int, n_val: int, epochs: int) -> dict[str, tuple[int, float, float]]:
+def chosen(seed: int, noise: str, n_val: int, epochs: int) -> dict[str, tuple[int, float, float]]:
     """Epoch, and held-out NLL before and after calibration, for the weights that each quantity chose."""
     seed_everything(seed, verbose=False)
-    train, val, test = noisy_digits(seed, 500, n_val)
+    train, val, test = noisy_digits(seed, noise, n_val)
     with tempfile.TemporaryDirectory() as folder:
         keepers = {
             name: ModelCheckpoint(Path(folder, name), monitor=f"val/{name}", mode=mode, save_weights_only=True)
@@ -99,19 +102,20 @@ def table(runs: list[dict[str, tuple[int, float, float]]]) -> str:
 
 
 def main() -> None:
-    """Train for every seed and every size of the validation set, and print a table for each size."""
+    """Train for every noise and seed, and print a table for each noise."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--epochs", type=int, default=60)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[300, 500], help="of the validation set")
+    parser.add_argument("--noise", nargs="+", choices=NOISE, default=list(NOISE))
+    parser.add_argument("--n-val", type=int, default=400, help="images to choose an epoch by")
     arguments = parser.parse_args()
     # Sets of this size need no worker processes, whatever Lightning says.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*The number of training batches.*")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    for size in arguments.sizes:
-        runs = [chosen(seed, size, arguments.epochs) for seed in range(arguments.seeds)]
-        print(f"\n{size} validation images, {arguments.seeds} seeds:\n\n{table(runs)}")
+    for noise in arguments.noise:
+        runs = [chosen(seed, noise, arguments.n_val, arguments.epochs) for seed in range(arguments.seeds)]
+        print(f"\nnoise in {noise}, {arguments.n_val} validation images, {arguments.seeds} seeds:\n\n{table(runs)}")
 
 
 if __name__ == "__main__":

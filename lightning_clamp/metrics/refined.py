@@ -21,7 +21,7 @@ _FINE = 256
 # A class this far below the largest, in units of its temperature, weighs nothing; exp is slow where it underflows.
 _NEGLIGIBLE = -40.0
 # Numbers at work at once: what stays in a processor's cache; an accelerator wants few, large kernels.
-_AT_ONCE, _AT_ONCE_DEVICE = 2**17, 2**26
+_AT_ONCE, _AT_ONCE_DEVICE = 2**18, 2**26
 
 
 def refined_negative_log_likelihood(
