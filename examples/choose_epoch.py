@@ -89,14 +89,14 @@ def judged(path: str, val_loader: DataLoader, test: TensorDataset) -> tuple[int,
 
 
 def table(runs: list[dict[str, tuple[int, float, float]]]) -> str:
-    """Means over seeds; the difference to the choice by NLL with its 95 % interval over seeds, paired."""
+    """Means over seeds; the difference to the choice by NLL, paired, with its standard error."""
     lines = ["| epoch chosen by | epoch | NLL | NLL, calibrated | against the least NLL |", "|---|---|---|---|---|"]
     for name in CHOSEN_BY:
         columns = torch.tensor([run[name] for run in runs], dtype=torch.float64)
         epoch, before, after = columns.mean(0).tolist()
         change = columns[:, 2] - torch.tensor([run["nll"][2] for run in runs], dtype=torch.float64)
-        half = 1.96 * float(change.std()) / len(runs) ** 0.5
-        against = "" if name == "nll" else f"{float(change.mean()):+.3f} ± {half:.3f}"
+        error = f" ± {float(change.std()) / len(runs) ** 0.5:.3f}" if len(runs) > 1 else ""
+        against = "" if name == "nll" else f"{float(change.mean()):+.3f}{error}"
         lines.append(f"| `val/{name}` | {epoch:.0f} | {before:.3f} | {after:.3f} | {against} |")
     return "\n".join(lines)
 
