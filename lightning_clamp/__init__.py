@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from lightning_clamp.clamping import Clamp as Clamp
     from lightning_clamp.clamping import fit_clamp as fit_clamp
     from lightning_clamp.module import CalibrationModule as CalibrationModule
+    from lightning_clamp.monitor import CalibrationMonitor as CalibrationMonitor
     from lightning_clamp.standalone import calibrate as calibrate
 
 _HOME = {
     "CalibrationModule": "module",
+    "CalibrationMonitor": "monitor",
     "CalibrationResult": "clamping",
     "Clamp": "clamping",
     "NeuralClamping": "callback",
@@ -33,6 +35,7 @@ _PACKAGES = ("losses", "metrics", "sharpness")
 
 __all__ = [
     "CalibrationModule",
+    "CalibrationMonitor",
     "CalibrationResult",
     "Clamp",
     "NeuralClamping",

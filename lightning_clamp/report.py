@@ -1,8 +1,8 @@
 """Before and after: names and numbers, pictures, and every logger the Trainer has."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from lightning.pytorch import Trainer
@@ -16,6 +16,8 @@ from lightning_clamp.metrics import plot_reliability
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+
+T = TypeVar("T")
 
 # A perturbation inside a network may have hundreds.
 _MOST_CHANNELS = 8
@@ -33,7 +35,7 @@ def scalars(result: CalibrationResult) -> dict[str, float]:
         "passes": float(result.passes),
         "seconds": result.seconds,
     }
-    return {f"calibration/{name}": value for name, value in numbers.items()}
+    return _by_log_key(numbers)
 
 
 def log_result(trainer: Trainer, result: CalibrationResult) -> None:
@@ -42,13 +44,18 @@ def log_result(trainer: Trainer, result: CalibrationResult) -> None:
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in numbers.items()})
     if not trainer.is_global_zero:
         return
-    # Private, and what Lightning's own callbacks log by: the one count of steps that metrics logged in training have.
-    # trainer.global_step counts every optimizer, and with manual optimization only their steps, so it may lie behind.
-    step = trainer.fit_loop.epoch_loop._batches_that_stepped  # noqa: SLF001
+    step = training_step(trainer)
     for logger in trainer.loggers:
         logger.log_metrics(numbers, step=step)
     log_words(trainer.loggers, result, step)
-    log_figures(trainer.loggers, result, step)
+    log_figures(trainer.loggers, lambda: _by_log_key(figures(result)), step)
+
+
+def training_step(trainer: Trainer) -> int:
+    """The step that metrics logged in training have."""
+    # Private, and what Lightning's own callbacks log by. trainer.global_step counts every optimizer, and with manual
+    # optimization only their steps, so it may lie behind.
+    return trainer.fit_loop.epoch_loop._batches_that_stepped  # noqa: SLF001
 
 
 def log_words(loggers: Sequence[Logger], result: CalibrationResult, step: int) -> None:
@@ -63,8 +70,8 @@ def log_words(loggers: Sequence[Logger], result: CalibrationResult, step: int) -
                 logger.experiment.add_text(key, text, step)
 
 
-def log_figures(loggers: Sequence[Logger], result: CalibrationResult, step: int) -> None:
-    """Log the reliability diagram and the perturbation to TensorBoard, Weights & Biases and MLflow."""
+def log_figures(loggers: Sequence[Logger], draw: "Callable[[], Mapping[str, Figure]]", step: int) -> None:
+    """Draw figures, by their log key, and log them to TensorBoard, Weights & Biases and MLflow, if any is there."""
     takers = [logger for logger in loggers if isinstance(logger, TensorBoardLogger | WandbLogger | MLFlowLogger)]
     if not takers:
         return
@@ -73,9 +80,8 @@ def log_figures(loggers: Sequence[Logger], result: CalibrationResult, step: int)
         return
     from matplotlib import pyplot as plt
 
-    for name, figure in figures(result).items():
+    for key, figure in draw().items():
         for logger in takers:
-            key = f"calibration/{name}"
             if isinstance(logger, WandbLogger):
                 _log_to_wandb(logger, key, figure, step)
             elif isinstance(logger, MLFlowLogger):
@@ -92,6 +98,10 @@ def figures(result: CalibrationResult) -> dict[str, "Figure"]:
     if result.clamp.perturbation is not None:
         drawn["perturbation"] = plot_perturbation(result.clamp)
     return drawn
+
+
+def _by_log_key(named: Mapping[str, T]) -> dict[str, T]:
+    return {f"calibration/{name}": value for name, value in named.items()}
 
 
 def _log_to_wandb(logger: WandbLogger, key: str, figure: "Figure", step: int) -> None:

@@ -12,9 +12,19 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
 import lightning_clamp
-from lightning_clamp import fit_clamp, losses, metrics, sharpness
+from lightning_clamp import CalibrationMonitor, fit_clamp, losses, metrics, sharpness
 from lightning_clamp.report import scalars
-from tests.scenarios import LitClassifier, Segmenter, SmallNet, images, loader, maps, shifted_images, trainer
+from tests.scenarios import (
+    LitClassifier,
+    Segmenter,
+    SmallNet,
+    Validating,
+    images,
+    loader,
+    maps,
+    shifted_images,
+    trainer,
+)
 
 pytestmark = pytest.mark.docs
 PACKAGE = Path(lightning_clamp.__file__).parent
@@ -188,11 +198,11 @@ def test_ones_own_data_take_less_than_15_lines(elsewhere):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("page", "n_blocks"), [("how-it-works", 1), ("choosing", 2), ("loggers", 2)])
+@pytest.mark.parametrize(("page", "n_blocks"), [("how-it-works", 1), ("choosing", 2), ("loggers", 3)])
 def test_the_python_of_the_guides_runs(page, n_blocks, elsewhere):
     blocks = python_blocks(f"docs/{page}.md")
     assert len(blocks) == n_blocks
-    names = given()
+    names = given(MyModel=Validating, val_loader=loader(200, 31))
     for block in blocks:
         exec(block, names)
 
@@ -213,3 +223,4 @@ def test_every_key_that_is_logged_is_in_the_docs():
     text = (ROOT / "docs" / "loggers.md").read_text()
     network, x, y = shifted_images(200)
     assert not [key for key in scalars(fit_clamp(network, [(x, y)], method="temperature")) if key not in text]
+    assert not [name for name in CalibrationMonitor().metrics if f"`val/{name}`" not in text]

@@ -60,6 +60,12 @@ def test_several_processes_fit_the_clamp_of_one(ran, tmp_path):
     assert (tmp_path / "reliability.png").stat().st_size > 10_000
 
 
+def test_the_epoch_is_chosen_in_three_ways(ran):
+    printed = ran("choose_epoch.py", "--seeds", "1", "--epochs", "3", "--noise", "labels")
+    assert "noise in labels, 400 validation images, 1 seeds" in printed
+    assert all(f"| `val/{name}` |" in printed for name in ("nll", "accuracy", "refined_nll"))
+
+
 def test_losses_are_compared(ran, tmp_path):
     printed = ran("compare_losses.py", "--seeds", "1", "--losses", "ce", "acls", "--epochs", "2", "--out", tmp_path)
     assert printed.count("then clamped") == 2

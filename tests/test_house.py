@@ -34,7 +34,7 @@ FLOORS = (
     ("sharpness",),
     ("export",),
     ("module",),
-    ("callback", "standalone"),
+    ("callback", "standalone", "monitor"),
     ("cli",),
     ("__main__",),
 )

@@ -30,6 +30,12 @@ from lightning_clamp.metrics.classwise import ClasswiseCalibrationError, classwi
 from lightning_clamp.metrics.diagram import ReliabilityDiagram, RiskCoverageDiagram
 from lightning_clamp.metrics.margin import ExponentialMarginTail, class_margin, exponential_margin_tail
 from lightning_clamp.metrics.picture import plot_reliability
+from lightning_clamp.metrics.refined import (
+    BestTemperature,
+    RefinedNegativeLogLikelihood,
+    best_temperature,
+    refined_negative_log_likelihood,
+)
 from lightning_clamp.metrics.reliability import ReliabilityCurve, reliability_curve
 from lightning_clamp.metrics.risk_coverage import RiskCoverageCurve, risk_coverage_curve
 from lightning_clamp.metrics.risk_picture import plot_risk_coverage
@@ -50,6 +56,7 @@ __all__ = [
     "AccuracyAtCoverage",
     "AdaptiveCalibrationError",
     "AreaUnderRiskCoverage",
+    "BestTemperature",
     "BlockSums",
     "BootstrapSums",
     "BrierScore",
@@ -62,6 +69,7 @@ __all__ = [
     "NegativeLogLikelihood",
     "OverconfidenceError",
     "PredictiveEntropy",
+    "RefinedNegativeLogLikelihood",
     "ReliabilityCurve",
     "ReliabilityDiagram",
     "RiskCoverageCurve",
@@ -72,6 +80,7 @@ __all__ = [
     "accuracy_at_coverage",
     "adaptive_calibration_error",
     "area_under_risk_coverage",
+    "best_temperature",
     "brier_score",
     "class_margin",
     "classwise_calibration_error",
@@ -85,6 +94,7 @@ __all__ = [
     "plot_reliability",
     "plot_risk_coverage",
     "predictive_entropy",
+    "refined_negative_log_likelihood",
     "reliability_curve",
     "risk_coverage_curve",
     "root_mean_square_calibration_error",

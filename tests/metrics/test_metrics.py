@@ -18,6 +18,7 @@ from lightning_clamp.metrics import (
     AccuracyAtCoverage,
     AdaptiveCalibrationError,
     AreaUnderRiskCoverage,
+    BestTemperature,
     BlockSums,
     BootstrapSums,
     BrierScore,
@@ -29,6 +30,7 @@ from lightning_clamp.metrics import (
     NegativeLogLikelihood,
     OverconfidenceError,
     PredictiveEntropy,
+    RefinedNegativeLogLikelihood,
     ReliabilityDiagram,
     RiskCoverageDiagram,
     RootMeanSquareCalibrationError,
@@ -50,7 +52,10 @@ CONFIDENCE = [
     SmoothCalibrationError,
 ]
 MEANS = [Accuracy, BrierScore, ExponentialMarginTail, NegativeLogLikelihood, PredictiveEntropy]
-METRICS = [*CONFIDENCE, *MEANS, BootstrapSums, ClasswiseCalibrationError]
+LADDER = [BestTemperature, RefinedNegativeLogLikelihood]
+METRICS = [*CONFIDENCE, *MEANS, *LADDER, BootstrapSums, ClasswiseCalibrationError]
+# Labels that were drawn without regard to the logits have no best temperature, which those two say.
+pytestmark = pytest.mark.filterwarnings("ignore:.*where the outputs say nothing of the labels")
 
 
 def make(metric_class, n_classes=5, **options):
@@ -549,7 +554,7 @@ def test_labels_that_nobody_checked_and_torch_refuses_count_nothing(metric_class
 @pytest.mark.parametrize("task", ["multiclass", "binary"])
 def test_probabilities_taken_as_logits_are_noticed_once(metric_class, task):
     logits, target = calibrated_logits(30, n_classes=2)
-    probs = logits.softmax(1) if task == "multiclass" else logits[:, 0].sigmoid()
+    probs = logits.softmax(1) if task == "multiclass" else logits.diff(dim=1)[:, 0].sigmoid()
     metric = make(metric_class, n_classes=2, task=task)
     for part in torch.arange(9).split(4):  # too little to tell
         metric.update(probs[part], target[part])
@@ -557,7 +562,7 @@ def test_probabilities_taken_as_logits_are_noticed_once(metric_class, task):
         metric.update(probs[9:12], target[9:12])
     metric.update(probs, target)
     told = make(metric_class, n_classes=2, task=task)
-    told.update(logits if task == "multiclass" else logits[:, 0], target)
+    told.update(logits if task == "multiclass" else logits.diff(dim=1), target)
     told.update(probs, target)
 
 
