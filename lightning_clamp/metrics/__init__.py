@@ -20,9 +20,11 @@ from lightning_clamp.metrics.calibration_error import (
 )
 from lightning_clamp.metrics.classwise import ClasswiseCalibrationError, classwise_calibration_error
 from lightning_clamp.metrics.diagram import ReliabilityDiagram
+from lightning_clamp.metrics.evidence import CalibrationEvidence
 from lightning_clamp.metrics.margin import ExponentialMarginTail, class_margin, exponential_margin_tail
 from lightning_clamp.metrics.picture import plot_reliability
 from lightning_clamp.metrics.reliability import ReliabilityCurve, reliability_curve
+from lightning_clamp.metrics.score_test import CalibrationTest, calibration_test
 from lightning_clamp.metrics.scoring_rules import (
     Accuracy,
     BrierScore,
@@ -41,6 +43,8 @@ __all__ = [
     "BlockSums",
     "BootstrapSums",
     "BrierScore",
+    "CalibrationEvidence",
+    "CalibrationTest",
     "ClasswiseCalibrationError",
     "ExpectedCalibrationError",
     "ExponentialMarginTail",
@@ -56,6 +60,7 @@ __all__ = [
     "accuracy",
     "adaptive_calibration_error",
     "brier_score",
+    "calibration_test",
     "class_margin",
     "classwise_calibration_error",
     "expected_calibration_error",

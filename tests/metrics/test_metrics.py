@@ -19,6 +19,7 @@ from lightning_clamp.metrics import (
     BlockSums,
     BootstrapSums,
     BrierScore,
+    CalibrationTest,
     ClasswiseCalibrationError,
     ExpectedCalibrationError,
     ExponentialMarginTail,
@@ -44,11 +45,12 @@ CONFIDENCE = [
     SmoothCalibrationError,
 ]
 MEANS = [Accuracy, BrierScore, ExponentialMarginTail, NegativeLogLikelihood, PredictiveEntropy]
-METRICS = [*CONFIDENCE, *MEANS, BootstrapSums, ClasswiseCalibrationError]
+BY_CLASS = [CalibrationTest, ClasswiseCalibrationError]
+METRICS = [*CONFIDENCE, *MEANS, BootstrapSums, *BY_CLASS]
 
 
 def make(metric_class, n_classes=5, **options):
-    return metric_class(n_classes, **options) if metric_class is ClasswiseCalibrationError else metric_class(**options)
+    return metric_class(n_classes, **options) if metric_class in BY_CLASS else metric_class(**options)
 
 
 def computed(metric, *batches) -> torch.Tensor:
@@ -208,6 +210,9 @@ def test_masked_classes_are_no_nan(metric_class):
     actual = computed(make(metric_class, n_classes=6), (wide, target))
     if metric_class is ClasswiseCalibrationError:
         actual = actual * 6 / 5
+    elif metric_class is CalibrationTest:  # of which the class is one of those that are not judged
+        assert [float(actual[8]), float(actual[-1])] == [-1, 0]
+        actual = torch.cat([actual[:8], actual[9:-1]])
     torch.testing.assert_close(actual, expected)
 
 
@@ -247,6 +252,9 @@ def test_nothing_seen_is_nan_and_one_warning(metric_class, case):
     elif metric_class is BootstrapSums:
         assert value.curve.counts.sum() == 0
         value = torch.tensor(value.metrics["nll"])
+    elif metric_class is CalibrationTest:
+        assert value.n_samples == 0
+        value = torch.cat([part.reshape(-1) for part in value[1:]])
     assert torch.isnan(value).all()
 
 
