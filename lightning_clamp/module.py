@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torchmetrics import Metric, MetricCollection
@@ -19,7 +20,13 @@ from lightning_clamp.clamping.clamp import Clamp
 from lightning_clamp.clamping.options import names_of, unknown_keyword
 from lightning_clamp.clamping.result import CalibrationResult
 from lightning_clamp.clamping.site import InputHook, PerturbationSite, map_single_tensor
-from lightning_clamp.metrics import Accuracy, ExpectedCalibrationError, NegativeLogLikelihood
+from lightning_clamp.metrics import (
+    Accuracy,
+    CalibrationEvidence,
+    CalibrationTest,
+    ExpectedCalibrationError,
+    NegativeLogLikelihood,
+)
 from lightning_clamp.spec import Spec, SpecKeywords
 
 if TYPE_CHECKING:
@@ -29,8 +36,9 @@ if TYPE_CHECKING:
 class CalibrationModule(LightningModule):
     """A frozen network and its clamp: ``module(x)`` are calibrated logits.
 
-    ``trainer.test`` logs ``calibrated/nll``, ``calibrated/ece`` and ``calibrated/accuracy``; ``trainer.predict``
-    returns calibrated logits. The network stays in eval mode, and nothing here has a gradient.
+    ``trainer.test`` logs ``calibrated/nll``, ``calibrated/ece`` and ``calibrated/accuracy``, tests whether the clamp
+    still holds (``calibrated/p`` and its parts) and says so in a sentence; ``trainer.predict`` returns calibrated
+    logits. The network stays in eval mode, and nothing here has a gradient.
 
     Args:
         network: Module from inputs to logits. It is frozen in place: pass a copy to go on training the original.
@@ -69,6 +77,7 @@ class CalibrationModule(LightningModule):
         }
         # The prefix is our own: a Trainer refuses a second module that logs a known name in another way.
         self.metrics = MetricCollection(metrics, prefix="calibrated/")
+        self._test: CalibrationTest | None = None
         self.eval()
 
     @classmethod
@@ -181,11 +190,39 @@ class CalibrationModule(LightningModule):
         super().train(False)
         return self
 
+    def on_test_epoch_start(self) -> None:
+        """Forget a test that did not end."""
+        self._test = None
+
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Update and log the metrics of a batch ``(inputs, target)``, or with the entries that ``batch_keys`` names."""
         inputs, target = self.spec.pair(batch)
-        self.metrics.update(self(inputs), target)
+        logits = self(inputs)
+        self.metrics.update(logits, target)
         self.log_dict(self.metrics, on_step=False, on_epoch=True, batch_size=len(target))
+        if self._test is None:
+            self._test = self._test_of(2 if self.spec.binary else logits.shape[1])
+        self._test.update(logits, target)
+
+    def on_test_epoch_end(self) -> None:
+        """Log whether the clamp still holds, and say it in a sentence."""
+        seen = 0 if self._test is None else self._test.num_classes
+        # A rank without batches has its part in the sums as well.
+        n_classes = int(self.trainer.strategy.reduce(torch.tensor(seen, device=self.device), reduce_op="max"))
+        if n_classes == 0:
+            return
+        test, self._test = self._test or self._test_of(n_classes), None
+        evidence: CalibrationEvidence = test.compute()
+        temperature = float(self.clamp.temperature)
+        numbers = evidence.scalars()
+        if numbers:
+            numbers["best_temperature"] = temperature * float(evidence.temperature)
+        self.log_dict({f"calibrated/{name}": value for name, value in numbers.items()}, sync_dist=True)
+        subject = "the network is" if self.clamp.is_identity else "the clamp is"
+        rank_zero_info(evidence.describe(temperature=temperature, subject=subject))
+
+    def _test_of(self, n_classes: int) -> CalibrationTest:
+        return CalibrationTest(n_classes, **self.spec.of_metrics).to(self.device)
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Calibrated logits of a batch of inputs, of ``(inputs, …)``, or of the entries that ``batch_keys`` names."""

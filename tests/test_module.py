@@ -1,9 +1,15 @@
+import logging
+import math
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+import lightning_clamp
 from lightning_clamp import CalibrationModule, Clamp, fit_clamp
+from lightning_clamp.metrics import calibration_test
 from lightning_clamp.spec import Spec
 from tests.scenarios import LitClassifier, SmallNet, images, loader, trainer
 
@@ -31,6 +37,40 @@ def test_test_logs_metrics_and_predict_returns_logits(tmp_path):
     torch.testing.assert_close(torch.cat(trainer(tmp_path).predict(module, data)), module(x))
     bare = torch.utils.data.DataLoader(x, batch_size=100)
     torch.testing.assert_close(torch.cat(trainer(tmp_path).predict(module, bare)), module(x))
+
+
+def drifted(n: int, temperature: float):
+    """A calibrated network after a clamp of T, and held-out data."""
+    return CalibrationModule(LitClassifier(temperature=1.0), Clamp(log_temperature=math.log(temperature))), loader(
+        n, 1, shift=False
+    )
+
+
+@pytest.mark.parametrize(("temperature", "words"), [(1.0, "Nothing speaks"), (2.0, "the clamp is off: T would be ")])
+def test_a_test_says_whether_the_clamp_still_holds(temperature, words, tmp_path, caplog):
+    module, data = drifted(2000, temperature)
+    x, y = data.dataset.tensors
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+        (numbers,) = trainer(tmp_path).test(module, data, verbose=False)
+    evidence = calibration_test(module(x), y)
+    for name, value in evidence.scalars().items():
+        assert numbers[f"calibrated/{name}"] == pytest.approx(value, rel=1e-4, abs=1e-7)
+    assert numbers["calibrated/best_temperature"] == pytest.approx(float(evidence.temperature) * temperature, rel=1e-5)
+    documented = (Path(lightning_clamp.__file__).parents[1] / "docs" / "loggers.md").read_text()
+    assert not [key for key in numbers if f"`{key}`" not in documented]
+    (sentence,) = [line for line in caplog.messages if "2,000 samples" in line]
+    assert words in sentence
+    again = trainer(tmp_path).test(module, data, verbose=False)
+    assert again == [numbers], "nothing is left of the first test"
+
+
+def test_a_one_logit_head_is_tested_too(tmp_path):
+    network, x, y = one_column()
+    module = CalibrationModule(network, Clamp(), task="binary")
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=90)
+    (numbers,) = trainer(tmp_path).test(module, data, verbose=False)
+    assert numbers["calibrated/p"] < 0.01
+    assert numbers["calibrated/best_temperature"] == pytest.approx(2, abs=0.6)
 
 
 def test_nothing_in_it_is_trained():
