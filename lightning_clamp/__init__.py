@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lightning_clamp.clamping import CalibrationResult as CalibrationResult
     from lightning_clamp.clamping import Clamp as Clamp
     from lightning_clamp.clamping import fit_clamp as fit_clamp
+    from lightning_clamp.group_report import Groups as Groups
     from lightning_clamp.module import CalibrationModule as CalibrationModule
     from lightning_clamp.standalone import calibrate as calibrate
 
@@ -25,6 +26,7 @@ _HOME = {
     "CalibrationModule": "module",
     "CalibrationResult": "clamping",
     "Clamp": "clamping",
+    "Groups": "group_report",
     "NeuralClamping": "callback",
     "calibrate": "standalone",
     "fit_clamp": "clamping",
@@ -35,6 +37,7 @@ __all__ = [
     "CalibrationModule",
     "CalibrationResult",
     "Clamp",
+    "Groups",
     "NeuralClamping",
     "calibrate",
     "fit_clamp",

@@ -20,6 +20,7 @@ from lightning_clamp.clamping.clamp import Clamp
 from lightning_clamp.clamping.options import names_of, unknown_keyword
 from lightning_clamp.clamping.result import CalibrationResult
 from lightning_clamp.clamping.site import InputHook, PerturbationSite, map_single_tensor
+from lightning_clamp.group_report import GroupFindings, GroupReport, Groups
 from lightning_clamp.metrics import (
     Accuracy,
     CalibrationEvidence,
@@ -55,6 +56,8 @@ class CalibrationModule(LightningModule):
     Attributes:
         spec: How batches are read and what the outputs mean.
         result: What the calibration did; None for a module that was put together by hand.
+        groups: A :class:`~.group_report.Groups`, set it for a test that also logs NLL and ECE by group, before and
+            after; it costs a second forward. None for none.
     """
 
     def __init__(self, network: nn.Module, clamp: Clamp, **settings: Unpack[SpecKeywords]) -> None:
@@ -77,7 +80,9 @@ class CalibrationModule(LightningModule):
         }
         # The prefix is our own: a Trainer refuses a second module that logs a known name in another way.
         self.metrics = MetricCollection(metrics, prefix="calibrated/")
+        self.groups: Groups | None = None
         self._test: CalibrationTest | None = None
+        self._by_group: GroupReport | None = None
         self.eval()
 
     @classmethod
@@ -193,6 +198,7 @@ class CalibrationModule(LightningModule):
     def on_test_epoch_start(self) -> None:
         """Forget a test that did not end."""
         self._test = None
+        self._by_group = None if self.groups is None else GroupReport(self.groups, self.spec).to(self.device)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Update and log the metrics of a batch ``(inputs, target)``, or with the entries that ``batch_keys`` names."""
@@ -203,6 +209,17 @@ class CalibrationModule(LightningModule):
         if self._test is None:
             self._test = self._test_of(2 if self.spec.binary else logits.shape[1])
         self._test.update(logits, target)
+        if self._by_group is not None:
+            self._by_group.update("after", logits, target, batch)
+            self._by_group.update("before", self._bare_logits(inputs), target, batch)
+
+    def _bare_logits(self, inputs: Inputs) -> Tensor:
+        # A hook reads it as well, so that this takes off a perturbation inside the network too.
+        perturbation, self.clamp.perturbation = self.clamp.perturbation, None
+        try:
+            return logits_of(call_network(self.network, inputs))
+        finally:
+            self.clamp.perturbation = perturbation
 
     def on_test_epoch_end(self) -> None:
         """Log whether the clamp still holds, and say it in a sentence."""
@@ -220,6 +237,14 @@ class CalibrationModule(LightningModule):
         self.log_dict({f"calibrated/{name}": value for name, value in numbers.items()}, sync_dist=True)
         subject = "the network is" if self.clamp.is_identity else "the clamp is"
         rank_zero_info(evidence.describe(temperature=temperature, subject=subject))
+        if self._by_group is not None:
+            self._report(self._by_group.compute())
+            self._by_group = None
+
+    def _report(self, findings: GroupFindings) -> None:
+        self.log_dict(findings.scalars(), sync_dist=True)
+        rank_zero_info(str(findings))
+        findings.log_figures(self.trainer)
 
     def _test_of(self, n_classes: int) -> CalibrationTest:
         return CalibrationTest(n_classes, **self.spec.of_metrics).to(self.device)

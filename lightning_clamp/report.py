@@ -1,6 +1,6 @@
 """Before and after: names and numbers, pictures, and every logger the Trainer has."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -42,16 +42,32 @@ def log_result(trainer: Trainer, result: CalibrationResult) -> None:
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in numbers.items()})
     if not trainer.is_global_zero:
         return
-    # Private, and what Lightning's own callbacks log by: the one count of steps that metrics logged in training have.
-    # trainer.global_step counts every optimizer, and with manual optimization only their steps, so it may lie behind.
-    step = trainer.fit_loop.epoch_loop._batches_that_stepped  # noqa: SLF001
+    step = logged_step(trainer)
     for logger in trainer.loggers:
         logger.log_metrics(numbers, step=step)
     log_figures(trainer.loggers, result, step)
 
 
+def logged_step(trainer: Trainer) -> int:
+    """The step by which the Trainer logs."""
+    # Private, and what Lightning's own callbacks log by: the one count of steps that metrics logged in training have.
+    # trainer.global_step counts every optimizer, and with manual optimization only their steps, so it may lie behind.
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)  # noqa: SLF001
+
+
 def log_figures(loggers: Sequence[Logger], result: CalibrationResult, step: int) -> None:
     """Log the reliability diagram and the perturbation to TensorBoard, Weights & Biases and MLflow."""
+    send_figures(loggers, lambda: {f"calibration/{name}": figure for name, figure in figures(result).items()}, step)
+
+
+def send_figures(loggers: Sequence[Logger], draw: "Callable[[], Mapping[str, Figure]]", step: int) -> None:
+    """Log pictures, which are drawn only if there is a logger that takes them, and closed.
+
+    Args:
+        loggers: Those of a Trainer; TensorBoard, Weights & Biases and MLflow take pictures.
+        draw: Makes them, by log key.
+        step: To log them at.
+    """
     takers = [logger for logger in loggers if isinstance(logger, TensorBoardLogger | WandbLogger | MLFlowLogger)]
     if not takers:
         return
@@ -60,9 +76,8 @@ def log_figures(loggers: Sequence[Logger], result: CalibrationResult, step: int)
         return
     from matplotlib import pyplot as plt
 
-    for name, figure in figures(result).items():
+    for key, figure in draw().items():
         for logger in takers:
-            key = f"calibration/{name}"
             if isinstance(logger, WandbLogger):
                 _log_to_wandb(logger, key, figure, step)
             elif isinstance(logger, MLFlowLogger):

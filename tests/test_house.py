@@ -31,7 +31,7 @@ FLOORS = (
     ("checkpoint", "report"),
     ("_trainer",),
     ("sharpness",),
-    ("export",),
+    ("export", "group_report"),
     ("module",),
     ("callback", "standalone"),
     ("cli",),

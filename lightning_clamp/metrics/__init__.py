@@ -21,6 +21,8 @@ from lightning_clamp.metrics.calibration_error import (
 from lightning_clamp.metrics.classwise import ClasswiseCalibrationError, classwise_calibration_error
 from lightning_clamp.metrics.diagram import ReliabilityDiagram
 from lightning_clamp.metrics.evidence import CalibrationEvidence
+from lightning_clamp.metrics.group_picture import plot_groups
+from lightning_clamp.metrics.groups import ByGroup, GroupValues, by_group
 from lightning_clamp.metrics.margin import ExponentialMarginTail, class_margin, exponential_margin_tail
 from lightning_clamp.metrics.picture import plot_reliability
 from lightning_clamp.metrics.reliability import ReliabilityCurve, reliability_curve
@@ -43,11 +45,13 @@ __all__ = [
     "BlockSums",
     "BootstrapSums",
     "BrierScore",
+    "ByGroup",
     "CalibrationEvidence",
     "CalibrationTest",
     "ClasswiseCalibrationError",
     "ExpectedCalibrationError",
     "ExponentialMarginTail",
+    "GroupValues",
     "Interval",
     "MaximumCalibrationError",
     "NegativeLogLikelihood",
@@ -60,6 +64,7 @@ __all__ = [
     "accuracy",
     "adaptive_calibration_error",
     "brier_score",
+    "by_group",
     "calibration_test",
     "class_margin",
     "classwise_calibration_error",
@@ -69,6 +74,7 @@ __all__ = [
     "negative_log_likelihood",
     "overconfidence_error",
     "paired_bootstrap",
+    "plot_groups",
     "plot_reliability",
     "predictive_entropy",
     "reliability_curve",
