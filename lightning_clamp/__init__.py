@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from lightning_clamp.clamping import fit_clamp as fit_clamp
     from lightning_clamp.group_report import Groups as Groups
     from lightning_clamp.module import CalibrationModule as CalibrationModule
+    from lightning_clamp.priors import ShiftedPriors as ShiftedPriors
+    from lightning_clamp.priors import shifted_priors as shifted_priors
     from lightning_clamp.standalone import calibrate as calibrate
 
 _HOME = {
@@ -28,8 +30,10 @@ _HOME = {
     "Clamp": "clamping",
     "Groups": "group_report",
     "NeuralClamping": "callback",
+    "ShiftedPriors": "priors",
     "calibrate": "standalone",
     "fit_clamp": "clamping",
+    "shifted_priors": "priors",
 }
 _PACKAGES = ("losses", "metrics", "sharpness")
 
@@ -39,11 +43,13 @@ __all__ = [
     "Clamp",
     "Groups",
     "NeuralClamping",
+    "ShiftedPriors",
     "calibrate",
     "fit_clamp",
     "losses",
     "metrics",
     "sharpness",
+    "shifted_priors",
 ]
 
 

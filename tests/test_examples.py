@@ -60,6 +60,11 @@ def test_several_processes_fit_the_clamp_of_one(ran, tmp_path):
     assert (tmp_path / "reliability.png").stat().st_size > 10_000
 
 
+def test_other_class_frequencies_are_found_without_labels(ran):
+    printed = ran("label_shift.py", "--seeds", "1", "--draws", "2", "--epochs", "15")
+    assert "| NLL before | change |" in printed
+
+
 def test_losses_are_compared(ran, tmp_path):
     printed = ran("compare_losses.py", "--seeds", "1", "--losses", "ce", "acls", "--epochs", "2", "--out", tmp_path)
     assert printed.count("then clamped") == 2

@@ -33,7 +33,7 @@ FLOORS = (
     ("sharpness",),
     ("export", "group_report"),
     ("module",),
-    ("callback", "standalone"),
+    ("callback", "priors", "standalone"),
     ("cli",),
     ("__main__",),
 )

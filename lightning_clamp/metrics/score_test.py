@@ -38,8 +38,7 @@ def calibration_test(
 
     Args:
         preds: Logits, or probabilities if ``probs``: ``(N, C)``, dense ``(N, C, ...)``, or one value per position for
-            ``task="binary"``; float. On data that served no fit: a clamp is right on average on those that it was
-            fitted to.
+            ``task="binary"``; float. Of data that served no fit.
         target: True class indices, ``(N,)`` or dense ``(N, ...)``, int64, in ``[0, C)``.
         probs: Whether preds are probabilities; it is never guessed.
         task: ``"multiclass"`` or ``"binary"``.
