@@ -68,8 +68,8 @@ def one_draw(module: CalibrationModule, priors: Tensor, images: Tensor, target: 
 def main() -> None:
     """Train, calibrate, shift, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5, help="networks (default: 5)")
-    parser.add_argument("--draws", type=int, default=20, help="test sets of each network and shift (default: 20)")
+    parser.add_argument("--seeds", type=int, default=3, help="networks (default: 3)")
+    parser.add_argument("--draws", type=int, default=10, help="test sets of each network and shift (default: 10)")
     parser.add_argument("--epochs", type=int, default=40, help="of training (default: 40)")
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
