@@ -18,8 +18,11 @@ if TYPE_CHECKING:
     from lightning_clamp.clamping import CalibrationResult as CalibrationResult
     from lightning_clamp.clamping import Clamp as Clamp
     from lightning_clamp.clamping import fit_clamp as fit_clamp
+    from lightning_clamp.group_report import Groups as Groups
     from lightning_clamp.module import CalibrationModule as CalibrationModule
     from lightning_clamp.monitor import CalibrationMonitor as CalibrationMonitor
+    from lightning_clamp.priors import ShiftedPriors as ShiftedPriors
+    from lightning_clamp.priors import shifted_priors as shifted_priors
     from lightning_clamp.standalone import calibrate as calibrate
 
 _HOME = {
@@ -27,9 +30,12 @@ _HOME = {
     "CalibrationMonitor": "monitor",
     "CalibrationResult": "clamping",
     "Clamp": "clamping",
+    "Groups": "group_report",
     "NeuralClamping": "callback",
+    "ShiftedPriors": "priors",
     "calibrate": "standalone",
     "fit_clamp": "clamping",
+    "shifted_priors": "priors",
 }
 _PACKAGES = ("losses", "metrics", "sharpness")
 
@@ -38,12 +44,15 @@ __all__ = [
     "CalibrationMonitor",
     "CalibrationResult",
     "Clamp",
+    "Groups",
     "NeuralClamping",
+    "ShiftedPriors",
     "calibrate",
     "fit_clamp",
     "losses",
     "metrics",
     "sharpness",
+    "shifted_priors",
 ]
 
 

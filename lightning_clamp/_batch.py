@@ -86,12 +86,21 @@ def check_batch_keys(keys: Any) -> None:
 
 
 def _entry(batch: Any, key: str | int) -> Any:
+    return entry_of(batch, key, "batch_keys")
+
+
+def entry_of(batch: Any, key: str | int, option: str) -> Any:
+    """The entry of a batch that an option names.
+
+    Raises:
+        TypeError: If there is none.
+    """
     try:
         if isinstance(key, str) and not isinstance(batch, Mapping):
             return getattr(batch, key)
         return batch[key]
     except (AttributeError, KeyError, IndexError, TypeError) as error:
-        raise TypeError(f"A batch has no entry {key!r}, which `batch_keys` names: got {_described(batch)}.") from error
+        raise TypeError(f"A batch has no entry {key!r}, which `{option}` names: got {_described(batch)}.") from error
 
 
 def _described(batch: Any) -> str:

@@ -1,4 +1,4 @@
-"""The command line: Lightning's own commands with the clamp, ``calibrate`` for a checkpoint, and ``report``."""
+"""The command line: Lightning's commands with the clamp; ``calibrate``, ``check`` and ``report`` for checkpoints."""
 
 import os
 import signal
@@ -108,6 +108,37 @@ class CalibratingTrainer(Trainer):
             self, model, None, datamodule, plan, save_to=path or False, cache_bytes=clamping.cache_bytes
         )
 
+    def check(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        *,
+        ckpt_path: str,
+        fail_under: float | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Test on the test set whether a calibrated checkpoint still holds, and say so in a sentence.
+
+        Args:
+            model: Of the class that was trained; its weights are replaced by those of the checkpoint.
+            datamodule: With a ``test_dataloader()``.
+            ckpt_path: The calibrated checkpoint.
+            fail_under: Exit with code 1 if the p-value ``calibrated/p`` is below this, such as 0.01.
+            weights_only: Without effect, so that the config of a fit will do: checkpoints are always loaded safely.
+
+        Raises:
+            MisconfigurationException: If the checkpoint cannot be used or has no clamp, or there is no datamodule.
+            SystemExit: With code 1, for ``fail_under``.
+        """
+        if datamodule is None:
+            raise MisconfigurationException("`check` needs --data, a datamodule with a test_dataloader().")
+        with _refusals(ckpt_path):
+            result = read_result(ckpt_path)
+        load_weights(model, ckpt_path)
+        (numbers,) = self.test(CalibrationModule.from_result(model, result), datamodule=datamodule)
+        if fail_under is not None and numbers.get("calibrated/p", 1.0) < fail_under:
+            raise SystemExit(1)
+
 
 def load_weights(model: LightningModule, path: str) -> None:
     """Put the weights of a checkpoint into a model, loading nothing but tensors and plain values.
@@ -176,7 +207,7 @@ class ClampParser(LightningArgumentParser):
 
 
 class ClampCLI(LightningCLI):
-    """LightningCLI for any model and data by class path, with the callback attached and a command ``calibrate``.
+    """LightningCLI for any model and data by class path, with the callback attached and two commands of our own.
 
     Args:
         args: Arguments of the command line.
@@ -201,8 +232,9 @@ class ClampCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's commands and ``calibrate``, with the arguments that come from elsewhere."""
-        return {**LightningCLI.subcommands(), "calibrate": {"model", "datamodule"}}
+        """Lightning's commands, ``calibrate`` and ``check``, with the arguments that come from elsewhere."""
+        ours = {"calibrate": {"model", "datamodule"}, "check": {"model", "datamodule"}}
+        return {**LightningCLI.subcommands(), **ours}
 
     def setup_parser(
         self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]

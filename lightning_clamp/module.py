@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torchmetrics import Metric, MetricCollection
@@ -19,7 +20,14 @@ from lightning_clamp.clamping.clamp import Clamp
 from lightning_clamp.clamping.options import names_of, unknown_keyword
 from lightning_clamp.clamping.result import CalibrationResult
 from lightning_clamp.clamping.site import InputHook, PerturbationSite, map_single_tensor
-from lightning_clamp.metrics import Accuracy, ExpectedCalibrationError, NegativeLogLikelihood
+from lightning_clamp.group_report import GroupFindings, GroupReport, Groups
+from lightning_clamp.metrics import (
+    Accuracy,
+    CalibrationEvidence,
+    CalibrationTest,
+    ExpectedCalibrationError,
+    NegativeLogLikelihood,
+)
 from lightning_clamp.restore import load_calibrated
 from lightning_clamp.spec import Spec, SpecKeywords
 
@@ -30,8 +38,9 @@ if TYPE_CHECKING:
 class CalibrationModule(LightningModule):
     """A frozen network and its clamp: ``module(x)`` are calibrated logits.
 
-    ``trainer.test`` logs ``calibrated/nll``, ``calibrated/ece`` and ``calibrated/accuracy``; ``trainer.predict``
-    returns calibrated logits. The network stays in eval mode, and nothing here has a gradient.
+    ``trainer.test`` logs ``calibrated/nll``, ``calibrated/ece`` and ``calibrated/accuracy``, tests whether the clamp
+    still holds (``calibrated/p`` and its parts) and says so in a sentence; ``trainer.predict`` returns calibrated
+    logits. The network stays in eval mode, and nothing here has a gradient.
 
     Args:
         network: Module from inputs to logits. It is frozen in place: pass a copy to go on training the original.
@@ -48,6 +57,8 @@ class CalibrationModule(LightningModule):
     Attributes:
         spec: How batches are read and what the outputs mean.
         result: What the calibration did; None for a module that was put together by hand.
+        groups: A :class:`~.group_report.Groups`, set it for a test that also logs NLL and ECE by group, before and
+            after; it costs a second forward. None for none.
     """
 
     def __init__(self, network: nn.Module, clamp: Clamp, **settings: Unpack[SpecKeywords]) -> None:
@@ -70,6 +81,9 @@ class CalibrationModule(LightningModule):
         }
         # The prefix is our own: a Trainer refuses a second module that logs a known name in another way.
         self.metrics = MetricCollection(metrics, prefix="calibrated/")
+        self.groups: Groups | None = None
+        self._test: CalibrationTest | None = None
+        self._by_group: GroupReport | None = None
         self.eval()
 
     @classmethod
@@ -196,11 +210,59 @@ class CalibrationModule(LightningModule):
         super().train(False)
         return self
 
+    def on_test_epoch_start(self) -> None:
+        """Forget a test that did not end."""
+        self._test = None
+        self._by_group = None if self.groups is None else GroupReport(self.groups, self.spec).to(self.device)
+
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Update and log the metrics of a batch ``(inputs, target)``, or with the entries that ``batch_keys`` names."""
         inputs, target = self.spec.pair(batch)
-        self.metrics.update(self(inputs), target)
+        logits = self(inputs)
+        self.metrics.update(logits, target)
         self.log_dict(self.metrics, on_step=False, on_epoch=True, batch_size=len(target))
+        if self._test is None:
+            self._test = self._test_of(2 if self.spec.binary else logits.shape[1])
+        self._test.update(logits, target)
+        if self._by_group is not None:
+            self._by_group.update("after", logits, target, batch)
+            self._by_group.update("before", self._bare_logits(inputs), target, batch)
+
+    def _bare_logits(self, inputs: Inputs) -> Tensor:
+        # A hook reads it as well, so that this takes off a perturbation inside the network too.
+        perturbation, self.clamp.perturbation = self.clamp.perturbation, None
+        try:
+            return logits_of(call_network(self.network, inputs))
+        finally:
+            self.clamp.perturbation = perturbation
+
+    def on_test_epoch_end(self) -> None:
+        """Log whether the clamp still holds, and say it in a sentence."""
+        seen = 0 if self._test is None else self._test.num_classes
+        # A rank without batches has its part in the sums as well.
+        n_classes = int(self.trainer.strategy.reduce(torch.tensor(seen, device=self.device), reduce_op="max"))
+        if n_classes == 0:
+            return
+        test, self._test = self._test or self._test_of(n_classes), None
+        evidence: CalibrationEvidence = test.compute()
+        temperature = float(self.clamp.temperature)
+        numbers = evidence.scalars()
+        if numbers:
+            numbers["best_temperature"] = temperature * float(evidence.temperature)
+        self.log_dict({f"calibrated/{name}": value for name, value in numbers.items()}, sync_dist=True)
+        subject = "the network is" if self.clamp.is_identity else "the clamp is"
+        rank_zero_info(evidence.describe(temperature=temperature, subject=subject))
+        if self._by_group is not None:
+            self._report(self._by_group.compute())
+            self._by_group = None
+
+    def _report(self, findings: GroupFindings) -> None:
+        self.log_dict(findings.scalars(), sync_dist=True)
+        rank_zero_info(str(findings))
+        findings.log_figures(self.trainer)
+
+    def _test_of(self, n_classes: int) -> CalibrationTest:
+        return CalibrationTest(n_classes, **self.spec.of_metrics).to(self.device)
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Calibrated logits of a batch of inputs, of ``(inputs, …)``, or of the entries that ``batch_keys`` names."""

@@ -71,7 +71,13 @@ def log_words(loggers: Sequence[Logger], result: CalibrationResult, step: int) -
 
 
 def log_figures(loggers: Sequence[Logger], draw: "Callable[[], Mapping[str, Figure]]", step: int) -> None:
-    """Draw figures, by their log key, and log them to TensorBoard, Weights & Biases and MLflow, if any is there."""
+    """Log pictures, which are drawn only if there is a logger that takes them, and closed.
+
+    Args:
+        loggers: Those of a Trainer; TensorBoard, Weights & Biases and MLflow take pictures.
+        draw: Makes them, by log key.
+        step: To log them at.
+    """
     takers = [logger for logger in loggers if isinstance(logger, TensorBoardLogger | WandbLogger | MLFlowLogger)]
     if not takers:
         return

@@ -348,7 +348,7 @@ def test_the_calibrated_module_is_not_clamped_twice(fitted):
     module = callback.calibrated_module()
     torch.testing.assert_close(torch.cat(run.predict(module, data)), module(data.dataset.tensors[0]))
     (metrics,) = run.test(module, data, verbose=False)
-    assert set(metrics) == {"calibrated/nll", "calibrated/ece", "calibrated/accuracy"}
+    assert {"calibrated/nll", "calibrated/ece", "calibrated/accuracy"} < set(metrics)
     x, y = data.dataset.tensors
     assert metrics["calibrated/nll"] == pytest.approx(float(F.cross_entropy(module(x), y)), rel=1e-5)
 

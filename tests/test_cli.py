@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from jsonargparse import ArgumentParser
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 
 import lightning_clamp
@@ -231,6 +231,38 @@ class Told(OwnCalibrationData):
         return super().forward(x)
 
 
+class TestData(LightningDataModule):
+    """Images like those of the calibration, or shifted ones."""
+
+    __test__ = False
+
+    def __init__(self, shift: bool = False) -> None:
+        super().__init__()
+        self.shift = shift
+
+    def test_dataloader(self):
+        return loader(1000, 50, shift=self.shift)
+
+
+@pytest.mark.slow
+def test_check_says_whether_a_clamp_still_holds(here, capsys):
+    """With exit code 0 either way, unless told otherwise."""
+    path = plain_checkpoint(temperature=3.0, lr=0.0)
+    own = ["--model=tests.test_cli.OwnCalibrationData", *PLAIN]
+    main(["calibrate", *own, "--ckpt_path", path, "--calibration.method=temperature"])
+    options = ["check", *own, "--data=tests.test_cli.TestData", "--ckpt_path=plain-calibrated.ckpt"]
+    main([*options, "--fail_under=0.001"])
+    main([*options, "--data.shift=true"])
+    assert "calibrated/p" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        main([*options, "--data.shift=true", "--fail_under=0.001"])
+    assert ended.value.code == 1
+    with pytest.raises(SystemExit) as ended:
+        main([*options[:-1], "--ckpt_path", path])
+    assert ended.value.code == 2
+    assert "holds no clamp" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_model_trained_elsewhere_is_built_with_its_own_hyperparameters(here):
     path = plain_checkpoint(temperature=3.0, lr=0.0)
@@ -366,13 +398,14 @@ def test_ones_own_command_line_sets_the_options(here):
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
-        ([], "expected .subcommand. to be one of {fit,validate,test,predict,calibrate"),
+        ([], "expected .subcommand. to be one of {fit,validate,test,predict,calibrate,check"),
         (["fit", "--model=nowhere.Net"], "nowhere"),
         (["fit", *OURS, "--optoin=3"], "(?i)unrecognized arguments: --optoin=3"),
         (["fit", *OURS, "--calibration.epochs=3"], '`epochs` is an option of method="published"'),
         (["fit", *OURS, "--calibration.max_passes=0"], "--calibration: `max_passes` must be a whole number"),
         (["fit", *OURS, "--trainer.callbacks=lightning_clamp.NeuralClamping"], "NeuralClamping is attached already"),
         (["test", *OURS, "--ckpt_path=nowhere.ckpt"], "There is no checkpoint 'nowhere.ckpt'"),
+        (["check", *OURS, "--ckpt_path=tensor.ckpt"], "`check` needs --data"),
         (["calibrate", *OURS], "ckpt_path.* required|required.*ckpt_path"),
         (["calibrate", *OURS, "--ckpt_path=best"], "'best' cannot be read: No such file"),
         (["calibrate", *OURS, "--ckpt_path=objects.ckpt"], "'objects.ckpt' is damaged, or no checkpoint"),
@@ -454,7 +487,7 @@ def test_all_commands_are_listed(here, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["--help"])
     assert ended.value.code == 0
-    assert "{fit,validate,test,predict,calibrate,report}" in capsys.readouterr().out
+    assert "{fit,validate,test,predict,calibrate,check,report}" in capsys.readouterr().out
 
 
 @pytest.mark.slow

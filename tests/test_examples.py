@@ -66,6 +66,11 @@ def test_the_epoch_is_chosen_in_three_ways(ran):
     assert all(f"| `val/{name}` |" in printed for name in ("nll", "accuracy", "refined_nll"))
 
 
+def test_other_class_frequencies_are_found_without_labels(ran):
+    printed = ran("label_shift.py", "--seeds", "1", "--draws", "2", "--epochs", "15")
+    assert "| NLL before | change |" in printed
+
+
 def test_losses_are_compared(ran, tmp_path):
     printed = ran("compare_losses.py", "--seeds", "1", "--losses", "ce", "acls", "--epochs", "2", "--out", tmp_path)
     assert printed.count("then clamped") == 2

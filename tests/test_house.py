@@ -32,9 +32,9 @@ FLOORS = (
     ("checkpoint", "report"),
     ("_trainer", "restore"),
     ("sharpness",),
-    ("export",),
+    ("export", "group_report"),
     ("module",),
-    ("callback", "standalone", "monitor"),
+    ("callback", "monitor", "priors", "standalone"),
     ("cli",),
     ("__main__",),
 )

@@ -1,13 +1,20 @@
+import logging
+import math
 import threading
+from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_clamp import CalibrationModule, Clamp, NeuralClamping, calibrate, fit_clamp
+import lightning_clamp
+from lightning_clamp import CalibrationModule, Clamp, Groups, NeuralClamping, calibrate, fit_clamp
+from lightning_clamp.metrics import by_group, calibration_test, negative_log_likelihood
 from lightning_clamp.spec import Spec
-from tests.scenarios import LitClassifier, SmallNet, images, loader, train_loader, trainer
+from tests.scenarios import SHIFT, LitClassifier, SmallNet, images, loader, train_loader, trainer
 
 
 def test_forward_is_scale_of_network_of_perturb():
@@ -31,8 +38,42 @@ def test_test_logs_metrics_and_predict_returns_logits(tmp_path):
     assert metrics["calibrated/accuracy"] == pytest.approx(float((module(x).argmax(1) == y).double().mean()))
     assert 0 <= metrics["calibrated/ece"] <= 1
     torch.testing.assert_close(torch.cat(trainer(tmp_path).predict(module, data)), module(x))
-    bare = torch.utils.data.DataLoader(x, batch_size=100)
+    bare = DataLoader(x, batch_size=100)
     torch.testing.assert_close(torch.cat(trainer(tmp_path).predict(module, bare)), module(x))
+
+
+def drifted(n: int, temperature: float):
+    """A calibrated network after a clamp of T, and held-out data."""
+    return CalibrationModule(LitClassifier(temperature=1.0), Clamp(log_temperature=math.log(temperature))), loader(
+        n, 1, shift=False
+    )
+
+
+@pytest.mark.parametrize(("temperature", "words"), [(1.0, "Nothing speaks"), (2.0, "the clamp is off: T would be ")])
+def test_a_test_says_whether_the_clamp_still_holds(temperature, words, tmp_path, caplog):
+    module, data = drifted(2000, temperature)
+    x, y = data.dataset.tensors
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+        (numbers,) = trainer(tmp_path).test(module, data, verbose=False)
+    evidence = calibration_test(module(x), y)
+    for name, value in evidence.scalars().items():
+        assert numbers[f"calibrated/{name}"] == pytest.approx(value, rel=1e-4, abs=1e-7)
+    assert numbers["calibrated/best_temperature"] == pytest.approx(float(evidence.temperature) * temperature, rel=1e-5)
+    documented = (Path(lightning_clamp.__file__).parents[1] / "docs" / "loggers.md").read_text()
+    assert not [key for key in numbers if f"`{key}`" not in documented]
+    (sentence,) = [line for line in caplog.messages if "2,000 samples" in line]
+    assert words in sentence
+    again = trainer(tmp_path).test(module, data, verbose=False)
+    assert again == [numbers], "nothing is left of the first test"
+
+
+def test_a_one_logit_head_is_tested_too(tmp_path):
+    network, x, y = one_column()
+    module = CalibrationModule(network, Clamp(), task="binary")
+    data = DataLoader(TensorDataset(x, y), batch_size=90)
+    (numbers,) = trainer(tmp_path).test(module, data, verbose=False)
+    assert numbers["calibrated/p"] < 0.01
+    assert numbers["calibrated/best_temperature"] == pytest.approx(2, abs=0.6)
 
 
 def test_nothing_in_it_is_trained():
@@ -43,7 +84,7 @@ def test_nothing_in_it_is_trained():
 
 def test_a_test_batch_that_is_no_pair_is_refused_in_one_sentence(tmp_path):
     module = CalibrationModule(SmallNet(), Clamp())
-    data = torch.utils.data.DataLoader(images(20), batch_size=10)
+    data = DataLoader(images(20), batch_size=10)
     with pytest.raises(TypeError, match=r"Every batch must be a pair \(inputs, target\), got Tensor"):
         trainer(tmp_path).test(module, data, verbose=False)
 
@@ -184,3 +225,57 @@ def test_a_result_prints_as_its_table():
     assert printed.startswith("calibration set     before     after    change")
     assert "chosen: " in printed
     assert len(printed) < 1000
+
+
+def grouped(n: int, n_groups: int = 3) -> DataLoader:
+    """Images, labels, and groups of which the last has few samples."""
+    x, y = loader(n, 1).dataset.tensors
+    groups = (torch.arange(n) * n_groups // (n - 40)).clamp(max=n_groups)
+    return DataLoader(TensorDataset(x, y, groups), batch_size=100)
+
+
+@pytest.mark.parametrize("where", [None, "net"])
+def test_a_test_by_group_has_both_sides_and_the_sizes(where, tmp_path, caplog):
+    """Also where a hook inside the network adds the perturbation."""
+    network, clamp, data = LitClassifier(), Clamp(SHIFT.expand(3, 8, 8), math.log(2.0)), grouped(640)
+    x, y, groups = data.dataset.tensors
+    expected = {
+        "bare": by_group(negative_log_likelihood, network(x), y, groups, n_groups=4),
+        "calibrated": by_group(negative_log_likelihood, clamp.scale(network(clamp.perturb(x))), y, groups, n_groups=4),
+    }
+    module = CalibrationModule(network, clamp, batch_keys=(0, 1), perturb_at=where)
+    module.groups = Groups(2, ["Basel", "Bern", "Chur", "Zug"])
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+        (numbers,) = trainer(tmp_path, logger=TensorBoardLogger(tmp_path)).test(module, data, verbose=False)
+    for side, (values, _) in expected.items():
+        for name, value in zip(["Basel", "Bern", "Chur"], values, strict=False):
+            assert numbers[f"{side}/groups/{name}/nll"] == pytest.approx(float(value), rel=1e-5)
+            assert f"{side}/groups/{name}/ece" in numbers
+    assert not [name for name in numbers if "Zug" in name], "40 samples are too few to say"
+    (table,) = [line for line in caplog.messages if "worst by 2" in line]
+    assert "too few samples to say: 1 of 4 groups" in table
+    assert "200" in table
+    assert clamp.perturbation is not None
+    assert "calibrated/groups/ece" in {image.tag for image in images_of(tmp_path)}
+
+
+def images_of(folder):
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    events = [event for path in folder.rglob("events.out*") for event in EventFileLoader(str(path)).Load()]
+    return [value for event in events for value in event.summary.value]
+
+
+def test_groups_that_will_not_do_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="`names` must be a whole number of at least 1, got 0"):
+        Groups("site", [])
+    with pytest.raises(ValueError, match=r"`names` must differ from each other, got \['a', 'a'\]"):
+        Groups("site", ["a", "a"])
+    module = CalibrationModule(LitClassifier(), Clamp(), batch_keys=(0, 1))
+    for groups, message in (
+        (Groups("site", 4), "A batch has no entry 'site', which `groups` names: got list of 3 items"),
+        (Groups(2, 2), r"Groups must lie in \[0, 1\], got 2"),
+    ):
+        module.groups = groups
+        with pytest.raises((TypeError, ValueError), match=message):
+            trainer(tmp_path).test(module, grouped(640), verbose=False)

@@ -28,6 +28,9 @@ from lightning_clamp.metrics.calibration_error import (
 )
 from lightning_clamp.metrics.classwise import ClasswiseCalibrationError, classwise_calibration_error
 from lightning_clamp.metrics.diagram import ReliabilityDiagram, RiskCoverageDiagram
+from lightning_clamp.metrics.evidence import CalibrationEvidence
+from lightning_clamp.metrics.group_picture import plot_groups
+from lightning_clamp.metrics.groups import ByGroup, GroupValues, by_group
 from lightning_clamp.metrics.margin import ExponentialMarginTail, class_margin, exponential_margin_tail
 from lightning_clamp.metrics.picture import plot_reliability
 from lightning_clamp.metrics.refined import (
@@ -39,6 +42,7 @@ from lightning_clamp.metrics.refined import (
 from lightning_clamp.metrics.reliability import ReliabilityCurve, reliability_curve
 from lightning_clamp.metrics.risk_coverage import RiskCoverageCurve, risk_coverage_curve
 from lightning_clamp.metrics.risk_picture import plot_risk_coverage
+from lightning_clamp.metrics.score_test import CalibrationTest, calibration_test
 from lightning_clamp.metrics.scoring_rules import (
     Accuracy,
     BrierScore,
@@ -60,10 +64,14 @@ __all__ = [
     "BlockSums",
     "BootstrapSums",
     "BrierScore",
+    "ByGroup",
+    "CalibrationEvidence",
+    "CalibrationTest",
     "ClasswiseCalibrationError",
     "CoverageAtAccuracy",
     "ExpectedCalibrationError",
     "ExponentialMarginTail",
+    "GroupValues",
     "Interval",
     "MaximumCalibrationError",
     "NegativeLogLikelihood",
@@ -82,6 +90,8 @@ __all__ = [
     "area_under_risk_coverage",
     "best_temperature",
     "brier_score",
+    "by_group",
+    "calibration_test",
     "class_margin",
     "classwise_calibration_error",
     "coverage_at_accuracy",
@@ -91,6 +101,7 @@ __all__ = [
     "negative_log_likelihood",
     "overconfidence_error",
     "paired_bootstrap",
+    "plot_groups",
     "plot_reliability",
     "plot_risk_coverage",
     "predictive_entropy",

@@ -36,7 +36,7 @@ def refined_negative_log_likelihood(
 
     :math:`\min_T \frac1N \sum_i -\log \mathrm{softmax}(z_i / T)_{y_i}`: what a network is worth once it is calibrated,
     however sure it was. The plain NLL also punishes over-confidence, which a temperature takes away afterwards: weights
-    that will be calibrated are better chosen by this.
+    that will be calibrated may be better chosen by this.
 
     The loss is computed at 49 temperatures from 1/16 to 16, and its minimum is that of a polynomial between them:
     within 0.00001 nats of the exact one. If the best temperature lies beyond these, the value at the last one is given,

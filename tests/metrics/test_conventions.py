@@ -10,6 +10,7 @@ from torchmetrics.wrappers import BootStrapper, ClasswiseWrapper, MinMaxMetric, 
 
 from lightning_clamp.metrics import (
     BootstrapSums,
+    CalibrationTest,
     ClasswiseCalibrationError,
     ExpectedCalibrationError,
     PredictiveEntropy,
@@ -21,7 +22,7 @@ from tests.references import flat
 from tests.scenarios import calibrated_logits, trainer
 
 # The others give something to draw or to resample, as torchmetrics' own curves do, which no wrapper of numbers takes.
-WITHOUT_A_NUMBER = (BootstrapSums, ReliabilityDiagram, RiskCoverageDiagram)
+WITHOUT_A_NUMBER = (BootstrapSums, CalibrationTest, ReliabilityDiagram, RiskCoverageDiagram)
 NUMBERS = [metric_class for metric_class in METRICS if metric_class not in WITHOUT_A_NUMBER]
 
 

@@ -22,6 +22,7 @@ from lightning_clamp.metrics import (
     BlockSums,
     BootstrapSums,
     BrierScore,
+    CalibrationTest,
     ClasswiseCalibrationError,
     CoverageAtAccuracy,
     ExpectedCalibrationError,
@@ -53,13 +54,14 @@ CONFIDENCE = [
 ]
 MEANS = [Accuracy, BrierScore, ExponentialMarginTail, NegativeLogLikelihood, PredictiveEntropy]
 LADDER = [BestTemperature, RefinedNegativeLogLikelihood]
-METRICS = [*CONFIDENCE, *MEANS, *LADDER, BootstrapSums, ClasswiseCalibrationError]
+BY_CLASS = [CalibrationTest, ClasswiseCalibrationError]
+METRICS = [*CONFIDENCE, *MEANS, *LADDER, BootstrapSums, *BY_CLASS]
 # Labels that were drawn without regard to the logits have no best temperature, which those two say.
 pytestmark = pytest.mark.filterwarnings("ignore:.*where the outputs say nothing of the labels")
 
 
 def make(metric_class, n_classes=5, **options):
-    return metric_class(n_classes, **options) if metric_class is ClasswiseCalibrationError else metric_class(**options)
+    return metric_class(n_classes, **options) if metric_class in BY_CLASS else metric_class(**options)
 
 
 def computed(metric, *batches) -> torch.Tensor:
@@ -219,6 +221,9 @@ def test_masked_classes_are_no_nan(metric_class):
     actual = computed(make(metric_class, n_classes=6), (wide, target))
     if metric_class is ClasswiseCalibrationError:
         actual = actual * 6 / 5
+    elif metric_class is CalibrationTest:  # of which the class is one of those that are not judged
+        assert [float(actual[8]), float(actual[-1])] == [-1, 0]
+        actual = torch.cat([actual[:8], actual[9:-1]])
     torch.testing.assert_close(actual, expected)
 
 
@@ -260,6 +265,9 @@ def test_nothing_seen_is_nan_and_one_warning(metric_class, case):
         value = torch.tensor(value.metrics["nll"])
     elif metric_class is RiskCoverageDiagram:
         value = torch.stack([*value, value.area(), value.accuracy_at(0.5), value.coverage_at(0.5)])
+    elif metric_class is CalibrationTest:
+        assert value.n_samples == 0
+        value = torch.cat([part.reshape(-1) for part in value[1:]])
     assert torch.isnan(value).all()
 
 

@@ -17,7 +17,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_clamp import CalibrationModule, NeuralClamping, calibrate
+from lightning_clamp import CalibrationModule, Clamp, NeuralClamping, calibrate
 from lightning_clamp._trainer.devices import take_group_down_at_exit
 from tests.scenarios import LitClassifier, Validating, loader, trainer
 
@@ -294,3 +294,13 @@ def test_a_model_that_was_trained_earlier_is_calibrated_on_several_devices(tmp_p
     again = CalibrationModule.from_checkpoint(tmp_path / "a-calibrated.ckpt", LitClassifier)
     assert torch.equal(again(x), together(x))
     assert isinstance(several, Trainer)
+
+
+def test_whether_a_clamp_holds_does_not_depend_on_the_number_of_processes(tmp_path):
+    data, found = loader(300, seed=41, size=50), []
+    for n in (1, 2):
+        module = CalibrationModule(LitClassifier(), Clamp(log_temperature=0.2))
+        run = trainer(tmp_path, devices=n, strategy="ddp_fork" if n > 1 else "auto")
+        found += run.test(module, data, verbose=False)
+    assert found[1] == pytest.approx(found[0], rel=1e-5, abs=1e-6)
+    assert found[0]["calibrated/p"] < 0.05

@@ -70,7 +70,9 @@ REFUSED = {
     "one logit without its axis": (
         lambda net, x: net(x)[:, 0], held_out(y=Y % 2), {}, ValueError, 'say task="binary" for a one-logit'
     ),
-    "labels of several kinds": (None, held_out(y=F.one_hot(Y, 4).float()), {}, ValueError, "for several labels per item"),
+    "labels of several kinds": (
+        None, held_out(y=F.one_hot(Y, 4).float()), {}, ValueError, "for several labels per item"
+    ),
     "one-hot": (None, held_out(y=F.one_hot(Y, 4)), {}, ValueError, "one-hot"),
     "labels from 1": (None, held_out(y=Y + 1), {}, ValueError, "start the labels at 0"),
     "a padding label": (None, held_out(y=Y.where(Y > 0, 255)), {}, ValueError, "ignore_index=255"),
