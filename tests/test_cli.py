@@ -398,14 +398,14 @@ def test_ones_own_command_line_sets_the_options(here):
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
-        ([], "expected .subcommand. to be one of {fit,validate,test,predict,calibrate,check"),
+        ([], "expected .subcommand. to be one of {fit,validate,test,predict,calibrate,"),
         (["fit", "--model=nowhere.Net"], "nowhere"),
         (["fit", *OURS, "--optoin=3"], "(?i)unrecognized arguments: --optoin=3"),
         (["fit", *OURS, "--calibration.epochs=3"], '`epochs` is an option of method="published"'),
         (["fit", *OURS, "--calibration.max_passes=0"], "--calibration: `max_passes` must be a whole number"),
         (["fit", *OURS, "--trainer.callbacks=lightning_clamp.NeuralClamping"], "NeuralClamping is attached already"),
         (["test", *OURS, "--ckpt_path=nowhere.ckpt"], "There is no checkpoint 'nowhere.ckpt'"),
-        (["check", *OURS, "--ckpt_path=tensor.ckpt"], "`check` needs --data"),
+        (["check", *OURS, "--ckpt_path=plain.ckpt"], "`check` needs --data"),
         (["calibrate", *OURS], "ckpt_path.* required|required.*ckpt_path"),
         (["calibrate", *OURS, "--ckpt_path=best"], "'best' cannot be read: No such file"),
         (["calibrate", *OURS, "--ckpt_path=objects.ckpt"], "'objects.ckpt' is damaged, or no checkpoint"),

@@ -162,7 +162,8 @@ def test_repeated_pixels_cost_and_count_what_one_would():
     """A dense output that repeats one decision 16 times: Takeuchi's trace must charge 16 pixels as one sample."""
     network, x, y = shifted_images(4000)
     once = fit_clamp(network, batches(x, y), grids=(1,), output_maps=("temperature",))
-    repeated = y[:, None, None].expand(-1, 4, 4)
+    # With an axis for the classes: there are four of them, and four rows and columns.
+    repeated = y[:, None, None, None].expand(-1, 1, 4, 4)
     many = fit_clamp(
         lambda inputs: network(inputs)[:, :, None, None].expand(-1, -1, 4, 4),
         batches(x, repeated),

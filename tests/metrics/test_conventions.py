@@ -139,7 +139,8 @@ def test_classes_may_have_names():
 def test_a_collection_draws_all_of_its_metrics():
     collection = MetricCollection({metric_class.__name__: make(metric_class) for metric_class in METRICS})
     steps = [collection(*batch) for batch in halves()]
-    assert len(collection.plot()) == len(METRICS)
+    with plt.rc_context({"figure.max_open_warning": 0}):
+        assert len(collection.plot()) == len(METRICS)
     plt.close("all")
     axes = list(plt.subplots(6, 4, figsize=(16, 24))[1].flat)
     drawn = collection.plot(steps, ax=axes[: len(METRICS)])
