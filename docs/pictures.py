@@ -14,6 +14,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,8 +38,10 @@ from lightning_clamp.clamping import Candidate
 from lightning_clamp.metrics import (
     ReliabilityCurve,
     accuracy,
+    by_group,
     expected_calibration_error,
     negative_log_likelihood,
+    plot_groups,
     plot_reliability,
     plot_risk_coverage,
     reliability_curve,
@@ -221,7 +224,8 @@ def images_of(part: Dataset) -> Images:
 
 def study(model: LitBigDigits, calibration: Images, test: Images) -> GridStudy:
     """Fit every grid on its own."""
-    fits = {size: fit_clamp(model, calibration.loader(), grids=(size,), output_maps=("temperature",)) for size in GRIDS}
+    plain = {"output_maps": ("temperature",), "uniform_share": False}
+    fits = {size: fit_clamp(model, calibration.loader(), grids=(size,), **plain) for size in GRIDS}
     grids = {size: fit.candidates[-1] for size, fit in fits.items()}
     return GridStudy(test, fits[GRIDS[0]].candidates[0], grids)
 
@@ -445,6 +449,23 @@ def draw_risk_coverage(story: Story) -> Figure:
     return plot_risk_coverage({"before": before, "after": after})[0]
 
 
+def draw_groups(story: Story) -> Figure:
+    """NLL of every digit of held-out images, uncalibrated and with the default clamp."""
+    before, after = (
+        by_group(
+            partial(negative_log_likelihood, probs=True),
+            judged(story.model, clamp, story.test).probs,
+            story.test.target,
+            groups=story.test.target,
+            n_groups=10,
+            min_samples=50,
+        )
+        for clamp in (Clamp(), story.default.clamp)
+    )
+    names = [f"digit {digit}" for digit in range(10)]
+    return plot_groups(after.values, after.sizes, before=before.values, names=names, label="NLL")[0]
+
+
 def draw_tensorboard(story: Story) -> Figure:
     """Scalars and images that are in TensorBoard's file."""
     (file,) = (story.logs / "tensorboard").rglob("events.out.tfevents.*")
@@ -501,6 +522,7 @@ PICTURES = {
     "temperature": draw_temperature,
     "before-after": draw_before_and_after,
     "risk-coverage": draw_risk_coverage,
+    "groups": draw_groups,
     "tensorboard": draw_tensorboard,
     "wandb": draw_wandb,
 }

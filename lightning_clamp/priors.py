@@ -73,9 +73,9 @@ def shifted_priors(
         The new module and the frequencies. A class that no unlabelled sample seems to be of is taken for half a sample.
 
     Raises:
-        ValueError: If neither or both of ``labelled`` and ``priors`` are given; there are no samples; outputs are
-            dense; the module is not calibrated on ``labelled`` (p < 0.01); its outputs do not tell the classes apart;
-            or priors are no frequencies.
+        ValueError: If the clamp has a uniform share; neither or both of ``labelled`` and ``priors`` are given; there
+            are no samples; outputs are dense; the module is not calibrated on ``labelled`` (p < 0.01); its outputs
+            do not tell the classes apart; or priors are no frequencies.
         TypeError: If a batch has no such entries, or the module is no CalibrationModule.
 
     Reference:
@@ -84,6 +84,11 @@ def shifted_priors(
     """
     if not isinstance(module, CalibrationModule):
         raise TypeError(f"`shifted_priors` takes a CalibrationModule, got {type(module).__name__}.")
+    if module.clamp.uniform_share is not None:
+        raise ValueError(
+            "The clamp mixes the probabilities with a uniform share, to which other class frequencies cannot be added: "
+            "calibrate with uniform_share=False."
+        )
     if (labelled is None) == (priors is None):
         raise ValueError(
             "Give `labelled`, held-out batches of the old distribution, or `priors`, its class frequencies."

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_clamp
 from lightning_clamp import CalibrationMonitor, fit_clamp, losses, metrics, sharpness
@@ -116,7 +116,8 @@ def python_blocks(name):
 def test_all_pages_with_python_are_run():
     """Here, or in the tests of what they are about."""
     here = {"README", "choosing", "getting-started", "how-it-works", "loggers", "losses", "metrics"}
-    assert {page.stem for page in PAGES if "```python" in page.read_text()} == here | {"conformal", "export"}
+    here |= {"conformal", "export", "production"}
+    assert {page.stem for page in PAGES if "```python" in page.read_text()} == here
 
 
 def test_the_python_about_metrics_runs(capsys):
@@ -205,6 +206,22 @@ def test_the_python_of_the_guides_runs(page, n_blocks, elsewhere):
     names = given(MyModel=Validating, val_loader=loader(200, 31))
     for block in blocks:
         exec(block, names)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_the_page_from_training_to_production_runs(elsewhere):
+    blocks = python_blocks("docs/production.md")
+    assert sum(len(block.splitlines()) for block in blocks) < 40
+    x, y = loader(600, 40, shift=False).dataset.tensors
+    grouped = DataLoader(TensorDataset(x, y, torch.arange(600) % 2), batch_size=100)
+    clean = {name: loader(600, seed, shift=False) for name, seed in (("unlabelled", 61), ("held_out", 62))}
+    names = given(MyModel=Validating, val_loader=loader(200, 31), calibration_loader=loader(1000, 30, shift=False))
+    names |= {"grouped_test_loader": grouped, "new_loader": grouped}
+    names |= {f"{name}_loader": data for name, data in clean.items()}
+    for block in blocks:
+        exec(block, names)
+    assert len(names["answers"]) == 5
 
 
 @pytest.mark.slow

@@ -160,6 +160,14 @@ REFUSED = {
 }
 
 
+def test_a_uniform_share_is_refused():
+    """Other frequencies go between the softmax and the share, where no bias is."""
+    module = module_of()
+    module.clamp.uniform_share = torch.tensor(0.1)
+    with pytest.raises(ValueError, match=r"uniform share.*calibrate with uniform_share=False"):
+        shifted_priors(module, batches(GOOD[0]), priors=[0.2] * 5)
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_will_not_do_is_refused_in_a_sentence(case):
     given, message = REFUSED[case]

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_clamp._batch import Inputs, chunks
 from lightning_clamp.clamping.map_loss import errors
@@ -82,11 +83,10 @@ def _input_scores(
     """Logits of one batch, the loss's gradient to every input, and every item's score in the map, ``(N, q)``."""
     logits, moved = data.tracked(inputs, perturbation)
     rows = data.rows(logits, target).doubled()
-    log_probs = space.apply(rows.logits, free).log_softmax(1)
-    (gradient,) = torch.autograd.grad(space.loss_of_label(log_probs, rows.target)[0].sum(), moved)
-    fixed, log_probs = rows._replace(logits=rows.logits.detach()), log_probs.detach()
-    error = errors(log_probs.exp(), fixed, space.loss_of_label(log_probs, fixed.target)[1])
-    return logits.detach(), gradient, space.pull_per_item(fixed, error)
+    scaled = space.apply(rows.logits, free)
+    (gradient,) = torch.autograd.grad(F.cross_entropy(scaled, rows.target, reduction="sum"), moved)
+    fixed = rows._replace(logits=rows.logits.detach())
+    return logits.detach(), gradient, space.pull_per_item(fixed, errors(scaled.detach().softmax(1), fixed))
 
 
 def _gauss_newton(
@@ -114,22 +114,19 @@ def _gauss_newton(
     with torch.no_grad():
         chunk = max(1, most_columns // (p + 1))
         for part, labels in zip(chunks(inputs, chunk), torch.split(target, chunk), strict=True):
-            rows = data.rows(data.perturbed_logits(part, perturbation), labels).doubled()
-            logits = rows.logits
+            logits = data.rows(data.perturbed_logits(part, perturbation), labels).doubled().logits
             columns = []
             for image in images:
                 moved = image if perturbation is None else perturbation.cpu() + image
                 there = data.rows(data.perturbed_logits(part, moved), labels).doubled().logits
                 columns.append(space.linear(there - logits, free) / step)
             jacobian = torch.stack(columns)  # (p, M, C)
-            log_probs = space.apply(logits, free).log_softmax(1)
-            _, weight = space.loss_of_label(log_probs, rows.target)
-            probs = log_probs.exp()
+            probs = space.apply(logits, free).softmax(1)
             centred = jacobian - (jacobian * probs).sum(2, keepdim=True)
-            weighted = centred * (probs if weight is None else weight * probs)
+            weighted = centred * probs
             across = torch.stack([space.pull(logits, column) for column in weighted])
             total[:p, :p] += weighted.flatten(1) @ centred.flatten(1).T
             total[:p, p:] += across
             total[p:, :p] += across.T
-            total[p:, p:] += space.curvature(logits, probs, weight)
+            total[p:, p:] += space.curvature(logits, probs)
     return total

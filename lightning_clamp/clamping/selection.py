@@ -135,7 +135,7 @@ def _comparison(
     moments = logit_moments(rows, classes, fit.temperature, repeats)
     alone = [fit]
     if options.uniform_share and not moments.masked and n_rows >= FEWEST * repeats:
-        shared = with_share(rows, fit, base, n_rows, dense=summary.dense)
+        shared = with_share(rows, fit, base, n_rows)
         alone += [] if shared is None else [shared]
     kept = rows.are_kept
     spaces: dict[OutputMap, MapSpace | Refusal] = {}
@@ -161,10 +161,13 @@ def _warn_of_unseen(moments: LogitMoments, ranks: Ranks) -> None:
 
 
 def _candidates(fit: GridFit, comparison: _Comparison) -> list[tuple[Candidate, MapFit | None]]:
-    """Every output map on the logits of one grid, and what a grid would start from."""
+    """Every output map on the logits of one grid, and what a grid would start from.
+
+    That has no uniform share: what looks like wrong labels may be what a perturbation puts right.
+    """
     starts = _temperatures_on(fit, comparison)
     maps = [_best_of_map(fit, kind, starts or [comparison.base], comparison) for kind in comparison.spaces]
-    return [_of_temperature(fit, starts[-1] if starts else None, comparison), *maps]
+    return [_of_temperature(fit, starts, comparison), *maps]
 
 
 def _temperatures_on(fit: GridFit, comparison: _Comparison) -> list[MapFit]:
@@ -176,21 +179,21 @@ def _temperatures_on(fit: GridFit, comparison: _Comparison) -> list[MapFit]:
     if not found.determined:
         return []
     plain = temperature_map(rows, summary.n_classes, found, dense=dense)
-    shared = with_share(rows, plain, found, summary.n_rows, dense=dense) if len(comparison.alone) > 1 else None
+    shared = with_share(rows, plain, found, summary.n_rows) if len(comparison.alone) > 1 else None
     return [plain] if shared is None else [plain, shared]
 
 
-def _of_temperature(fit: GridFit, alone: MapFit | None, comparison: _Comparison) -> tuple[Candidate, MapFit | None]:
-    if alone is None:
-        refusal = Refusal("no temperature", "no finite temperature is best")
+def _of_temperature(fit: GridFit, starts: Sequence[MapFit], comparison: _Comparison) -> tuple[Candidate, MapFit | None]:
+    if not starts:
+        refusal = Refusal("no temperature", "no temperature is best")
         return _unfitted(fit, "temperature", comparison, refusal), None
-    return _fitted(fit, alone, comparison), alone
+    return _fitted(fit, starts[-1], comparison), starts[0]
 
 
 def _best_of_map(
     fit: GridFit, kind: OutputMap, starts: Sequence[MapFit], comparison: _Comparison
 ) -> tuple[Candidate, MapFit | None]:
-    """The output maps of one kind, averaged over the strengths of their shrinkage; and the best single one of them.
+    """The output maps of one kind, averaged over strengths of shrinkage; and the best single one to go on from.
 
     Where the temperature wants a uniform share, maps with and without one are fitted: what looked like wrong labels to
     the temperature may be what a map puts right.
@@ -204,8 +207,8 @@ def _best_of_map(
     if not found:
         refusal = Refusal("no usable map", "no map of that kind has a positive temperature")
         return _unfitted(fit, kind, comparison, refusal), None
-    candidate, single = min(found, key=lambda pair: pair[0].rank)
-    return replace(candidate, seconds=fit.seconds + time.perf_counter() - started), single
+    candidate = min((one for one, _ in found), key=lambda one: one.rank)
+    return replace(candidate, seconds=fit.seconds + time.perf_counter() - started), found[0][1]
 
 
 def _from_start(

@@ -140,7 +140,7 @@ def temperature_map(rows: RowSource, n_classes: int, fit: TemperatureFit, *, den
     return MapFit(space, free, fit.nll, float(at.covariance / at.curvature))
 
 
-def with_share(rows: RowSource, base: MapFit, fit: TemperatureFit, n_rows: int, *, dense: bool) -> MapFit | None:
+def with_share(rows: RowSource, base: MapFit, fit: TemperatureFit, n_rows: int) -> MapFit | None:
     """A temperature and a share of the uniform distribution; None where the share is not worth its cost.
 
     Args:
@@ -148,7 +148,6 @@ def with_share(rows: RowSource, base: MapFit, fit: TemperatureFit, n_rows: int, 
         base: The temperature alone; its effective parameters are what one more parameter costs.
         fit: As it was fitted.
         n_rows: Number of rows.
-        dense: Whether the rows of an item are correlated.
     """
     both = fit_temperature_and_share(rows, fit, base.space.n_classes)
     if both is None:
@@ -158,8 +157,7 @@ def with_share(rows: RowSource, base: MapFit, fit: TemperatureFit, n_rows: int, 
     gain, price = base.nll - both.loss / n_rows, base.effective_parameters
     if not estimate(gain, price, n_rows, error).criterion < 0:
         return None
-    path = ShrinkagePath(map_derivatives(rows, base.space, base.free, dense=dense), space.weight)
-    return MapFit(space, both.free, both.loss / n_rows, path.effective_parameters(0.0, space.n_free), path=path)
+    return MapFit(space, both.free, both.loss / n_rows, 2 * price)
 
 
 def with_share_again(rows: RowSource, fit: MapFit, n_rows: int) -> MapFit:
@@ -217,7 +215,7 @@ def refit(rows: RowSource, like: MapFit, start: Tensor, n_rows: int, *, dense: b
     """
     if like.path is not None:
         fit = fit_output_map(MapLoss(rows, like.space), like.path, like.shrinkage, start, n_rows)
-        return None if fit is None or fit.is_negative else with_share_again(rows, fit, n_rows)
+        return None if fit is None or fit.is_negative else fit
     alone = fit_temperature(rows, -math.log(float(start[-1])) if float(start[-1]) > 0 else 0.0)
     return temperature_map(rows, like.space.n_classes, alone, dense=dense) if alone.determined else None
 
