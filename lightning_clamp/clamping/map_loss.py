@@ -32,7 +32,7 @@ class MapLoss:
         def batch_sums(batch: Rows) -> tuple[Tensor, ...]:
             log_probs = self.space.apply(batch.logits, free).log_softmax(1)
             loss, weight = self.space.loss_of_label(log_probs, batch.target)
-            return loss.sum(), self.space.pull(batch.logits, errors(log_probs.exp(), batch, weight))
+            return loss.sum(), self.space.pull(batch.logits, errors(log_probs.exp_(), batch, weight))
 
         shapes = [(), (len(free),)]
         loss, gradient = summed((batch_sums(batch) for batch in self.rows), shapes, self.rows.ranks)
@@ -51,7 +51,7 @@ def map_derivatives(rows: RowSource, space: MapSpace, free: Tensor, *, dense: bo
         log_probs = space.apply(batch.logits, free).log_softmax(1)
         _, weight = space.loss_of_label(log_probs, batch.target)
         probs = log_probs.exp()
-        error = errors(probs, batch, weight)
+        error = errors(probs.clone(), batch, weight)
         terms = (space.pull(batch.logits, error), space.curvature(batch.logits, probs, weight))
         if not dense:
             return terms
@@ -65,9 +65,9 @@ def map_derivatives(rows: RowSource, space: MapSpace, free: Tensor, *, dense: bo
 
 
 def errors(probs: Tensor, batch: Rows, weight: Tensor | None = None) -> Tensor:
-    """Derivative of every row's loss in its mapped logits, ``(M, C)``: probabilities less one at the target."""
-    error = probs.scatter_add(1, batch.target[:, None], -torch.ones_like(probs[:, :1]))
-    return error if weight is None else weight * error
+    """Every row's derivative in its mapped logits, ``(M, C)``: probabilities less one at the target, in place."""
+    error = probs.scatter_add_(1, batch.target[:, None], -torch.ones_like(probs[:, :1]))
+    return error if weight is None else error.mul_(weight)
 
 
 def standard_error(rows: RowSource, space: MapSpace, free: Tensor, reference: tuple[MapSpace, Tensor]) -> float:

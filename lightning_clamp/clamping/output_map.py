@@ -124,7 +124,7 @@ class MapSpace:
 
     def apply(self, logits: Tensor, free: Tensor) -> Tensor:
         """The mapped logits of rows ``(M, C)``."""
-        mapped = self.linear(logits, free) + self.offset(free).to(logits)
+        mapped = self.linear(logits, free).add_(self.offset(free).to(logits))
         return mapped.where(logits > MASKED, logits) if self.masked else mapped
 
     def loss_of_label(self, log_probs: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -45,7 +45,7 @@ class CalibrationEvidence(NamedTuple):
         known = self._known()
         return {**({"p": self.p} if known else {}), **{f"p_{name}": value for name, value in known.items()}}
 
-    def describe(self, *, temperature: float = 1.0, level: float = 0.05, subject: str = "the probabilities are") -> str:
+    def describe(self, *, temperature: float = 1.0, level: float = 0.01, subject: str = "the probabilities are") -> str:
         """One sentence: what is off, and what would be right; or that nothing was found.
 
         Args:
@@ -85,7 +85,7 @@ class CalibrationEvidence(NamedTuple):
     def _classes(self, level: float) -> str:
         """The classes that are off, most certain first."""
         order = [k for k in self.p_classes.nan_to_num(2).argsort(stable=True).tolist() if self.p_classes[k] < level]
-        more = f" and {len(order) - _MOST_NAMED} more classes" if len(order) > _MOST_NAMED else ""
+        more = f" and {len(order) - _MOST_NAMED} more" if len(order) > _MOST_NAMED else ""
         named = [f"class {k} ({float(self.class_excess[k]):+.0f})" for k in order[:_MOST_NAMED]]
         return f"more or fewer rows than the probabilities say are of {', '.join(named)}{more}"
 
