@@ -17,8 +17,9 @@ class Positions(NamedTuple):
     """Logits and labels of the positions of a batch.
 
     Attributes:
-        logits: Shape ``(N, C)`` or ``(N, C, ...)``, float32 or float64. One logit z counts as the pair (-z/2, z/2): the
-            same softmax as (0, z), and no class is preferred by losses that look at the logits themselves.
+        logits: Shape ``(N, C)`` or ``(N, C, ...)``, float32 or float64; 0 where ignored. One logit z counts as the pair
+            (-z/2, z/2): the same softmax as (0, z), and no class is preferred by losses that look at the logits
+            themselves.
         target: Shape ``(N,)`` or ``(N, ...)``, int64, in ``[0, C)``; 0 where ignored.
         keep: Which positions count, bool, shape of the target; None for all.
         shape: Shape of the target as it was given.
@@ -111,6 +112,8 @@ def as_positions(
     keep = None if ignore_index is None else target != ignore_index
     if keep is not None:
         target = torch.where(keep, target, 0)
+        # Whatever is there, nan too: neither values nor gradients may see it.
+        logits = torch.where(keep.unsqueeze(1), logits, 0)
     if readable:
         check_range(
             target.flatten(), logits.shape[1], " Pass ignore_index= for positions to leave out; labels start at 0."

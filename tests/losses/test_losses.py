@@ -204,6 +204,11 @@ def test_ignored_positions_are_as_if_they_were_not_there(loss, shape):
     assert not gradient.movedim(1, -1)[ignored].any()
     assert gradient.movedim(1, -1)[~ignored].all(1).any()
     assert not loss(logits, marked, ignore_index=255, reduction="none")[ignored].any()
+    for garbage in (torch.nan, torch.inf, -torch.inf):
+        spoiled = torch.where(ignored.unsqueeze(1), garbage, logits)
+        again, slopes = value_and_gradient(loss, spoiled, marked, ignore_index=255)
+        assert torch.equal(again, value)
+        assert torch.equal(slopes, gradient)
 
 
 @every_loss
