@@ -1,6 +1,5 @@
 """Labels shifted, none at hand: the clamp for other class frequencies, estimated from unlabelled samples."""
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +9,10 @@ from torch import Tensor
 
 from lightning_clamp._batch import map_tensors
 from lightning_clamp._rows import is_dense
+from lightning_clamp.clamping.copies import independent_copy
 from lightning_clamp.clamping.label_shift import ClassFrequencies, class_frequencies, condition_number, present
 from lightning_clamp.metrics import CalibrationEvidence, CalibrationTest
+from lightning_clamp.metrics.evidence import p_in_words
 from lightning_clamp.module import CalibrationModule
 
 # Of the mean outer product: beyond, a thousand unlabelled samples say less than one label.
@@ -44,7 +45,7 @@ class ShiftedPriors:
             lines.append(f"{k:<8}{float(old):>9.2%}{float(new):>9.2%}    [{float(low):.2%}, {float(high):.2%}]")
         p = float(self.after.p_no_shift)
         sure = "the frequencies have changed" if p < _LEAST_P else "they may as well be the old ones"
-        lines.append(f"{self.n_samples:,} unlabelled samples: {sure} ({'p < 0.001' if p < 0.001 else f'p = {p:.3f}'})")
+        lines.append(f"{self.n_samples:,} unlabelled samples: {sure} ({p_in_words(p)})")
         return "\n".join(lines)
 
 
@@ -106,7 +107,7 @@ def shifted_priors(
             f"{_MOST_CONDITION:g}): their frequencies cannot be estimated without labels. Label a few hundred samples "
             "and calibrate on them."
         )
-    shifted = copy.deepcopy(module)
+    shifted = independent_copy(module)
     ratio = (after.values.clamp(min=0.5 / len(probs)) / old).log()
     _move_bias(shifted, ratio)
     return ShiftedPriors(shifted, old, after, len(probs), condition)

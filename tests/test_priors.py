@@ -160,6 +160,28 @@ REFUSED = {
 }
 
 
+class WithLambda(nn.Module):
+    """Its forward is a function that remembers the layer, which a deep copy would share."""
+
+    def __init__(self):
+        super().__init__()
+        layer = self.layer = nn.Linear(5, 5, bias=False)
+        nn.init.eye_(layer.weight)
+        self.run = lambda x: layer(x)
+
+    def forward(self, x):
+        return self.run(x)
+
+
+def test_the_new_module_shares_nothing_with_the_network():
+    network, x = WithLambda(), GOOD[0].float()
+    found = shifted_priors(CalibrationModule(network, Clamp()), batches(x), priors=[0.2] * 5)
+    before = found.module(x[:3])
+    with torch.no_grad():
+        network.layer.weight.zero_()
+    torch.testing.assert_close(found.module(x[:3]), before)
+
+
 def test_a_uniform_share_is_refused():
     """Other frequencies go between the softmax and the share, where no bias is."""
     module = module_of()

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 
 from lightning_clamp._digest import fingerprint
+from lightning_clamp._files import is_url
 from lightning_clamp._trainer.data import CalibrationBatches, as_validation
 from lightning_clamp._trainer.devices import is_dry_run, ranks_of, take_group_down_at_exit
 from lightning_clamp._trainer.mailbox import Mailbox
@@ -32,7 +33,7 @@ def check_place(trainer: Trainer, save_to: SaveTo) -> None:
             not be written in.
     """
     path = _path_for(trainer, save_to, Moment(0, 0))
-    if path is None or "://" in path or not trainer.is_global_zero:
+    if path is None or is_url(path) or not trainer.is_global_zero:
         return
     folder = os.path.dirname(os.path.abspath(path))
     while not os.path.lexists(folder):
@@ -120,6 +121,8 @@ def _save(trainer: Trainer, checkpoint: dict[str, Any], path: str) -> None:
     try:
         save(trainer, checkpoint, path)
     except OSError as error:
+        if error.filename is not None:
+            raise
         raise OSError(error.errno, f"{path!r} was not saved: {error.strerror or error}") from error
 
 

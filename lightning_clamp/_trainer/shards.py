@@ -7,7 +7,6 @@ twice. Here ranks may have parts of different size, or none.
 import copy
 import random
 from collections.abc import Iterable, Iterator
-from hashlib import blake2b
 from itertools import islice
 from typing import Any
 
@@ -19,6 +18,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
+from lightning_clamp._digest import digest
 from lightning_clamp.clamping.ranks import Ranks
 
 # Indices that are compared: a sampler need not come to an end.
@@ -76,19 +76,15 @@ class Shard:
 
 
 def _digest(*parts: Any) -> str:
-    """Equal for equal tensors, numbers and strings, however they are nested."""
-    digest = blake2b(digest_size=16)
+    """Equal for equal tensors, numbers and strings, however they are nested, in objects too."""
+    leaves: list[Any] = []
 
-    def add(value: Tensor | int | str) -> Any:
-        if isinstance(value, Tensor):
-            digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        else:
-            digest.update(repr(value).encode())
+    def add(value: Any) -> Any:
+        leaves.append(value)
         return value
 
     apply_to_collection(parts, (Tensor, int, str), add)
-    return digest.hexdigest()
+    return digest(leaves)
 
 
 def _last(loader: Iterable[Any]) -> Any:

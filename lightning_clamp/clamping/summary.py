@@ -100,7 +100,7 @@ def summarize(data: CalibrationSet, *, trial: bool = False) -> DatasetSummary:
             if not trial:
                 _check_values(rows, seen, data.ranks)
             logits_seen.keep(logits, target)
-            losses = F.cross_entropy(rows.doubled().logits, rows.target, reduction="none")
+            losses = F.cross_entropy(rows.logits.float(), rows.target, reduction="none").double()
             heaviest.append(heaviest_of(losses, rows, seen))
             if data.ranks.size > 1:
                 marks.extend(marks_of(inputs))

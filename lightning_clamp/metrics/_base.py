@@ -125,9 +125,15 @@ class RowMetric(Metric):
         Returns:
             The figure and the axes.
         """
+        val = self.compute() if val is None else val
+        shown = [self.numbers(one) for one in val] if isinstance(val, list) else self.numbers(val)
         # Private, and what torchmetrics asks the `plot` of every metric to call.
-        drawn = cast("Axes", self._plot(val, ax)[1])
+        drawn = cast("Axes", self._plot(shown, ax)[1])
         return drawn.figure.figure, drawn
+
+    def numbers(self, value: Any) -> Any:
+        """What :meth:`plot` draws of a value: a tensor, or tensors by name."""
+        return value
 
     # Private in torch, and where torchmetrics moves states; `exclude_state` is its way to leave them to the metric, and
     # nothing public comes before. `fn` would also cast them, as when a Trainer with precision="bf16-true" casts the

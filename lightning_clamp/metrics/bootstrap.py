@@ -1,7 +1,6 @@
 """Confidence intervals for what calibration changed: the same samples before and after, resampled together."""
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -14,8 +13,7 @@ from lightning_clamp.metrics.reliability import ReliabilityCurve
 from lightning_clamp.metrics.scoring_rules import nll_per_row
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    pass
 
 
 class Interval(NamedTuple):
@@ -114,20 +112,9 @@ class BootstrapSums(RowMetric):
         self.warn_unless(self.sums[:, 2:])
         return BlockSums(self.sums.clone())
 
-    def plot(
-        self, val: BlockSums | Sequence[BlockSums] | None = None, ax: "Axes | None" = None
-    ) -> "tuple[Figure, Axes]":
-        """Draw the three metrics of the sums, or how they went.
-
-        Args:
-            val: Computed sums, or a list of them, one per step; by default the current.
-            ax: Where to draw; a new figure by default.
-
-        Returns:
-            The figure and the axes.
-        """
-        val = self.compute() if val is None else val
-        return super().plot(_tensors(val) if isinstance(val, BlockSums) else [_tensors(one) for one in val], ax)
+    def numbers(self, value: BlockSums) -> dict[str, Tensor]:
+        """The three metrics of the sums."""
+        return {name: torch.tensor(number) for name, number in value.metrics.items()}
 
 
 def paired_bootstrap(
@@ -181,10 +168,6 @@ def paired_bootstrap(
         low, high = (2 * value - resampled[name].quantile(tails)).tolist()
         intervals[name] = Interval(float(value), low, high)
     return intervals
-
-
-def _tensors(sums: BlockSums) -> dict[str, Tensor]:
-    return {name: torch.tensor(value) for name, value in sums.metrics.items()}
 
 
 def _rows(blocks: Tensor) -> Tensor:

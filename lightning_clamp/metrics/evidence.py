@@ -58,7 +58,8 @@ class CalibrationEvidence(NamedTuple):
         if not known:
             return f"These {n} are too few to say whether the probabilities are calibrated."
         if self.p >= level:
-            return f"Nothing speaks against it on these {n}: as far as they tell, {subject} calibrated ({_p(self.p)})."
+            said = p_in_words(self.p)
+            return f"Nothing speaks against it on these {n}: as far as they tell, {subject} calibrated ({said})."
         off = {name for name, p in known.items() if len(known) * p < level}
         found = []
         if "temperature" in off:
@@ -68,7 +69,7 @@ class CalibrationEvidence(NamedTuple):
         if not found:
             words = "higher" if float(self.brier_excess) > 0 else "lower"
             found.append(f"the Brier score is {words} by {abs(float(self.brier_excess)):.2g} than they expect")
-        return f"On these {n} {subject} off: {'; '.join(found)}; {_p(self.p)}; calibrate again."
+        return f"On these {n} {subject} off: {'; '.join(found)}; {p_in_words(self.p)}; calibrate again."
 
     def _known(self) -> dict[str, float]:
         smallest = self.p_classes[~self.p_classes.isnan()]
@@ -90,5 +91,6 @@ class CalibrationEvidence(NamedTuple):
         return f"more or fewer rows than the probabilities say are of {', '.join(named)}{more}"
 
 
-def _p(value: float) -> str:
+def p_in_words(value: float) -> str:
+    """A p-value, as one writes it."""
     return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"

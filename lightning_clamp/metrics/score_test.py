@@ -1,6 +1,6 @@
 """Does it still hold? Tests whether probabilities are calibrated, from labelled data alone."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,10 +10,6 @@ from lightning_clamp.metrics._base import RowMetric
 from lightning_clamp.metrics._reading import PredictedRows, Reader
 from lightning_clamp.metrics._tails import holm, p_of_independent, p_of_items
 from lightning_clamp.metrics.evidence import CalibrationEvidence
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # Temperatures, relative to the one that holds, at which the slope of the loss is summed: a quarter to four times.
 LADDER = tuple(2.0 ** (step / 2) for step in range(-4, 5))
@@ -100,25 +96,9 @@ class CalibrationTest(RowMetric):
         self.warn_unless(self.sums[0])
         return _evidence(self.sums)
 
-    def plot(
-        self, val: CalibrationEvidence | list[CalibrationEvidence] | None = None, ax: "Axes | None" = None
-    ) -> "tuple[Figure, Axes]":
-        """Draw the p-values, or how they went.
-
-        Args:
-            val: Computed evidence, or a list of it, one per step; by default the current.
-            ax: Where to draw; a new figure by default.
-
-        Returns:
-            The figure and the axes.
-        """
-        val = self.compute() if val is None else val
-        shown = _p_values(val) if isinstance(val, CalibrationEvidence) else [_p_values(one) for one in val]
-        return super().plot(shown, ax)
-
-
-def _p_values(evidence: CalibrationEvidence) -> dict[str, Tensor]:
-    return {name: torch.tensor(value) for name, value in evidence.scalars().items()}
+    def numbers(self, value: CalibrationEvidence) -> dict[str, Tensor]:
+        """The p-values."""
+        return {name: torch.tensor(number) for name, number in value.scalars().items()}
 
 
 def _size(num_classes: int) -> int:
