@@ -33,6 +33,7 @@ def main() -> None:
     size.add_argument("--smoke", action="store_true", help="as little as shows that it runs")
     parser.add_argument("--only", choices=("quality", "maps", "criterion", "speed"), help="one of the four")
     parser.add_argument("--case", action="append", help='one case of the quality tables, such as "nuclei-unet"; again')
+    parser.add_argument("--device", default="cpu", help="where the networks of the quality tables run, such as cuda")
     parser.add_argument("--sizes", type=int, nargs="+", help="other calibration sizes for them, such as 250 1000")
     parser.add_argument("--out", type=Path, default=Path("benchmarks"), help="for CSV and figure (default: benchmarks)")
     options = parser.parse_args()
@@ -57,7 +58,7 @@ def main() -> None:
             plan = plan._replace(sizes=sorted(options.sizes))
         rows = []
         try:
-            for row in quality.run(plan, options.data):
+            for row in quality.run(plan, options.data, options.device):
                 rows.append(row)
                 quality.save(rows, options.out / "quality.csv")
         except KeyboardInterrupt:

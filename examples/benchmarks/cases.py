@@ -24,8 +24,8 @@ class Problem(NamedTuple):
 
     Attributes:
         network: In eval mode, from inputs to logits.
-        inputs: What it takes, all samples.
-        target: Labels, or masks.
+        inputs: What it takes, all samples, on the network's device.
+        target: Labels, or masks, on the CPU.
         task: ``"multiclass"`` or ``"binary"``.
         batch_size: How many samples to take at a time.
         perturbable: Whether the inputs are images, so that a perturbation of them means something.
@@ -43,8 +43,9 @@ class Problem(NamedTuple):
         return self._replace(inputs=self.inputs[index], target=self.target[index])
 
     def batches(self) -> list[tuple[Tensor, Tensor]]:
-        """Pairs of inputs and target."""
-        return list(zip(self.inputs.split(self.batch_size), self.target.split(self.batch_size), strict=True))
+        """Pairs of inputs and target, on the inputs' device."""
+        target = self.target.to(self.inputs.device)
+        return list(zip(self.inputs.split(self.batch_size), target.split(self.batch_size), strict=True))
 
 
 # What happens to the images before the network sees them; severity is in each function's own unit.
@@ -130,8 +131,10 @@ NETWORKS: dict[str, Callable[[Path, str, float], Problem]] = {
 }
 
 
-def load(case: str, folder: Path) -> Problem:
+def load(case: str, folder: Path, device: str = "cpu") -> Problem:
     """A case by its name: a network of :data:`NETWORKS`, and for CIFAR a shift, such as ``"cifar10-resnet20 jpeg 40"``.
+
+    On a device, convolutions are kept in full float32, as on the CPU.
 
     Raises:
         ValueError: If there is no such case.
@@ -144,8 +147,9 @@ def load(case: str, folder: Path) -> Problem:
             f"{', '.join(SHIFTS)} with its severity, such as 'cifar10-resnet20 jpeg 40'."
         )
     problem = NETWORKS[network](folder, shift[0] if shift else "", float(shift[1]) if shift else 0.0)
-    problem.network.to(memory_format=torch.channels_last)
-    return problem
+    torch.backends.cudnn.allow_tf32 = False
+    problem.network.to(device, memory_format=torch.channels_last)
+    return problem._replace(inputs=problem.inputs.to(device))
 
 
 def data_module(folder: Path) -> ModuleType:

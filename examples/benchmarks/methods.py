@@ -78,7 +78,7 @@ def clamped(cell: Cell, *, outputs_only: bool = False, **options: Any) -> Outcom
     logits = cell.held_outputs
     if result.clamp.perturbation is not None:
         logits = forward(cell.held._replace(inputs=result.clamp.perturb(cell.held.inputs)))
-    return Outcome(result.clamp.scale(logits), seconds, result)
+    return Outcome(result.clamp.cpu().scale(logits), seconds, result)
 
 
 def published(cell: Cell, *, augmented: bool = False) -> Outcome | None:
@@ -147,9 +147,9 @@ def paired(losses: Tensor, reference: Tensor) -> tuple[float, float]:
 
 
 def forward(problem: Problem) -> Tensor:
-    """Logits of all inputs."""
+    """Logits of all inputs, on the CPU."""
     with torch.no_grad():
-        return torch.cat([problem.network(part) for part in problem.inputs.split(problem.batch_size)])
+        return torch.cat([problem.network(part) for part in problem.inputs.split(problem.batch_size)]).cpu()
 
 
 # Cheap enough for every calibration size; the first two are what the others are compared with.

@@ -149,11 +149,11 @@ class Row(NamedTuple):
         return self.against_vector > 2 * self.vector_error + NOTHING
 
 
-def run(plan: Plan, folder: Path) -> Iterator[Row]:
-    """Every method in every cell, as they are done."""
+def run(plan: Plan, folder: Path, device: str) -> Iterator[Row]:
+    """Every method in every cell, as they are done; the networks run on the device."""
     peers = of_peers()
     for case in plan.cases:
-        problem = load(case, folder)
+        problem = load(case, folder, device)
         outputs = forward(problem)
         order = torch.randperm(len(outputs), generator=torch.Generator().manual_seed(0))
         sizes = plan.sizes if problem.task == "multiclass" else plan.sizes[-1:]
