@@ -59,7 +59,7 @@ class Reader:
                 together.
             TypeError: If preds are not float, or the target holds no class indices.
         """
-        for logits, labels in row_blocks(preds, target, task=self.task, ignore_index=self.ignore_index):
+        for logits, labels, _ in row_blocks(preds, target, task=self.task, ignore_index=self.ignore_index):
             yield self.rows(logits, labels, device)
         self._look_at_axes(preds, target)
 
