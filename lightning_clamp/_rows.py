@@ -1,7 +1,7 @@
 """One layout for every kind of classifier output: rows of class logits, each with its target and its item.
 
-Class outputs, dense outputs and one-logit heads differ only in how their tensors are laid out. Everything that computes
-(metrics, temperature, scores) works on :class:`Rows`; the layouts are known here alone.
+Class outputs, dense outputs, one-logit heads and several labels per item differ only in how their tensors are laid out.
+Everything that computes (metrics, temperature, scores) works on :class:`Rows`; the layouts are known here alone.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lightning_clamp._checks import OptionError
 
-Task: TypeAlias = Literal["multiclass", "binary"]
-TASKS: tuple[Task, ...] = ("multiclass", "binary")
+Task: TypeAlias = Literal["multiclass", "binary", "multilabel"]
+TASKS: tuple[Task, ...] = ("multiclass", "binary", "multilabel")
 
 # Elements of a block: 4 MB of float32 stay in a processor's cache; an accelerator wants few, large kernels.
 _BLOCK_ELEMENTS = 2**20
@@ -29,16 +29,19 @@ class Rows(NamedTuple):
     """Logits of every scored position, and the item (sample) each position belongs to.
 
     Attributes:
-        logits: Shape ``(M, C)``, float; a one-logit head gives the two columns ``(0, z)``.
+        logits: Shape ``(M, C)``, float; a one-logit head gives the two columns ``(0, z)``, and so does each label of
+            several per item, which is a row of its own.
         target: Shape ``(M,)``, int64, in ``[0, C)``.
         item: Shape ``(M,)``, int64, in ``[0, n_items)``.
         n_items: Items in the batch, also those of which every position is ignored.
+        label: Which label of its item each row is, ``(M,)``, int64; None unless ``task="multilabel"``.
     """
 
     logits: Tensor
     target: Tensor
     item: Tensor
     n_items: int
+    label: Tensor | None = None
 
     def per_item(self, values: Tensor) -> Tensor:
         """Sum ``values``, one per row and shape ``(M, ...)``, over the rows of each item: ``(n_items, ...)``."""
@@ -49,9 +52,31 @@ class Rows(NamedTuple):
         logits = self.logits.double()
         return self._replace(logits=logits.where(logits > MASKED, _NEVER))
 
+    def kept(self, ignore_index: int | None) -> "Rows":
+        """Without the rows whose target is ``ignore_index``; all of them if it is None."""
+        if ignore_index is None:
+            return self
+        keep = self.target != ignore_index
+        label = None if self.label is None else self.label[keep]
+        return Rows(self.logits[keep], self.target[keep], self.item[keep], self.n_items, label)
+
+
+class Block(NamedTuple):
+    """Some of the rows of a batch, in no item's terms; see :class:`Rows`.
+
+    Attributes:
+        logits: Shape ``(m, C)``.
+        target: Shape ``(m,)``.
+        label: Shape ``(m,)``; None unless ``task="multilabel"``.
+    """
+
+    logits: Tensor
+    target: Tensor
+    label: Tensor | None
+
 
 def is_dense(logits: Tensor, task: Task) -> bool:
-    """Whether ``logits`` hold several positions per item (pixels), rather than one class distribution."""
+    """Whether ``logits`` hold several rows per item (pixels, labels), rather than one class distribution."""
     return logits.ndim > 2 if task == "multiclass" else logits[:1].numel() > 1
 
 
@@ -60,39 +85,33 @@ def as_rows(logits: Tensor, target: Tensor, *, task: Task = "multiclass", ignore
 
     Args:
         logits: ``(N, C)`` or dense ``(N, C, ...)``; for ``task="binary"`` one logit per position, ``(N,)``, ``(N, 1)``
-            or dense ``(N, 1, ...)`` or ``(N, ...)``.
+            or dense ``(N, 1, ...)`` or ``(N, ...)``; for ``task="multilabel"`` one per label, ``(N, K)`` or dense
+            ``(N, K, ...)``.
         target: Class indices, ``(N,)`` or dense ``(N, ...)``; for ``task="binary"`` 0 or 1, int, bool or float. Either
-            with or without an axis of length 1 in the place of the classes.
-        task: ``"multiclass"`` or ``"binary"``.
-        ignore_index: Target value of positions to leave out.
+            with or without an axis of length 1 in the place of the classes. For ``task="multilabel"`` 0 or 1 in the
+            shape of the logits.
+        task: ``"multiclass"``, ``"binary"`` or ``"multilabel"``.
+        ignore_index: Target value of positions, or of labels of an item, to leave out.
 
     Raises:
         TypeError: If either is no tensor, or the target's dtype cannot hold class indices.
         ValueError: If the shapes do not fit together, or there is one class only.
     """
-    flat, labels = _flat(*_checked(logits, target, task), task)
-    item = torch.arange(len(logits), device=logits.device).repeat_interleave(len(labels) // max(len(logits), 1))
-    if ignore_index is not None:
-        keep = labels != ignore_index
-        flat, labels, item = flat[keep], labels[keep], item[keep]
-    return Rows(flat, labels, item, len(logits))
+    return _flat(*_checked(logits, target, task), task).kept(ignore_index)
 
 
 def row_blocks(
     logits: Tensor, target: Tensor, *, task: Task = "multiclass", ignore_index: int | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The rows of :func:`as_rows`, logits ``(m, C)`` and target ``(m,)``, in blocks that stay in the processor's cache.
+) -> Iterator[Block]:
+    """The rows of :func:`as_rows` in blocks that stay in the processor's cache.
 
     A batch of any size is then worked through with a fixed amount of memory, and faster than in one piece. At least
     one block is given, of no rows if there are none. Errors are those of :func:`as_rows`.
     """
     logits, target = _checked(logits, target, task)
     for part, labels in [(logits, target)] if is_one_block(logits) else _parts(logits, target, _block_elements(logits)):
-        flat, labels = _flat(part, labels, task)
-        if ignore_index is not None:
-            keep = labels != ignore_index
-            flat, labels = flat[keep], labels[keep]
-        yield flat, labels
+        rows = _flat(part, labels, task).kept(ignore_index)
+        yield Block(rows.logits, rows.target, rows.label)
 
 
 def item_blocks(
@@ -119,11 +138,13 @@ def merged(parts: Iterable[Rows]) -> Iterator[Rows]:
 
 def _joined(parts: Sequence[Rows]) -> Rows:
     offsets = accumulate((part.n_items for part in parts), initial=0)
+    labels = [part.label for part in parts if part.label is not None]
     return Rows(
         torch.cat([part.logits for part in parts]),
         torch.cat([part.target for part in parts]),
         torch.cat([part.item + offset for part, offset in zip(parts, offsets, strict=False)]),
         sum(part.n_items for part in parts),
+        torch.cat(labels) if labels else None,
     )
 
 
@@ -137,12 +158,12 @@ def _block_elements(logits: Tensor) -> int:
 
 
 def _parts(logits: Tensor, target: Tensor, elements: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Split ``(N, C, S)`` and ``(N, S)``: by items, and by positions within an item where it is large."""
+    """Split ``(N, C, S)`` and ``(N, S)``, or twice ``(N, K, S)``: by items, and by positions where one is large."""
     classes, positions = logits.shape[1:]
     items = max(1, elements // max(1, classes * positions))
     for part, labels in zip(torch.split(logits, items), torch.split(target, items), strict=True):
         size = max(1, elements // (classes * max(1, len(part))))
-        yield from zip(torch.split(part, size, 2), torch.split(labels, size, 1), strict=True)
+        yield from zip(torch.split(part, size, -1), torch.split(labels, size, -1), strict=True)
 
 
 def checked_target(logits: Tensor, target: Tensor, task: Task) -> Tensor:
@@ -157,6 +178,9 @@ def checked_target(logits: Tensor, target: Tensor, task: Task) -> Tensor:
         raise TypeError(f"The target must be a tensor, got {_kind(target)}.")
     if task == "binary":
         _check_binary(logits, target)
+        return target
+    if task == "multilabel":
+        _check_multilabel(logits, target)
         return target
     return _class_indices(logits, target)
 
@@ -180,25 +204,44 @@ def unclear_axis(logits: Tensor, target: Tensor) -> str:
 
 def check_hard(target: Tensor) -> None:
     """Refuse labels between 0 and 1; this reads them, which an accelerator waits for."""
-    if target.is_floating_point() and bool((target != target.round()).any()):
-        raise ValueError("A binary target must be 0 or 1, got a value between: soft labels have no calibration error.")
+    if not target.is_floating_point():
+        return
+    if bool(target.isnan().any()):
+        raise ValueError(
+            "A target must be 0 or 1, got nan: let unknown labels be -1, target.nan_to_num(-1), and pass "
+            "ignore_index=-1."
+        )
+    if bool((target != target.round()).any()):
+        raise ValueError("A target must be 0 or 1, got a value between: soft labels have no calibration error.")
 
 
 def _checked(logits: Tensor, target: Tensor, task: Task) -> tuple[Tensor, Tensor]:
-    """Logits ``(N, C, S)`` and target ``(N, S)`` with the positions of an item on one axis; views where possible."""
+    """Logits ``(N, C, S)`` and target ``(N, S)`` with the positions of an item on one axis; views where possible.
+
+    Several labels per item are ``(N, K, S)``, both.
+    """
     target = checked_target(logits, target, task)
-    if task == "binary":
+    if task != "multiclass":
         check_hard(target)
+    if task == "binary":
         return logits[..., None].flatten(1)[:, None], target[..., None].flatten(1)
+    if task == "multilabel":
+        return logits[..., None].flatten(2), target[..., None].flatten(2)
     return logits[..., None].flatten(2), target[..., None].flatten(1)
 
 
-def _flat(logits: Tensor, target: Tensor, task: Task) -> tuple[Tensor, Tensor]:
-    """Rows of logits and targets from ``(N, C, S)`` and ``(N, S)``."""
-    if task == "binary":
+def _flat(logits: Tensor, target: Tensor, task: Task) -> Rows:
+    """All rows of logits and targets as :func:`_checked` gives them."""
+    n, labels = len(logits), None
+    if task == "multiclass":
+        flat = logits.movedim(1, -1).flatten(0, -2)
+    else:
         positive = logits.flatten()
-        return torch.stack([torch.zeros_like(positive), positive], 1), target.flatten().long()
-    return logits.movedim(1, -1).flatten(0, -2), target.flatten().long()
+        flat = torch.stack([torch.zeros_like(positive), positive], 1)
+    if task == "multilabel":
+        labels = torch.arange(logits.shape[1], device=logits.device)[:, None].expand(logits.shape).flatten()
+    item = torch.arange(n, device=logits.device).repeat_interleave(len(flat) // max(n, 1))
+    return Rows(flat, target.flatten().long(), item, n, labels)
 
 
 def _class_indices(logits: Tensor, target: Tensor) -> Tensor:
@@ -209,10 +252,7 @@ def _class_indices(logits: Tensor, target: Tensor) -> Tensor:
             'say task="binary" for a one-logit (sigmoid) head.'
         )
     if logits.shape == target.shape:
-        raise OptionError(
-            f"The target has the shape of the logits, {tuple(target.shape)}: of one-hot labels pass the class indices, "
-            'target.argmax(1); for several labels per item, each yes or no, say task="binary".'
-        )
+        raise OptionError(f"The target has the shape of the logits, {tuple(target.shape)}: {_of_each_class(target)}.")
     wanted = logits.shape[:1] + logits.shape[2:]
     if target.ndim == logits.ndim and target.shape[1] == 1:
         target = target.squeeze(1)
@@ -224,6 +264,14 @@ def _class_indices(logits: Tensor, target: Tensor) -> Tensor:
     if target.is_floating_point() or target.dtype == torch.bool:
         raise TypeError(f"The target must hold class indices as int64, got {target.dtype}; use target.long().")
     return target
+
+
+def _of_each_class(target: Tensor) -> str:
+    """What to do about a target that has a value for each class."""
+    several = 'for several labels per item, each yes or no, say task="multilabel"'
+    if bool((target.double().sum(1) > 1).any()):
+        return several
+    return f"of one-hot labels pass the class indices, target.argmax(1); {several}"
 
 
 def _way_out(logits: Tensor, target: Tensor) -> str:
@@ -254,6 +302,19 @@ def _check_binary(logits: Tensor, target: Tensor) -> None:
         raise OptionError(
             f'task="binary" needs one logit per target, got logits of shape {tuple(logits.shape)} and a target of '
             f'shape {tuple(target.shape)}; for one logit per class say task="multiclass".'
+        )
+
+
+def _check_multilabel(logits: Tensor, target: Tensor) -> None:
+    if logits.ndim < 2:
+        raise OptionError(
+            f'task="multilabel" needs one logit per label on axis 1, (N, K) or (N, K, ...), got {tuple(logits.shape)}: '
+            'for one logit per item say task="binary".'
+        )
+    if logits.shape != target.shape:
+        raise OptionError(
+            f'task="multilabel" needs a target of 0 and 1 in the shape of the logits, {tuple(logits.shape)}, got '
+            f'{tuple(target.shape)}; for one class index per item say task="multiclass".'
         )
 
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from lightning_clamp import fit_clamp
-from lightning_clamp._rows import as_rows, is_dense
+from lightning_clamp import _rows, fit_clamp
+from lightning_clamp._rows import as_rows, is_dense, item_blocks, merged, row_blocks
 from lightning_clamp.losses import focal_loss
 from lightning_clamp.metrics import NegativeLogLikelihood, class_margin, negative_log_likelihood
 from tests.scenarios import calibrated_logits
@@ -45,6 +45,48 @@ def test_one_logit_heads_become_two_classes(logit_shape, target_shape, dense, dt
     torch.testing.assert_close(rows.logits.softmax(1)[:, 1], logits.flatten().sigmoid())
     assert rows.target.dtype == torch.int64
     assert is_dense(logits, "binary") == dense
+
+
+@pytest.mark.parametrize("places", [(), (2, 5)])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.bool])
+def test_each_label_of_an_item_is_a_row(places, dtype):
+    logits, target = torch.randn(4, 3, *places), torch.randint(2, (4, 3, *places)).to(dtype)
+    rows = as_rows(logits, target, task="multilabel")
+    torch.testing.assert_close(rows.logits.softmax(1)[:, 1], logits.sigmoid().flatten())
+    assert torch.equal(rows.target.reshape(target.shape), target.long())
+    assert torch.equal(rows.label.reshape(logits.shape)[:, 1], torch.ones(4, *places).long())
+    assert torch.equal(rows.item.reshape(logits.shape)[3], torch.full((3, *places), 3))
+    assert is_dense(logits, "multilabel")
+
+
+def test_labels_of_an_item_are_left_out_one_by_one():
+    logits, target = torch.randn(2, 3), torch.tensor([[0.0, -1.0, 1.0], [-1.0, -1.0, 1.0]])
+    rows = as_rows(logits, target, task="multilabel", ignore_index=-1)
+    assert rows.target.tolist() == [0, 1, 1]
+    assert rows.label.tolist() == [0, 2, 2]
+    assert rows.item.tolist() == [0, 0, 1]
+    joined = next(merged([rows, rows]))
+    assert joined.label.tolist() == [0, 2, 2, 0, 2, 2]
+    assert joined.item.tolist() == [0, 0, 1, 2, 2, 3]
+
+
+@pytest.mark.parametrize(("task", "shape"), [("multilabel", (3, 4, 50)), ("multiclass", (3, 50)), ("binary", (3, 50))])
+def test_blocks_have_the_rows_of_the_batch(task, shape, monkeypatch):
+    logits, target = torch.randn(3, 4, 50)[:, : shape[1] if task == "multilabel" else 4], torch.randint(2, shape)
+    logits = logits[:, 0] if task == "binary" else logits
+    whole = as_rows(logits, target, task=task, ignore_index=0)
+    monkeypatch.setattr(_rows, "_BLOCK_ELEMENTS", 64)
+    for blocks in (row_blocks, item_blocks):
+        parts = list(blocks(logits, target, task=task, ignore_index=0))
+        assert len(parts) > 2
+        told = [torch.stack([part.logits[:, 1], *_labels(part)]) for part in parts]
+        assert sorted(torch.cat(told, 1).T.tolist()) == sorted(
+            torch.stack([whole.logits[:, 1], *_labels(whole)]).T.tolist()
+        )
+
+
+def _labels(rows):
+    return [rows.target.float(), *([] if rows.label is None else [rows.label.float()])]
 
 
 @pytest.mark.parametrize(("logit_shape", "target_shape"), [((4, 3), (4, 1)), ((4, 3, 2, 5), (4, 1, 2, 5))])
@@ -125,7 +167,9 @@ def test_levels_of_an_ordinal_head_are_binary():
     with pytest.raises(ValueError, match=r"the label 4, .* per threshold .* say task=\"binary\"") as caught:
         fit_clamp(IDENTITY, [(3 * z, rank)], grids=())
     assert "ignore_index" not in str(caught.value)
-    with pytest.raises(ValueError, match=r'for several labels per item, each yes or no, say task="binary"'):
+    with pytest.raises(
+        ValueError, match=r'\(2000, 4\): for several labels per item, each yes or no, say task="multilabel"'
+    ):
         fit_clamp(IDENTITY, [(3 * z, levels)], grids=())
     result = fit_clamp(IDENTITY, [(3 * z, levels)], task="binary", method="temperature")
     assert float(result.clamp.temperature) == pytest.approx(3, rel=0.1)
@@ -148,6 +192,17 @@ def test_levels_of_an_ordinal_head_are_binary():
         (torch.randn(4, 3), torch.eye(4)[:, :3], "multiclass", ValueError, r"one-hot .* target.argmax\(1\)"),
         (torch.randn(4, 3), torch.zeros(4).long(), "binary", ValueError, "one logit per target"),
         (torch.randn(4), torch.full((4,), 0.5), "binary", ValueError, "soft labels"),
+        (torch.randn(4, 3), torch.full((4, 3), 0.5), "multilabel", ValueError, "soft labels"),
+        (torch.randn(4, 3), torch.full((4, 3), torch.nan), "multilabel", ValueError, r"got nan: .*nan_to_num\(-1\)"),
+        (torch.randn(4, 3), torch.zeros(4).long(), "multilabel", ValueError, r'\(4,\); .* say task="multiclass"'),
+        (torch.randn(4), torch.zeros(4), "multilabel", ValueError, r'one logit per item say task="binary"'),
+        (
+            torch.randn(4, 3),
+            torch.ones(4, 3),
+            "multiclass",
+            ValueError,
+            r'\(4, 3\): for several .* say task="multilabel"',
+        ),
         (
             torch.zeros(4, 3).long(),
             torch.zeros(4).long(),

@@ -86,9 +86,10 @@ def as_positions(
 
     Args:
         logits: ``(N, C)`` or dense ``(N, C, ...)``; for ``task="binary"`` one logit per position, ``(N,)``, ``(N, 1)``,
-            ``(N, 1, ...)`` or ``(N, ...)``. Half precision is computed in float32.
-        target: Class indices, ``(N,)`` or ``(N, ...)``; for ``task="binary"`` 0 or 1 of any dtype.
-        task: ``"multiclass"`` or ``"binary"``.
+            ``(N, 1, ...)`` or ``(N, ...)``; for ``task="multilabel"`` one per label, ``(N, K)`` or ``(N, K, ...)``.
+            Half precision is computed in float32.
+        target: Class indices, ``(N,)`` or ``(N, ...)``; for the other tasks 0 or 1 of any dtype.
+        task: ``"multiclass"``, ``"binary"`` or ``"multilabel"``.
         ignore_index: Target value of positions to leave out.
         reduction: Checked only.
 
@@ -103,10 +104,10 @@ def as_positions(
     shape, target = target.shape, labels
     # Labels on an accelerator are not read, which would stall it, nor while a graph is made.
     readable = target.device.type == "cpu" and not torch.compiler.is_compiling()
-    if readable and task == "binary":
+    if readable and task != "multiclass":
         check_hard(target)
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    if task == "binary":
+    if task != "multiclass":
         logits, target = _pairs(logits, target)
     target = target.long()
     keep = None if ignore_index is None else target != ignore_index

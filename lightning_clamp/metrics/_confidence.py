@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_clamp._rows import Task
 from lightning_clamp.metrics._base import RowMetric
-from lightning_clamp.metrics._binning import add_to_cells, cell_count, checked_bins, merged
+from lightning_clamp.metrics._binning import addends, cell_count, cell_index, checked_bins, merged
 from lightning_clamp.metrics._reading import PredictedRows, Reader
 
 Confidence: TypeAlias = Literal["top", "positive"]
@@ -24,16 +24,18 @@ def confidences(preds: Tensor, target: Tensor, confidence: Confidence, reader: R
     parts = [_of_rows(rows, confidence) for rows in reader.blocks(preds, target)]
     values, correct = (torch.cat(column) for column in zip(*parts, strict=True))
     reader.warn_unless(len(values) > 0)
-    return values, correct
+    return values.double(), correct
 
 
 def _of_rows(rows: PredictedRows, confidence: Confidence) -> tuple[Tensor, Tensor]:
+    """Confidence and correctness of checked rows, ``(m,)`` each."""
     if confidence == "positive":
         value, correct = rows.class_probs()[:, 1], rows.target == 1
     else:
         value, correct = rows.top_label()
+    rows.check(value.sum())
     # Rounding may have lifted a probability above 1.
-    return rows.checked(value).double().clamp(max=1), correct
+    return value.clamp(max=1) if rows.reader.probs else value, correct
 
 
 def _check(confidence: Confidence, task: Task) -> None:
@@ -72,7 +74,8 @@ class ConfidenceMetric(RowMetric):
 
     def add(self, rows: PredictedRows) -> None:
         """Add rows to the histogram."""
-        add_to_cells(self.sums, *_of_rows(rows, self.confidence), self.n_bins)
+        added = addends(*_of_rows(rows, self.confidence))
+        self.sums.index_add_(1, cell_index(added[1], self.n_bins), added)
 
     @property
     def cells(self) -> Tensor:

@@ -59,7 +59,7 @@ class Reader:
                 together.
             TypeError: If preds are not float, or the target holds no class indices.
         """
-        for logits, labels in row_blocks(preds, target, task=self.task, ignore_index=self.ignore_index):
+        for logits, labels, _ in row_blocks(preds, target, task=self.task, ignore_index=self.ignore_index):
             yield self.rows(logits, labels, device)
         self._look_at_axes(preds, target)
 
@@ -69,14 +69,14 @@ class Reader:
         self._look_at_axes(preds, target)
 
     def rows(self, preds: Tensor, target: Tensor, device: torch.device | None = None) -> "PredictedRows":
-        """Checked rows, of preds ``(m, C)`` and target ``(m,)`` as :mod:`lightning_clamp._rows` lays them out."""
+        """Rows, of preds ``(m, C)`` and target ``(m,)`` as :mod:`lightning_clamp._rows` lays them out."""
         device = preds.device if device is None else device
         preds, target = preds.detach().to(device, torch.promote_types(preds.dtype, torch.float32)), target.to(device)
         if self.probs and self.task == "binary":
             preds = torch.stack([1 - preds[:, 1], preds[:, 1]], 1)
-        if self.validate_args:
-            self._check(preds, target)
-        return PredictedRows(preds, target, self)
+        # Not looked at before something was computed of it: a label out of range must not end a process on CUDA.
+        inside = target.clamp(0, preds.shape[1] - 1) if self.validate_args else target
+        return PredictedRows(preds, inside, target, self)
 
     def zero_target(self, preds: Tensor) -> Tensor:
         """A target of zeros that fits preds, for what needs none.
@@ -108,25 +108,38 @@ class Reader:
             unclear = class_axis_is_unclear(preds, target, self.task)
             self._unclear_axis = unclear_axis(preds, target) if unclear else ""
 
-    def _check(self, preds: Tensor, target: Tensor) -> None:
+    def refuse(self, preds: Tensor, target: Tensor) -> None:
+        """Say what is wrong with rows.
+
+        Raises:
+            ValueError: If anything is.
+        """
         check_range(
             target, preds.shape[1], " Labels start at 0. Positions that have no label are left out with ignore_index."
         )
-        if not self.probs:
-            if len(preds) and not self._told_kind:
-                self._warn_of_probabilities(preds)
-        elif not _are_probs(preds):
+        if self.probs and not bool(_are_probs(preds).all()):
             raise ValueError(
                 "With probs=True `preds` must be probabilities, non-negative and adding up to 1 over the classes; for "
                 "logits leave probs=True out."
             )
+        unusable = int((~preds.amax(1).isfinite()).sum())
+        raise ValueError(f"`preds` holds nan or inf in {unusable} of {len(preds)} rows.")
 
-    def _warn_of_probabilities(self, preds: Tensor) -> None:
-        values_between = self.task == "binary" and bool(((preds >= 0) & (preds <= 1)).all())
-        if not (values_between or _are_probs(preds)):
+    @property
+    def wonders(self) -> bool:
+        """Whether logits may still turn out to be probabilities that nobody said to be any."""
+        return not (self.probs or self._told_kind)
+
+    def seem_probs(self, preds: Tensor) -> Tensor:
+        """Whether all values of logits ``(m, C)`` could be probabilities, a bool."""
+        return ((preds >= 0) & (preds <= 1)).all() if self.task == "binary" else _are_probs(preds).all()
+
+    def learn(self, rows: int, *, seem_probs: bool) -> None:
+        """Warn, once, of logits that look like probabilities; some that do not settle it."""
+        if not seem_probs:
             self._told_kind = True
             return
-        self._doubtful_rows += len(preds)
+        self._doubtful_rows += rows
         if self._doubtful_rows >= _TELLING_ROWS:
             self._told_kind = True
             rank_zero_warn(
@@ -142,12 +155,14 @@ class PredictedRows:
 
     Attributes:
         preds: Logits or probabilities, ``(m, C)``, float32 or float64.
-        target: Class indices, ``(m,)``, int64.
+        target: Class indices, ``(m,)``, int64; in range, unless nobody is to look.
+        given: The same as they came.
         reader: Says which of the two preds are.
     """
 
     preds: Tensor
     target: Tensor
+    given: Tensor
     reader: Reader
 
     def log_probs(self) -> Tensor:
@@ -162,23 +177,40 @@ class PredictedRows:
         """Confidence and correctness of the top label, ``(m,)`` each; of tied classes the first is the top one."""
         return (_top_probability if self.reader.probs else _top_label)(self.preds, self.target)
 
-    def checked(self, derived: Tensor) -> Tensor:
-        """What was derived from the rows, or an error if nan or inf in them has made it nan.
+    def check(self, total: Tensor) -> None:
+        """Refuse the rows if they cannot be used; an accelerator is waited for once, for all that there is to know.
 
-        Asked of few numbers per row, in place of a look at every logit.
+        Args:
+            total: Sum of what was derived from the rows, a scalar: nan or inf in them has made it nan. Asked of few
+                numbers per row, in place of a look at every logit.
+
+        Raises:
+            ValueError: If there is nan or inf, a label out of range, or no probability where there should be.
         """
-        if self.reader.validate_args and math.isnan(float(derived.sum())):
-            unusable = int((~self.preds.amax(1).isfinite()).sum())
-            raise ValueError(f"`preds` holds nan or inf in {unusable} of {len(self.preds)} rows.")
-        return derived
+        reader = self.reader
+        if not reader.validate_args or not len(self.preds):
+            return
+        right = self.given == self.target
+        if reader.probs:
+            right &= _are_probs(self.preds)
+        asked = [torch.where(right.all(), total, torch.nan)]
+        if reader.wonders:
+            asked.append(reader.seem_probs(self.preds).to(total.dtype))
+        number, *seem_probs = torch.stack(asked).tolist()
+        if math.isnan(number):
+            reader.refuse(self.preds, self.given)
+        if seem_probs:
+            reader.learn(len(self.preds), seem_probs=bool(seem_probs[0]))
 
 
-def _are_probs(rows: Tensor) -> bool:
-    """Whether rows are non-negative and add up to 1; nan are not."""
-    return not len(rows) or bool(((rows.sum(1) - 1).abs() <= _SUM_TOLERANCE).all() and (rows >= 0).all())
+def _are_probs(rows: Tensor) -> Tensor:
+    """Which rows ``(m, C)`` are non-negative and add up to 1, ``(m,)`` bool; nan are not."""
+    return ((rows.sum(1) - 1).abs() <= _SUM_TOLERANCE) & (rows.amin(1) >= 0)
 
 
 def _top_label(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    if logits.device.type != "cpu":
+        return _top_label_at_once(logits, target)
     top = logits.amax(1, keepdim=True)
     # 1 / sum exp(z - max) rather than the largest softmax: no rounding can lift it above 1.
     confidence = (logits - top).exp_().sum(1).reciprocal_()
@@ -189,6 +221,11 @@ def _top_label(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     if len(tied):
         correct[tied] = logits[tied].max(1).indices == target[tied]
     return confidence, correct
+
+
+def _top_label_at_once(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The same in few launches, and without waiting for the number of ties: what counts on an accelerator."""
+    return logits.softmax(1).amax(1), logits.max(1).indices == target
 
 
 def _top_probability(probs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

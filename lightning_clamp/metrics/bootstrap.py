@@ -95,9 +95,9 @@ class BootstrapSums(RowMetric):
         item = batch.item.to(sums.device)
         number = sums[:, 0].sum().long() + torch.arange(batch.n_items, device=sums.device)
         block = (self.rank + self.world_size * number) % self.n_blocks
-        nll = nll_per_row(rows)
+        nll = nll_per_row(rows).double()
         confidence, correct = (part.double() for part in rows.top_label())
-        rows.checked(confidence)
+        rows.check(confidence.sum())
         width = sums.shape[1]
         of_row = block[item] * width
         of_bin = of_row + 2 + bin_index(confidence, self.n_bins)

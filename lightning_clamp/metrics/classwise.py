@@ -8,10 +8,13 @@ from torch import Tensor
 
 from lightning_clamp._rows import Task
 from lightning_clamp.metrics._base import RowMetric
-from lightning_clamp.metrics._binning import bin_index, checked_bins
+from lightning_clamp.metrics._binning import addends, bin_index, checked_bins
 from lightning_clamp.metrics._reading import PredictedRows, Reader
 
 Average: TypeAlias = Literal["macro", "none"]
+
+# Probabilities at work at once on an accelerator, which takes 24 bytes for each.
+_AT_ONCE_DEVICE = 2**24
 
 
 def classwise_calibration_error(
@@ -103,23 +106,44 @@ def _checked(average: Average) -> Average:
 
 
 def _add(sums: Tensor, rows: PredictedRows) -> None:
-    """Add to the count, summed probability and occurrences per class and bin, ``(3, C, n_bins)`` float64, in place.
+    """Add to the count, summed probability and occurrences per class and bin, ``(3, C, n_bins)`` float64, in place."""
+    probs = rows.class_probs()
+    summed = probs.sum(0, dtype=torch.float64)
+    rows.check(summed.sum())
+    if probs.device.type == "cpu":
+        _add_chosen(sums, probs, rows.target, summed)
+    else:
+        _add_all(sums, probs, rows.target)
 
-    In a row at most ``n_bins`` probabilities lie above the first bin. Only these are sorted into bins; the first gets
-    what is then missing in the totals.
+
+def _add_chosen(sums: Tensor, probs: Tensor, target: Tensor, summed: Tensor) -> None:
+    """In a row at most ``n_bins`` probabilities lie above the first bin.
+
+    Only these are sorted into bins; the first gets what is then missing in the totals.
     """
-    probs, target = rows.class_probs(), rows.target
-    rows.checked(probs.sum(0))
     _, classes, n_bins = sums.shape
     # A shade below the edge, which float32 may not hit: the exact comparison is made in float64 by `bin_index`.
     row, column = (probs > (1 - 1e-6) / n_bins).nonzero(as_tuple=True)
-    chosen = probs[row, column].double()
-    values = torch.stack([torch.ones_like(chosen), chosen, (target[row] == column).double()])
+    added = addends(probs[row, column], target[row] == column)
     occurrences = torch.bincount(target, minlength=classes).double()
-    totals = torch.stack([torch.full_like(occurrences, len(probs)), probs.sum(0, dtype=torch.float64), occurrences])
+    totals = torch.stack([torch.full_like(occurrences, len(probs)), summed, occurrences])
     # Labels out of range, where nobody looked for them, have failed by now: the sums are changed last.
-    sums[:, :, 0] += totals.index_add(1, column, values, alpha=-1)
-    sums.view(3, -1).index_add_(1, column * n_bins + bin_index(chosen, n_bins), values)
+    sums[:, :, 0] += totals.index_add(1, column, added, alpha=-1)
+    sums.view(3, -1).index_add_(1, column * n_bins + bin_index(added[1], n_bins), added)
+
+
+def _add_all(sums: Tensor, probs: Tensor, target: Tensor) -> None:
+    """All of them, in a few launches, and without waiting for a number of those above the first bin."""
+    count, confidence, _ = sums.transpose(1, 2).unbind()
+    correct = sums[2].view(-1)
+    size = max(1, _AT_ONCE_DEVICE // probs.shape[1])
+    for part, labels in zip(probs.double().split(size), target.split(size), strict=True):
+        index = bin_index(part, len(count))
+        one = part.new_ones(()).expand_as(part)
+        count.scatter_add_(0, index, one)
+        confidence.scatter_add_(0, index, part)
+        of_target = labels * len(count) + index.gather(1, labels[:, None])[:, 0]
+        correct.index_add_(0, of_target, one[:, 0])
 
 
 def _error(sums: Tensor, average: Average) -> Tensor:

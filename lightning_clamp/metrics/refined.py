@@ -147,8 +147,10 @@ def _ladder_sums(rows: PredictedRows) -> Tensor:
     parts = torch.split(below, max(1, at_once // (_N_RUNGS * below.shape[1])))
     log_sums = torch.cat([(part[:, None] * beta).clamp_(_NEGLIGIBLE).exp_().sum(2).log_() for part in parts])
     distance = -below.gather(1, rows.target[:, None]).sum(dtype=torch.float64)
-    count = distance.new_tensor(float(len(below)))
-    return torch.cat([torch.stack([count, distance]), rows.checked(log_sums).sum(0, dtype=torch.float64)])
+    summed = log_sums.sum(0, dtype=torch.float64)
+    rows.check(summed[0])
+    count = distance.new_full((), len(below))
+    return torch.cat([torch.stack([count, distance]), summed])
 
 
 def _minimum(sums: Tensor, reader: Reader, *, warn: bool = True) -> tuple[Tensor, Tensor]:

@@ -116,10 +116,11 @@ def _sums(batch: Rows, rows: PredictedRows) -> Tensor:
     target = rows.target[:, None]
     columns = [_score(probs, log_probs, target), _score(probs, probs, target), _class_scores(probs, target)]
     score, variance, third = (torch.cat(parts, 1).double() for parts in zip(*columns, strict=True))
-    rows.checked(score)
+    rows.check(score[:, 0].sum())
     of_item = batch.per_item(score)
     ladder = [_slope(log_probs, target, temperature) for temperature in LADDER]
-    counts = score.new_tensor([int((torch.bincount(batch.item) > 0).sum()), len(score)])
+    of_items = batch.per_item(score.new_ones(len(score)))
+    counts = torch.stack([(of_items > 0).sum(dtype=torch.float64), of_items.sum()])
     moments = torch.stack([score.sum(0), variance.sum(0), third.sum(0), of_item.square().sum(0)])
     return torch.cat([counts, torch.stack(ladder).T.flatten(), moments.flatten()])
 

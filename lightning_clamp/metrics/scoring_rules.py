@@ -112,14 +112,17 @@ class MeanMetric(RowMetric):
         self.add_sums(type(self).__name__, 2)
 
     def values(self, rows: PredictedRows) -> Tensor:
-        """The quantity per row, ``(m,)`` float64; nan where logits hold nan or +inf."""
+        """The quantity per row, ``(m,)`` float; nan where logits hold nan or +inf."""
         raise NotImplementedError
 
     def add(self, rows: PredictedRows) -> None:
         """Add sum and count."""
-        values = rows.checked(self.values(rows))
-        self.sums[0] += values.sum()
-        self.sums[1] += len(values)
+        values = self.values(rows)
+        added = values.sum(dtype=torch.float64)
+        rows.check(added)
+        total, count = self.sums.unbind()
+        total += added
+        count += len(values)
 
     def compute(self) -> Tensor:
         """The mean over all rows seen, nan before the first."""
@@ -171,15 +174,19 @@ class Accuracy(MeanMetric):
 
 def mean_over_rows(values: Callable[[PredictedRows], Tensor], preds: Tensor, target: Tensor, reader: Reader) -> Tensor:
     """The mean of a quantity per row, nan without rows."""
-    per_row = torch.cat([rows.checked(values(rows)) for rows in reader.blocks(preds, target)])
+    parts = []
+    for rows in reader.blocks(preds, target):
+        parts.append(values(rows))
+        rows.check(parts[-1].sum())
+    per_row = torch.cat(parts)
     reader.warn_unless(len(per_row) > 0)
-    return per_row.mean()
+    return per_row.mean(dtype=torch.float64)
 
 
 def nll_per_row(rows: PredictedRows) -> Tensor:
-    """Negative log-likelihood per row, float64."""
+    """Negative log-likelihood per row."""
     # Not torch's nll_loss, which leaves targets of -100 out unasked.
-    return -rows.log_probs().gather(1, rows.target[:, None])[:, 0].double()
+    return -rows.log_probs().gather(1, rows.target[:, None])[:, 0]
 
 
 def _squared_errors(rows: PredictedRows) -> Tensor:

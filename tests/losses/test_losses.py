@@ -370,3 +370,9 @@ def test_bad_input_gets_one_sentence(loss, case):
 def test_options_out_of_range_are_named(loss, options, sentence):
     with pytest.raises(ValueError, match=sentence):
         loss(X, Y, **options)
+
+
+def test_each_label_of_several_is_a_position():
+    logits, target = torch.randn(4, 3), torch.randint(2, (4, 3)).float()
+    each = focal_loss(logits, target, task="multilabel", reduction="none")
+    assert torch.equal(each[:, 1], focal_loss(logits[:, 1], target[:, 1], task="binary", reduction="none"))

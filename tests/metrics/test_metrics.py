@@ -584,7 +584,7 @@ def test_probabilities_taken_as_logits_are_noticed_once(metric_class, task):
         (lambda: AdaptiveCalibrationError(norm="l0"), "`norm` must be one of"),
         (lambda: AdaptiveCalibrationError(debias=True), "`debias` is known for norm='l2' only, got norm='l1'"),
         (lambda: BootstrapSums(n_blocks=1), "`n_blocks` must be at least 2, got 1"),
-        (lambda: Accuracy(task="multilabel"), "`task` must be one of"),
+        (lambda: Accuracy(task="regression"), "`task` must be one of"),
         (lambda: ClasswiseCalibrationError(4).update(torch.randn(3, 5), torch.zeros(3).long()), "preds have 5 classes"),
     ],
 )
