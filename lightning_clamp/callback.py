@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import Unpack
 
-from lightning_clamp._checks import check_choice, check_package, check_whole
+from lightning_clamp._checks import check_choice, check_package
 from lightning_clamp._digest import fingerprint
 from lightning_clamp._trainer.data import (
     CalibrationBatches,
@@ -36,6 +36,7 @@ from lightning_clamp.checkpoint import (
 )
 from lightning_clamp.clamping.copies import independent_copy
 from lightning_clamp.clamping.frozen import kept_random_state
+from lightning_clamp.clamping.kept import check_cache_bytes
 from lightning_clamp.clamping.options import ClampKeywords, Method, make_plan
 from lightning_clamp.clamping.result import CalibrationResult
 from lightning_clamp.module import CalibrationModule
@@ -64,7 +65,8 @@ class NeuralClamping(Callback):
             loads is clamped.
         other_weights: What test and predict do with weights that are not the calibrated ones: ``"skip"`` leaves them
             alone, with a warning; ``"refit"`` calibrates them first, on the argument's or the hook's calibration set.
-        cache_bytes: Logits of a pass are kept up to this size on every rank; beyond it they are recomputed.
+        cache_bytes: Batches, and the logits of a pass, are kept in memory up to this size on every rank, and read and
+            computed again beyond it. None: see :func:`~lightning_clamp.fit_clamp`.
         on_error: ``"warn"`` reports a calibration that fails and lets ``fit`` return normally, the model uncalibrated;
             ``"raise"`` raises.
         **keywords: The settings of :class:`~lightning_clamp.spec.Spec`, such as ``task="binary"``, and the options of
@@ -83,13 +85,13 @@ class NeuralClamping(Callback):
         save_to: SaveTo = True,
         weights: Weights = "last",
         other_weights: Literal["skip", "refit"] = "skip",
-        cache_bytes: int = 2**28,
+        cache_bytes: int | None = None,
         on_error: Literal["warn", "raise"] = "warn",
         **keywords: Unpack[ClampKeywords],
     ) -> None:
         self.plan = make_plan(method, keywords, NeuralClamping)
         check_save_to(save_to)
-        check_whole("cache_bytes", cache_bytes, least=0)
+        check_cache_bytes(cache_bytes)
         check_choice("on_error", on_error, ("warn", "raise"))
         check_choice("weights", weights, ("last", "best"))
         check_choice("other_weights", other_weights, ("skip", "refit"))

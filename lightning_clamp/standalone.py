@@ -8,7 +8,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import Unpack
 
-from lightning_clamp._checks import check_package, check_whole
+from lightning_clamp._checks import check_package
 from lightning_clamp._trainer.data import CalibrationBatches, given_calibration_set, owner_of
 from lightning_clamp._trainer.devices import check_float64, check_method, check_strategy, ranks_of
 from lightning_clamp._trainer.mailbox import Mailbox
@@ -17,6 +17,7 @@ from lightning_clamp._trainer.run import check_place, publish, run_in_trainer
 from lightning_clamp._trainer.weights import Moment
 from lightning_clamp.checkpoint import SaveTo, check_save_to
 from lightning_clamp.clamping.copies import independent_copy
+from lightning_clamp.clamping.kept import check_cache_bytes
 from lightning_clamp.clamping.options import ClampKeywords, Method, Plan, make_plan
 from lightning_clamp.clamping.result import CalibrationResult
 from lightning_clamp.module import CalibrationModule
@@ -31,7 +32,7 @@ def calibrate(
     *,
     method: Method = "clamp",
     save_to: SaveTo = False,
-    cache_bytes: int = 2**28,
+    cache_bytes: int | None = None,
     **keywords: Unpack[ClampKeywords],
 ) -> CalibrationModule:
     """Calibrate a trained model, on the devices of a Trainer, and return it as a calibrated module.
@@ -48,7 +49,8 @@ def calibrate(
         method: See :func:`~lightning_clamp.fit_clamp`.
         save_to: Where to save the calibrated model for :meth:`.CalibrationModule.from_checkpoint`: a file that ends in
             ``.ckpt``, or a folder; ``True`` beside the files of the Trainer's ``ModelCheckpoint``; ``False`` nowhere.
-        cache_bytes: Logits of a pass are kept up to this size on every rank; beyond it they are recomputed.
+        cache_bytes: Batches, and the logits of a pass, are kept in memory up to this size on every rank, and read and
+            computed again beyond it. None: see :func:`~lightning_clamp.fit_clamp`.
         **keywords: The settings of :class:`~lightning_clamp.spec.Spec` and the options of the method; see
             :func:`~lightning_clamp.fit_clamp`.
 
@@ -73,7 +75,7 @@ def calibrate_by_plan(
     plan: Plan,
     *,
     save_to: SaveTo,
-    cache_bytes: int,
+    cache_bytes: int | None,
 ) -> CalibrationModule:
     """:func:`calibrate` with its keywords sorted."""
     check_package(trainer, model, dataloaders, datamodule)
@@ -82,7 +84,7 @@ def calibrate_by_plan(
             f"`calibrate` takes the LightningModule that was trained, before torch.compile, got {type(model).__name__}."
         )
     check_save_to(save_to)
-    check_whole("cache_bytes", cache_bytes, least=0)
+    check_cache_bytes(cache_bytes)
     check_strategy(trainer)
     check_float64(trainer)
     check_forward(model)
@@ -121,7 +123,9 @@ class _NoBatches:
 class _Run(LightningModule):
     """Calibrates a network when the Trainer starts to validate, with the data hooks of the network or a datamodule."""
 
-    def __init__(self, network: LightningModule, data: Any, plan: Plan, save_to: SaveTo, cache_bytes: int) -> None:
+    def __init__(
+        self, network: LightningModule, data: Any, plan: Plan, save_to: SaveTo, cache_bytes: int | None
+    ) -> None:
         super().__init__()
         self.network = network
         self.data = data

@@ -52,6 +52,7 @@ def report(data: Path, full: bool) -> Iterator[str]:
     yield _temperature_alone(full)
     yield _cost_against_size(full)
     yield _memory_against_size(full)
+    yield slow_loader_report("cuda" if torch.cuda.is_available() else "cpu")
     if torch.cuda.is_available():
         yield _on_an_accelerator(25_000 if full else 2_000)
 
@@ -463,7 +464,55 @@ def _peak_memory(n: int) -> float:
     return held("VmHWM") - before
 
 
-# 5. Where there is an accelerator
+# 5. A loader that takes its time
+
+
+class _Slow:
+    """Batches that take their time each, as decoding images does; counts how often they are read."""
+
+    def __init__(self, batches: list[Sequence[Tensor]], seconds: float) -> None:
+        self.batches = batches
+        self.seconds = seconds
+        self.reads = 0
+
+    def __iter__(self) -> Iterator[Sequence[Tensor]]:
+        self.reads += 1
+        for batch in self.batches:
+            time.sleep(self.seconds)
+            yield batch
+
+
+def slow_loader_report(device: str, *, batches: int = 20, seconds: float = 0.02) -> str:
+    """A fit with the batches kept in memory, and with every pass reading them again.
+
+    Args:
+        device: Of the network; the loader's batches are on the CPU.
+        batches: How many, of 100 images each.
+        seconds: That the loader takes over each.
+    """
+    network = _small_network(10)
+    stream = _Stream(network, 100 * batches, (3, 32, 32), batch=100)
+    network.to(device)
+    # The first calls choose kernels.
+    _fitted(network, list(islice(stream, 2)), grids=(1,), output_maps=("temperature",))
+    rows = []
+    for name, cache_bytes in (("kept in memory (default)", None), ("read in every pass (`cache_bytes=2**20`)", 2**20)):
+        loader = _Slow(list(stream), seconds)
+        result, took = _fitted(network, loader, cache_bytes=cache_bytes)
+        rows.append(
+            [name, loader.reads, result.passes, f"{took:.2f}", f"{took - loader.reads * batches * seconds:.2f}"]
+        )
+    head = "batches | reads of the loader | passes | fit, s | without the loader's time, s"
+    return f"""## A slow loader, on {device}
+
+{batches} batches of 100 images of 3 × 32 × 32; the loader takes {1000 * seconds:.0f} ms over each. Two convolutions,
+the default fit.
+
+{_table(head, rows)}
+"""
+
+
+# 6. Where there is an accelerator
 
 
 def _on_an_accelerator(n: int, side: int = 224, batch: int = 250, device: str = "cuda") -> str:

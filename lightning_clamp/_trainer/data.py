@@ -231,10 +231,18 @@ class CalibrationBatches:
         return sum(known) if self.limit is None else min(self.limit, sum(known))
 
     def __iter__(self) -> Iterator[Any]:
-        """Yield the batches, on the device."""
+        """Yield the batches, on the device.
+
+        Raises:
+            MisconfigurationException: At the end, if a loader can be read once only.
+        """
         batches = ((batch, index) for index, shard in enumerate(self.shards) for batch in shard)
         limited = islice(batches, self.limit)
-        return (validation_batch(self.trainer, self.module, batch, index) for batch, index in limited)
+        for batch, index in limited:
+            yield validation_batch(self.trainer, self.module, batch, index)
+        if self.limit is None:
+            for shard in self.shards:
+                shard.check_starts_anew()
 
     def _check_first(self, ranks: Ranks) -> None:
         firsts = [(shard.first, index) for index, shard in enumerate(self.shards) if shard.first is not None]

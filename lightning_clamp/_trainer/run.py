@@ -52,7 +52,7 @@ def check_place(trainer: Trainer, save_to: SaveTo) -> None:
 
 
 def run_in_trainer(
-    trainer: Trainer, module: LightningModule, batches: CalibrationBatches, plan: Plan, cache_bytes: int
+    trainer: Trainer, module: LightningModule, batches: CalibrationBatches, plan: Plan, cache_bytes: int | None
 ) -> CalibrationResult:
     """:func:`~lightning_clamp.fit_clamp` of a module of a running Trainer, on all ranks."""
     take_group_down_at_exit()

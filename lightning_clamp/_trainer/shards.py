@@ -14,11 +14,13 @@ import numpy as np
 import torch
 from lightning.fabric.utilities.data import has_iterable_dataset, sized_len
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_clamp._digest import digest
+from lightning_clamp.clamping.passes import is_own_iterator
 from lightning_clamp.clamping.ranks import Ranks
 
 # Indices that are compared: a sampler need not come to an end.
@@ -45,6 +47,7 @@ class Shard:
     def __init__(self, loader: Iterable[Any], ranks: Ranks) -> None:
         self.ranks = ranks
         self.loader: Iterable[Any] = loader
+        self._may_be_spent = is_own_iterator(loader)
         with ranks.raise_together():
             if ranks.size > 1:
                 self.loader = _dealt(loader, 0, 1)
@@ -65,6 +68,18 @@ class Shard:
         """Yield this rank's batches, in an order that all ranks draw alike."""
         self._seed()
         return iter(self.loader)
+
+    def check_starts_anew(self) -> None:
+        """Refuse a loader that has nothing more to give once it was read to its end.
+
+        Raises:
+            MisconfigurationException: If so: its first batch, which was tried, is lost.
+        """
+        if self._may_be_spent and self.first is not None and next(iter(self), None) is None:
+            raise MisconfigurationException(
+                "The calibration set can be read once, and its first batch was taken to try it: let its `__iter__` "
+                "start anew, as every pass needs it to."
+            )
 
     def _seed(self) -> None:
         if self.ranks.size > 1:

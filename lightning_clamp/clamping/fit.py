@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from typing_extensions import Unpack
 
-from lightning_clamp._checks import check_whole
 from lightning_clamp.clamping.clamp import Clamp
 from lightning_clamp.clamping.frozen import frozen, module_of
+from lightning_clamp.clamping.kept import check_cache_bytes
 from lightning_clamp.clamping.options import ClampKeywords, Method, Plan, TemperatureOptions, make_plan
 from lightning_clamp.clamping.outcome import MethodOutcome
 from lightning_clamp.clamping.passes import Batches, CalibrationSet, Logits, Network, Progress, summed
@@ -33,7 +33,7 @@ def fit_clamp(
     dataloader: Batches,
     *,
     method: Method = "clamp",
-    cache_bytes: int = 2**28,
+    cache_bytes: int | None = None,
     progress: Progress | None = None,
     process_group: ProcessGroup | None = None,
     **keywords: Unpack[ClampKeywords],
@@ -47,10 +47,12 @@ def fit_clamp(
             flags, buffers and the random state are restored, and batches are moved to its device. Pass the module (or
             one of its methods) and not a lambda around it: what is inside a function cannot be frozen.
         dataloader: Re-iterable of pairs ``(inputs, target)``, such as a DataLoader (or see ``batch_keys``); held-out
-            data, not augmented.
+            data, not augmented. Read once, if there is room for the batches.
         method: ``"clamp"`` (smooth perturbations by Fisher scoring and output maps, chosen by a criterion),
             ``"published"`` (Neural Clamping as published) or ``"temperature"`` (T alone).
-        cache_bytes: Logits of a pass are kept up to this size; beyond it they are recomputed.
+        cache_bytes: Batches are kept in memory up to this size, and read again in every pass beyond it; the logits of a
+            pass likewise, and computed again. None: for batches a quarter of what is free on the network's device, and
+            then a quarter of the host's free memory; for logits 256 MB.
         progress: Called after every batch with what is being done and how many batches of this pass are done.
         process_group: Ranks that fit one clamp together, such as ``torch.distributed.group.WORLD``: each calls this
             with its own part of the set (of any size, no sample twice) and gets the same clamp as one process with all
@@ -80,18 +82,32 @@ def fit_clamp(
     ranks = Ranks(process_group)
     with ranks.raise_together():
         plan = make_plan(method, keywords, fit_clamp)
-        check_whole("cache_bytes", cache_bytes, least=0)
+        check_cache_bytes(cache_bytes)
     return fit_by_plan(network, dataloader, plan, cache_bytes=cache_bytes, progress=progress, ranks=ranks)
 
 
 def fit_by_plan(
-    network: Network, batches: Batches, plan: Plan, *, cache_bytes: int, progress: Progress | None, ranks: Ranks
+    network: Network,
+    batches: Batches,
+    plan: Plan,
+    *,
+    cache_bytes: int | None,
+    progress: Progress | None,
+    ranks: Ranks,
 ) -> CalibrationResult:
     """:func:`fit_clamp` with its keywords sorted."""
     started = time.perf_counter()
     with ranks.raise_together():
         plan.check_ranks(ranks.size)
-        data = CalibrationSet(network, batches, plan.spec, cache_bytes=cache_bytes, progress=progress, ranks=ranks)
+        data = CalibrationSet(
+            network,
+            batches,
+            plan.spec,
+            cache_bytes=cache_bytes,
+            keep_batches=plan.options.reads_again,
+            progress=progress,
+            ranks=ranks,
+        )
     ranks.check_equal({"method": plan.method, **vars(plan.options), **vars(plan.spec)})
     with frozen(network):
         if (module := module_of(network)) is not None:

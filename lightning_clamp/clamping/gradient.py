@@ -1,18 +1,16 @@
 """Whether a network can be differentiated in its input, as a perturbation needs: asked of one batch."""
 
-from itertools import islice
 from textwrap import shorten
 
 import torch
 
-from lightning_clamp._batch import map_tensors
 from lightning_clamp.clamping.passes import CalibrationSet
 
 
 def gradient_problem(data: CalibrationSet) -> str | None:
     """Why the network cannot be differentiated in what a perturbation is added to; None if it can.
 
-    The first batch of every rank is tried, and all ranks get the same answer.
+    The first batch of every rank that a pass has seen is tried, and all ranks get the same answer.
     """
     problem = None
     with data.ranks.raise_together():
@@ -22,16 +20,17 @@ def gradient_problem(data: CalibrationSet) -> str | None:
 
 
 def _problem(data: CalibrationSet) -> str | None:
-    for batch in islice(data.batches, 1):
-        inputs, _ = data.spec.pair(batch)
-        try:
-            logits, moved = data.tracked(map_tensors(inputs, lambda value: value.to(data.device)), None)
-            if not logits.requires_grad:
-                return "a forward under `no_grad`, `detach` or rounding?"
-            torch.autograd.grad(logits.sum(), moved)
-        except (torch.OutOfMemoryError, MemoryError):
-            # Smaller batches would do.
-            raise
-        except Exception as error:  # noqa: BLE001 - whatever it is, the outputs can be calibrated without
-            return f"{type(error).__name__}: {shorten(str(error), 160)}"
+    if data.first is None:
+        return None
+    inputs, _ = data.first
+    try:
+        logits, moved = data.tracked(inputs, None)
+        if not logits.requires_grad:
+            return "a forward under `no_grad`, `detach` or rounding?"
+        torch.autograd.grad(logits.sum(), moved)
+    except (torch.OutOfMemoryError, MemoryError):
+        # Smaller batches would do.
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever it is, the outputs can be calibrated without
+        return f"{type(error).__name__}: {shorten(str(error), 160)}"
     return None

@@ -47,6 +47,11 @@ class ClampOptions:
         check_choice("uniform_share", self.uniform_share, (False, True))
         check_whole("max_passes", self.max_passes, least=1)
 
+    @property
+    def reads_again(self) -> bool:
+        """Whether later passes are to see the batches of the first."""
+        return bool(self.grids)
+
 
 @dataclass(frozen=True)
 class PublishedOptions:
@@ -105,10 +110,20 @@ class PublishedOptions:
         if self.augmentation is not None and not callable(self.augmentation):
             raise ValueError(f"`augmentation` must be callable, or None, got {self.augmentation!r}.")
 
+    @property
+    def reads_again(self) -> bool:
+        """No: an epoch has batches of its own, in another order where the loader shuffles."""
+        return False
+
 
 @dataclass(frozen=True)
 class TemperatureOptions:
     """``method="temperature"`` has none."""
+
+    @property
+    def reads_again(self) -> bool:
+        """No: one pass gives the logits."""
+        return False
 
 
 MethodOptions: TypeAlias = ClampOptions | PublishedOptions | TemperatureOptions

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_clamp._batch import Inputs, logits_of, map_tensors, n_items
 from lightning_clamp._rows import Rows, merged
 from lightning_clamp.clamping.frozen import kept_random_state, module_of
+from lightning_clamp.clamping.kept import KeptBatches, most_of_logits
 from lightning_clamp.clamping.perturbation import shifted
 from lightning_clamp.clamping.ranks import ALONE, FAILURES, Ranks
 from lightning_clamp.clamping.site import PerturbationSite
@@ -98,6 +99,12 @@ def _is_spent_by_reading(batches: Iterable[Any]) -> bool:
         return first is not source and first is iter(source)
 
 
+def is_own_iterator(batches: Any) -> bool:
+    """Whether the set is, or reads in this process from, an iterator of its own, which has to start anew by itself."""
+    in_process = isinstance(batches, DataLoader) and batches.num_workers == 0
+    return isinstance(batches.dataset if in_process else batches, Iterator)
+
+
 class CalibrationSet:
     """A network and its calibration batches, seen as a source of logits and of sums.
 
@@ -105,7 +112,9 @@ class CalibrationSet:
         network: Callable from inputs to logits. Freezing it is the caller's business (:func:`.frozen`).
         batches: Re-iterable of batches.
         spec: How they are read, and where perturbations are added.
-        cache_bytes: Logits of a pass are kept in memory up to this size, and recomputed when needed beyond it.
+        cache_bytes: Batches are kept in memory up to this size, and read again in every pass beyond it; logits of a
+            pass likewise, and computed again. None: what is free decides, see :class:`.KeptBatches`.
+        keep_batches: Whether there is to be another pass over the same batches.
         progress: Called after every batch with what is being done and the number of batches done in this pass.
         ranks: The ranks that share the set; ``batches`` are this one's part, and may be none.
 
@@ -120,7 +129,8 @@ class CalibrationSet:
         batches: Batches,
         spec: Spec,
         *,
-        cache_bytes: int,
+        cache_bytes: int | None,
+        keep_batches: bool = False,
         progress: Progress | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
@@ -129,27 +139,33 @@ class CalibrationSet:
         self.batches = batches
         self.spec = spec
         self.site = PerturbationSite(network, spec.perturb_at)
-        self.cache_bytes = cache_bytes
+        self.most_of_logits = most_of_logits(cache_bytes)
         self.progress = progress
         self.ranks = ranks
         self.passes = 0
+        self.first: tuple[Inputs, Tensor] | None = None
         self._size: int | None = None
         module = module_of(network)
         self.device = None if module is None else next((p.device for p in module.parameters()), None)
+        # A list on the network's device is in memory as it is.
+        at_hand = isinstance(batches, list | tuple) and self.device in (None, torch.device("cpu"))
+        self._kept = KeptBatches(cache_bytes if keep_batches and not at_hand else 0, ranks.size)
 
     def read(self, what: str) -> Iterator[tuple[Inputs, Tensor]]:
         """One pass over the batches that are not empty, on the network's device; ``what`` is shown as progress.
+
+        Whoever changes one in place takes a copy.
 
         Raises:
             ValueError: At its end, if it had another number of samples than the first.
         """
         self.passes += 1
         size = 0
-        for index, batch in enumerate(self.batches):
-            inputs, target = self.spec.pair(batch)
+        for index, (inputs, target) in enumerate(self._pairs()):
             size += n_items(inputs)
             if n_items(inputs):
-                yield map_tensors(inputs, lambda value: value.to(self.device)), target.to(self.device)
+                self.first = self.first or (inputs, target)
+                yield inputs, target
             if self.progress is not None:
                 self.progress(what, index + 1)
         self._size = size if self._size is None else self._size
@@ -158,6 +174,18 @@ class CalibrationSet:
                 f"The calibration set gave {self._size} samples when it was read first, and now {size}: it is read "
                 "several times, so every pass must start anew and give the same samples."
             )
+
+    def _pairs(self) -> Iterator[tuple[Inputs, Tensor]]:
+        """Inputs and targets: out of memory once a pass has kept them all, else read."""
+        if self._kept.is_complete:
+            yield from self._kept
+            return
+        for batch in self.batches:
+            inputs, target = self.spec.pair(batch)
+            inputs, target = map_tensors(inputs, lambda value: value.to(self.device)), target.to(self.device)
+            self._kept.add(inputs, target)
+            yield inputs, target
+        self._kept.complete()
 
     def rows(self, logits: Tensor, target: Tensor) -> Rows:
         """Lay one batch out as rows."""
@@ -173,7 +201,7 @@ class CalibrationSet:
 
         def look(value: Tensor) -> Tensor:
             seen.append(value.detach())
-            return value
+            return value.clone()
 
         logits = self._logits(inputs, look)
         return logits, seen[0] if seen else None
@@ -183,14 +211,16 @@ class CalibrationSet:
         moved: list[Tensor] = []
 
         def track(value: Tensor) -> Tensor:
-            moved.append(shifted(value, perturbation).detach().clone().requires_grad_())
-            return moved[0]
+            moved.append(shifted(value, perturbation).detach().requires_grad_())
+            # Not itself: what gradients are taken in may not be changed in place.
+            return moved[0].clone()
 
         return self._logits(inputs, track), moved[0]
 
     def _logits(self, inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Tensor:
         """Logits of one batch; says what to do if the network does not return one row of them per input."""
-        logits = logits_of(self.site.run(inputs, change))
+        # Of a copy: a network that changes its input in place must find it as it was in the next pass.
+        logits = logits_of(self.site.run(map_tensors(inputs, torch.clone), change))
         if len(logits.shape[:1]) == 0 or len(logits) != n_items(inputs):
             raise ValueError(
                 f"The network returned logits of shape {tuple(logits.shape)} for a batch of {n_items(inputs)} inputs: "
@@ -234,10 +264,10 @@ class Logits:
     def keep(self, logits: Tensor, target: Tensor) -> None:
         """Remember a batch; past the limit all are forgotten."""
         self._bytes += logits.nbytes + target.nbytes
-        if self._bytes > self.data.cache_bytes:
+        if self._bytes > self.data.most_of_logits:
             self._kept = None
         elif self._kept is not None:
-            self._kept.append((logits.detach().clone(), target))
+            self._kept.append((logits.detach().clone(), target.clone()))
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield logits as the network returned them, with their target."""

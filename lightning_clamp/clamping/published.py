@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_clamp._batch import Inputs
+from lightning_clamp._batch import Inputs, map_tensors
 from lightning_clamp._checks import counted
 from lightning_clamp._rows import Rows
 from lightning_clamp.clamping.clamp import Clamp
@@ -126,7 +126,7 @@ def _loss(
     options: PublishedOptions,
 ) -> Tensor:
     """The objective of one batch."""
-    images = inputs if options.augmentation is None else options.augmentation(inputs)
+    images = inputs if options.augmentation is None else options.augmentation(map_tensors(inputs, torch.clone))
     logits = data.perturbed_logits(images, F.dropout(perturbation, options.dropout))
     focal: Tensor = _focal(data.rows(logits / temperature, target), options.gamma)
     norm: Tensor = torch.linalg.vector_norm(perturbation)

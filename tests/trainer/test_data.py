@@ -2,14 +2,16 @@
 
 import warnings
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import CombinedLoader
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
-from lightning_clamp import NeuralClamping
+from lightning_clamp import NeuralClamping, fit_clamp
 from lightning_clamp._trainer.data import warn_if_training_data
 from tests.scenarios import LitClassifier, loader, train_loader, trainer
 
@@ -106,3 +108,71 @@ def test_sets_that_cannot_be_used_are_refused_before_training(tmp_path, case):
     data, message = WRONG[case]
     with pytest.raises(MisconfigurationException, match=message):
         trainer(tmp_path, NeuralClamping(data)).fit(LitClassifier(), train_loader())
+
+
+class Spent(Restarting):
+    """Another that goes on where it was left."""
+
+    def __init__(self, dataset):
+        self.samples = iter([dataset[i] for i in range(len(dataset))])
+
+    def __iter__(self):
+        return self
+
+
+@pytest.mark.parametrize("method", ["temperature", "clamp"])
+def test_a_stream_that_goes_on_where_it_was_left_is_told(tmp_path, method):
+    data = DataLoader(Spent(loader(101, seed=30).dataset), 10)
+    callback = NeuralClamping(data, method=method, on_error="raise")
+    with pytest.raises(MisconfigurationException, match="can be read once, and its first batch was taken to try it"):
+        trainer(tmp_path, callback).fit(LitClassifier(lr=0.0), train_loader())
+    # Without a try nothing is lost.
+    data = DataLoader(Spent(loader(101, seed=30).dataset), 10)
+    assert fit_clamp(LitClassifier(), data, method=method).n_samples == 101
+
+
+class CountedDataset(TensorDataset):
+    """Counts how often its samples are read."""
+
+    reads = 0
+
+    def __getitem__(self, index):
+        self.reads += 1
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("cache_bytes", [None, 2**18, 2**16])
+def test_loaders_are_read_once_where_there_is_room_and_else_in_every_pass(tmp_path, cache_bytes):
+    # 200 images of 768 bytes are 150 KB.
+    data = CountedDataset(*loader(200, seed=30).dataset.tensors)
+    part = [DataLoader(Subset(data, range(120)), 50), DataLoader(Subset(data, range(120, 200)), 50)]
+    callback = NeuralClamping(part, grids=(1,), output_maps=("temperature",), cache_bytes=cache_bytes)
+    trainer(tmp_path, callback).fit(LitClassifier(lr=0.0), train_loader())
+    # The first batch of each loader is tried before training.
+    assert data.reads - 100 == 200 * (callback.result.passes if cache_bytes == 2**16 else 1)
+    assert callback.result.passes > 1
+
+
+class Augmenting(LitClassifier):
+    """Draws for every batch that is transferred, and remembers what it was."""
+
+    drawn: ClassVar[list[Tensor]] = []
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        x, y = batch
+        if not self.trainer.validating:
+            return batch
+        self.drawn.append(x + 0.1 * torch.randn_like(x))
+        return self.drawn[-1], y
+
+
+def test_all_passes_see_the_one_draw_of_what_is_random(tmp_path):
+    module = Augmenting(lr=0.0)
+    module.drawn.clear()
+    callback = NeuralClamping(loader(200, seed=30), grids=(1,), output_maps=("temperature",))
+    trainer(tmp_path, callback).fit(module, train_loader())
+    assert len(module.drawn) == 1 + 2
+    y = torch.cat([y for _, y in loader(200, seed=30)])
+    again = fit_clamp(module.net, [(torch.cat(module.drawn[1:]), y)], grids=(1,), output_maps=("temperature",))
+    assert callback.result.passes == 2
+    assert callback.result.candidates[-1].lm_statistic == pytest.approx(again.candidates[-1].lm_statistic, rel=1e-5)
