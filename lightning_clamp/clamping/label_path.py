@@ -31,13 +31,12 @@ class LabelPath:
         rows: Rows of logits.
         space: The free parameters.
         point: Their values.
-        base: What the temperature alone costs: the design effect of an item's correlated rows.
     """
 
     patience = 8
 
-    def __init__(self, rows: RowSource, space: LabelSpace, point: Tensor, base: float) -> None:
-        self._rows, self._space, self._point, self._base = rows, space, point, base
+    def __init__(self, rows: RowSource, space: LabelSpace, point: Tensor) -> None:
+        self._rows, self._space, self._point = rows, space, point
         (blocks,) = summed(((space.blocks(batch, point),) for batch in rows), [(len(space.centre), 2, 2)], rows.ranks)
         features = space.features
         self._own = features @ blocks @ features.mT
@@ -60,9 +59,9 @@ class LabelPath:
         """What deviations cost at this strength, and what is free, in units of one parameter of independent rows."""
         own, common = self._inverses(shrinkage)
         profiled = torch.eye(2, dtype=torch.float64) - self._space.features.mT @ own @ self._border
-        price = self._space.repeats * (own * self._own.mT).sum()
-        price = price + torch.linalg.solve(common, self._covariance(profiled)).trace()
-        return float(price) + (n_free - 1) * self._base
+        covariance = self._covariance(profiled * self._space.part[:, None, None])
+        of_labels = self._space.repeats * (own * self._own.mT).sum()
+        return float(of_labels + torch.linalg.solve(common, covariance).trace())
 
     def _covariance(self, profiled: Tensor) -> Tensor:
         """R, from the derivatives that rows of each label have in common parameters, ``(K, 2, 2)``, of 1 and z."""
@@ -89,4 +88,4 @@ class LabelPath:
     def renewed(self, rows: RowSource, space: MapSpace, point: Tensor, shrinkage: float) -> Inverse:
         """The like of :meth:`solve` at another point of the fit."""
         assert isinstance(space, LabelSpace)
-        return partial(LabelPath(rows, space, point, self._base).solve, shrinkage)
+        return partial(LabelPath(rows, space, point).solve, shrinkage)

@@ -5,8 +5,7 @@ the label. Labels share nothing but the common scale and bias, so the loss curve
 that derivatives need of the rows of a label are their sums of 1, z and z².
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,7 +14,6 @@ from lightning_clamp._rows import MASKED, Rows
 from lightning_clamp.clamping.moments import LogitMoments
 from lightning_clamp.clamping.output_map import MapSpace, OutputMap
 from lightning_clamp.clamping.passes import RowSource, summed
-from lightning_clamp.clamping.ranks import Ranks
 
 
 class LabelMoments(LogitMoments):
@@ -88,7 +86,10 @@ class LabelSpace(MapSpace):
 
     with the common scale s = 1/T and bias b, which are free, the label's deviations d_k (for ``"vector"``) and b_k, and
     its mean logit c_k. The ridge is that of the vector map of classes, :math:`\tfrac{\lambda}{2} \sum_k (v d_k^2 +
-    b_k^2)` with v the mean square of z - c. A label that the data do not show keeps the common map.
+    b_k^2)` with v the mean square of z - c.
+
+    A label that the data do not show gets the common map and takes no part in its fit: of rows that are all alike, the
+    surest would be the best. In the loss it stays at the temperature alone.
 
     Attributes:
         kind: ``"bias"`` or ``"vector"``.
@@ -96,18 +97,28 @@ class LabelSpace(MapSpace):
         centre: c, ``(K,)``, float64.
         weight: What the ridge charges d, b_1 to b_K, b and s; the last two are free (0).
         seen: Labels with a map of their own, ``(K,)``, bool; None for all.
+        scale: 1/T of the temperature alone.
         repeats: How many rows of a label say what one independent row would (the design effect of correlated pixels).
     """
 
+    scale: float = 1.0
     repeats: float = 1.0
+
+    def starting_at(self, temperature: float, share: float) -> "LabelSpace":
+        """The same space beside another temperature alone."""
+        return replace(self, scale=1 / temperature)
 
     @property
     def features(self) -> Tensor:
         """Derivatives of a label's logit in its d and b, as coefficients of 1 and z, ``(K, m, 2)``."""
         one, zero = torch.ones_like(self.centre), torch.zeros_like(self.centre)
         rows = [torch.stack([-self.centre, one], 1)] if self.kind == "vector" else []
-        own = torch.stack([*rows, torch.stack([one, zero], 1)], 1)
-        return own if self.seen is None else own * self.seen[:, None, None]
+        return torch.stack([*rows, torch.stack([one, zero], 1)], 1)
+
+    @property
+    def part(self) -> Tensor:
+        """1 for labels that take part in the fit, 0 for the others, ``(K,)``."""
+        return torch.ones_like(self.centre) if self.seen is None else self.seen.to(self.centre)
 
     def own(self, free: Tensor) -> Tensor:
         """Each label's d and b, or derivatives in them, ``(K, m)``."""
@@ -119,20 +130,19 @@ class LabelSpace(MapSpace):
 
     def deviations(self, free: Tensor) -> tuple[Tensor | None, Tensor]:
         """d, ``(K,)`` or None, and the labels' biases with the common one, ``(K,)``."""
-        own = self.own(free)
-        own = own if self.seen is None else own * self.seen.to(own)[:, None]
+        own = self.own(free) * self.part.to(free)[:, None]
         return (own[:, 0] if self.kind == "vector" else None), own[:, -1] + free[-2]
 
     def linear(self, change: Tensor, free: Tensor, label: Tensor | None = None) -> Tensor:
         """What the map makes of a change of the rows' logits, ``(M, 2)``."""
-        scale, _ = self.deviations(free)
-        whole = free[-1].expand(len(self.centre)) if scale is None else scale + free[-1]
-        return change * whole.to(change)[label][:, None]
+        own, _ = self.deviations(free)
+        scale = free[-1].expand(len(self.centre)) if own is None else own + free[-1]
+        return change * scale.where(self.part > 0, self.scale).to(change)[label][:, None]
 
     def apply(self, logits: Tensor, free: Tensor, label: Tensor | None = None) -> Tensor:
         """The mapped logits of rows ``(M, 2)``."""
         mapped = self.linear(logits, free, label)
-        mapped[:, 1] += self.offset(free).to(logits)[label]
+        mapped[:, 1] += (self.offset(free) * self.part).to(logits)[label]
         return mapped.where(logits > MASKED, logits) if self.masked else mapped
 
     def pull(self, logits: Tensor, slopes: Tensor, label: Tensor | None = None) -> Tensor:
@@ -149,64 +159,66 @@ class LabelSpace(MapSpace):
 
     def blocks(self, rows: Rows, free: Tensor) -> Tensor:
         """Curvature of the summed loss in each label's offset and factor of z, ``(K, 2, 2)``."""
-        log_probs = self.apply(rows.logits, free, rows.label).log_softmax(1)
-        _, weight = self.loss_of_label(log_probs, rows.target)
-        return self._blocks(rows.logits, log_probs.exp(), weight, rows.label)
+        return self._blocks(rows.logits, self.apply(rows.logits, free, rows.label).softmax(1), rows.label)
 
     def curvature(
         self, logits: Tensor, probs: Tensor, weight: Tensor | None = None, label: Tensor | None = None
     ) -> Tensor:
-        """Curvature of the summed loss of rows ``(M, 2)``, ``(q, q)``, each counted ``weight`` ``(M, 1)`` times."""
-        blocks, n_labels = self._blocks(logits, probs, weight, label), len(self.centre)
+        """Curvature of the summed loss of rows ``(M, 2)``, ``(q, q)``."""
+        assert weight is None  # no uniform share
+        blocks, n_labels = self._blocks(logits, probs, label), len(self.centre)
         each = self._of_sums(torch.eye(2 * n_labels).to(blocks).reshape(-1, n_labels, 2))
         return each.T @ (blocks @ each.reshape(n_labels, 2, -1)).reshape(2 * n_labels, -1)
 
-    def _blocks(self, logits: Tensor, probs: Tensor, weight: Tensor | None, label: Tensor | None) -> Tensor:
+    def _blocks(self, logits: Tensor, probs: Tensor, label: Tensor | None) -> Tensor:
         z, variance = logits[:, 1], probs[:, 0] * probs[:, 1]
-        if weight is not None:
-            variance = variance * weight[:, 0]
         first = variance * z
         sums = _by_label(torch.stack([variance, first, first, first * z], 1), label, len(self.centre))
-        return sums.reshape(-1, 2, 2)
+        return sums.reshape(-1, 2, 2) * self.part.to(sums)[:, None, None]
 
     def _of_sums(self, sums: Tensor) -> Tensor:
         """Derivatives ``(..., q)`` from those in every label's offset and factor of z, ``(..., K, 2)``."""
+        sums = sums * self.part.to(sums)[:, None]
         own = (self.features.to(sums) @ sums[..., None])[..., 0]
         return self.free(own, sums.sum(-2))
 
 
-def label_space(kind: OutputMap, moments: LabelMoments, repeats: float = 1.0) -> LabelSpace:
-    """The space of one kind of output map of labels; arguments as those of :func:`~.output_map.map_space`."""
+def label_space(kind: OutputMap, moments: LabelMoments, temperature: float = 1.0, repeats: float = 1.0) -> LabelSpace:
+    """The space of one kind of output map of labels.
+
+    Args:
+        kind: Which, no matrix.
+        moments: Of the logits.
+        temperature: That alone.
+        repeats: See :class:`LabelSpace`; the ridge is as many times stronger.
+    """
     bias = torch.ones_like(moments.centre)
     charges = torch.cat([*([moments.square * bias] if kind == "vector" else []), bias])
     weight = torch.cat([repeats * charges, torch.zeros(2, dtype=torch.float64)])
     seen = None if bool(moments.seen.all()) else moments.seen
-    return LabelSpace(kind, 2, moments.centre, weight, seen, moments.masked, repeats=repeats)
+    return LabelSpace(kind, 2, moments.centre, weight, seen, moments.masked, scale=1 / temperature, repeats=repeats)
 
 
-class ByLabel:
-    """The same rows with the rows of one label in an item as an item of their own.
+def repeats_within(rows: RowSource, n_labels: int, temperature: float) -> float:
+    """How many rows of one label in an item (pixels) say what one independent row would, on average."""
 
-    Args:
-        rows: Rows of logits.
-        n_labels: K.
-    """
+    def misses(batch: Rows) -> Tensor:
+        return (batch.logits[:, 1:] / temperature).sigmoid() - batch.target[:, None]
 
-    def __init__(self, rows: RowSource, n_labels: int) -> None:
-        self.rows = rows
-        self.n_labels = n_labels
+    def first_sums(batch: Rows) -> tuple[Tensor, ...]:
+        miss = misses(batch)
+        return (_by_label(torch.cat([miss, torch.ones_like(miss)], 1), batch.label, n_labels),)
 
-    @property
-    def ranks(self) -> Ranks:
-        """The ranks that share the rows out."""
-        return self.rows.ranks
+    def square_sums(batch: Rows) -> tuple[Tensor, ...]:
+        assert batch.label is not None
+        about = misses(batch) - mean.to(batch.logits)[batch.label][:, None]
+        together = _by_label(about, batch.item * n_labels + batch.label, batch.n_items * n_labels)
+        return (together**2).sum(), (about**2).sum()
 
-    def __iter__(self) -> Iterator[Rows]:
-        """Yield the rows batch by batch."""
-        for batch in self.rows:
-            assert batch.label is not None
-            item = batch.item * self.n_labels + batch.label
-            yield batch._replace(item=item, n_items=batch.n_items * self.n_labels)
+    (sums,) = summed((first_sums(batch) for batch in rows), [(n_labels, 2)], rows.ranks)
+    mean = sums[:, 0] / sums[:, 1].clamp_min(1)
+    together, alone = summed((square_sums(batch) for batch in rows), [(), ()], rows.ranks)
+    return float(together / alone)
 
 
 def _with_logit(values: Tensor, logits: Tensor) -> Tensor:

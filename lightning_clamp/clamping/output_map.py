@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import torch
@@ -70,6 +70,10 @@ class MapSpace:
     def n_free(self) -> int:
         """Parameters that nothing shrinks: the common scale, and the uniform share where there is one."""
         return 2 if self.share else 1
+
+    def starting_at(self, temperature: float, share: float) -> "MapSpace":
+        """The same space beside another temperature alone, with its uniform share."""
+        return replace(self, share=share)
 
     def temperature_only(self, temperature: float) -> Tensor:
         """The free parameters of a temperature alone."""

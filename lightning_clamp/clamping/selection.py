@@ -15,7 +15,7 @@ from lightning_clamp.clamping.clamp import Clamp
 from lightning_clamp.clamping.criterion import estimate
 from lightning_clamp.clamping.eligible import FEWEST, eligible_grids, refuse_grids, refuse_map
 from lightning_clamp.clamping.gradient import gradient_problem
-from lightning_clamp.clamping.labels import ByLabel, LabelMoments, label_moments, label_space
+from lightning_clamp.clamping.labels import LabelMoments, label_moments, label_space, repeats_within
 from lightning_clamp.clamping.map_loss import standard_error
 from lightning_clamp.clamping.moments import LogitMoments, logit_moments
 from lightning_clamp.clamping.options import ClampOptions
@@ -135,18 +135,27 @@ def _comparison(
     rows, classes, n_rows = summary.logits, summary.n_classes, summary.n_rows
     fit = temperature_map(rows, classes, base, dense=summary.dense)
     repeats = fit.effective_parameters
-    within = _repeats_of_a_label(summary, base) if summary.n_labels else repeats
+    within = _repeats_within(summary, fit)
     moments = _moments(summary, fit.temperature, within)
     alone = [fit]
-    if options.uniform_share and not moments.masked and n_rows >= FEWEST * repeats:
+    if options.uniform_share and not summary.n_labels and not moments.masked and n_rows >= FEWEST * repeats:
         shared = with_share(rows, fit, base, n_rows)
         alone += [] if shared is None else [shared]
     kept = rows.are_kept
     spaces: dict[OutputMap, MapSpace | Refusal] = {}
     for kind in kinds:
         refusal = refuse_map(kind, moments, n_rows / repeats, kept=kept)
-        spaces[kind] = refusal or _space(kind, moments, within)
+        spaces[kind] = refusal or _space(kind, moments, fit.temperature, within)
     return _Comparison(summary, task, moments, fit, alone, spaces)
+
+
+def _repeats_within(summary: DatasetSummary, fit: MapFit) -> float:
+    """How many rows say what one independent row would: of all of an item's, or of those of one label."""
+    if not summary.n_labels:
+        return fit.effective_parameters
+    if summary.row_elements == summary.n_labels:
+        return 1.0
+    return repeats_within(summary.logits, summary.n_labels, fit.temperature)
 
 
 def _moments(summary: DatasetSummary, temperature: float, repeats: float) -> LogitMoments:
@@ -155,18 +164,10 @@ def _moments(summary: DatasetSummary, temperature: float, repeats: float) -> Log
     return logit_moments(summary.logits, summary.n_classes, temperature, repeats)
 
 
-def _space(kind: OutputMap, moments: LogitMoments, repeats: float) -> MapSpace:
+def _space(kind: OutputMap, moments: LogitMoments, temperature: float, repeats: float) -> MapSpace:
     if isinstance(moments, LabelMoments):
-        return label_space(kind, moments, repeats)
+        return label_space(kind, moments, temperature, repeats)
     return map_space(kind, moments, repeats)
-
-
-def _repeats_of_a_label(summary: DatasetSummary, base: TemperatureFit) -> float:
-    """How many rows of one label say what one independent row would: those of an item, if it has several."""
-    if summary.row_elements == summary.n_labels:
-        return 1.0
-    rows = ByLabel(summary.logits, summary.n_labels)
-    return temperature_map(rows, summary.n_classes, base, dense=True).effective_parameters
 
 
 def _no_gradient(data: CalibrationSet) -> Refusal | None:
@@ -238,7 +239,7 @@ def _from_start(
 ) -> tuple[Candidate, MapFit] | None:
     """The maps of one kind from a temperature, with its uniform share; None if there are none."""
     n_rows, rows = comparison.summary.n_rows, fit.logits
-    space = replace(space, share=start.space.share)
+    space = space.starting_at(start.temperature, start.space.share)
     fits = list(fit_path(rows, space, path, comparison.base, start, n_rows))
     if not fits:
         return None
@@ -307,7 +308,7 @@ def _clamp(fit: GridFit, map_fit: MapFit, comparison: _Comparison) -> Clamp:
         offset = map_fit.space.offset(map_fit.free)
         parts["class_bias"] = _bias(offset, comparison.task).to(dtype)
     if share := map_fit.space.share:
-        parts["uniform_share"] = torch.full(() if comparison.task == "multiclass" else (1,), share, dtype=dtype)
+        parts["uniform_share"] = torch.full((1,) if comparison.task == "binary" else (), share, dtype=dtype)
     return Clamp(fit.perturbation, -common.log().to(dtype), **parts)
 
 

@@ -242,7 +242,7 @@ def shrinkage_path(rows: RowSource, space: MapSpace, start: MapFit, *, dense: bo
     """The path from a temperature alone; None where outputs are certain, or all the same: there is no curvature."""
     free = space.temperature_only(start.temperature)
     if isinstance(space, LabelSpace):
-        by_label = LabelPath(rows, space, free, start.effective_parameters)
+        by_label = LabelPath(rows, space, free)
         return by_label if by_label.has_curvature else None
     at = map_derivatives(rows, space, free, dense=dense)
     if not bool(torch.isfinite(at.curvature).all()) or float(at.curvature[-1, -1]) <= 0:
