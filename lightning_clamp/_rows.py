@@ -305,12 +305,17 @@ def _check_binary(logits: Tensor, target: Tensor) -> None:
         )
 
 
-def _check_multilabel(logits: Tensor, target: Tensor) -> None:
+def check_labels_axis(logits: Tensor) -> None:
+    """Refuse logits without an axis of labels."""
     if logits.ndim < 2:
         raise OptionError(
             f'task="multilabel" needs one logit per label on axis 1, (N, K) or (N, K, ...), got {tuple(logits.shape)}: '
             'for one logit per item say task="binary".'
         )
+
+
+def _check_multilabel(logits: Tensor, target: Tensor) -> None:
+    check_labels_axis(logits)
     if logits.shape != target.shape:
         raise OptionError(
             f'task="multilabel" needs a target of 0 and 1 in the shape of the logits, {tuple(logits.shape)}, got '

@@ -176,7 +176,7 @@ class CalibrationModule(LightningModule):
         return self.clamp.scale(logits)
 
     def predict_proba(self, inputs: Inputs) -> Tensor:
-        """Calibrated probabilities: a softmax over axis 1, or for a one-logit head the sigmoid."""
+        """Calibrated probabilities: a softmax over axis 1, or for a one-logit head and for labels the sigmoid."""
         return self.spec.probs(self(inputs))
 
     def to_exported_program(self, example: Any = None, **options: Any) -> ExportedProgram:
@@ -222,7 +222,7 @@ class CalibrationModule(LightningModule):
         self.metrics.update(logits, target)
         self.log_dict(self.metrics, on_step=False, on_epoch=True, batch_size=len(target))
         if self._test is None:
-            self._test = self._test_of(2 if self.spec.binary else logits.shape[1])
+            self._test = self._test_of(2 if self.spec.sigmoid else logits.shape[1])
         self._test.update(logits, target)
         if self._by_group is not None:
             self._by_group.update("after", logits, target, batch)

@@ -74,9 +74,9 @@ def shifted_priors(
         The new module and the frequencies. A class that no unlabelled sample seems to be of is taken for half a sample.
 
     Raises:
-        ValueError: If the clamp has a uniform share; neither or both of ``labelled`` and ``priors`` are given; there
-            are no samples; outputs are dense; the module is not calibrated on ``labelled`` (p < 0.01); its outputs
-            do not tell the classes apart; or priors are no frequencies.
+        ValueError: If samples have several labels; the clamp has a uniform share; neither or both of ``labelled`` and
+            ``priors`` are given; there are no samples; outputs are dense; the module is not calibrated on ``labelled``
+            (p < 0.01); its outputs do not tell the classes apart; or priors are no frequencies.
         TypeError: If a batch has no such entries, or the module is no CalibrationModule.
 
     Reference:
@@ -85,6 +85,11 @@ def shifted_priors(
     """
     if not isinstance(module, CalibrationModule):
         raise TypeError(f"`shifted_priors` takes a CalibrationModule, got {type(module).__name__}.")
+    if module.spec.task == "multilabel":
+        raise ValueError(
+            '`shifted_priors` adapts to other frequencies of classes that exclude each other, and task="multilabel" '
+            "has several labels per sample: label a few hundred new samples and calibrate on them."
+        )
     if module.clamp.uniform_share is not None:
         raise ValueError(
             "The clamp mixes the probabilities with a uniform share, to which other class frequencies cannot be added: "

@@ -11,7 +11,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from lightning_clamp._batch import BatchKeys, Inputs, as_pair, check_batch_keys, input_of
 from lightning_clamp._checks import check_choice
-from lightning_clamp._rows import TASKS, Rows, Task, as_rows
+from lightning_clamp._rows import TASKS, Rows, Task, as_rows, check_labels_axis
 
 
 # The same names once more, for type checkers, editors and command lines; the tests hold it against the dataclass. Every
@@ -20,7 +20,7 @@ class SpecKeywords(TypedDict):
     """Keywords that :class:`Spec` is made of.
 
     Attributes:
-        task: "multiclass" (softmax) or "binary" (one logit, sigmoid).
+        task: "multiclass" (softmax), "binary" (one logit, sigmoid) or "multilabel" (one logit per label, sigmoids).
         ignore_index: Target value of positions to leave out.
         batch_keys: Which entries of a batch are input and target, where it is no pair.
         perturb_at: Submodule at whose input the perturbation is added; by default the network's own input.
@@ -37,8 +37,9 @@ class Spec:
     """How batches are read, what the network's outputs mean, and where a perturbation enters.
 
     Attributes:
-        task: ``"multiclass"`` (softmax over axis 1) or ``"binary"`` (one logit per position, sigmoid).
-        ignore_index: Target value of positions to leave out.
+        task: ``"multiclass"`` (softmax over axis 1), ``"binary"`` (one logit per position, sigmoid) or
+            ``"multilabel"`` (one logit per label on axis 1, a sigmoid each; several may be right at once).
+        ignore_index: Target value of positions to leave out; of single labels under ``"multilabel"``.
         batch_keys: Which entries of a batch are input and target, where it is no pair: keys of a mapping, names of
             attributes, or positions, such as ``("image", "label")`` or ``(0, 2)``. The input may be several names, of
             entries that are passed to the network as keyword arguments; or several positions, such as ``((0, 1), 2)``,
@@ -72,6 +73,11 @@ class Spec:
         return self.task == "binary"
 
     @property
+    def sigmoid(self) -> bool:
+        """Whether each logit is one of yes against no, and no class's among others."""
+        return self.task != "multiclass"
+
+    @property
     def of_metrics(self) -> dict[str, Any]:
         """The keywords that metrics take: task and ignore_index."""
         return {"task": self.task, "ignore_index": self.ignore_index}
@@ -93,17 +99,19 @@ class Spec:
         return as_rows(logits, target, task=self.task, ignore_index=self.ignore_index)
 
     def probs(self, logits: Tensor) -> Tensor:
-        """Probabilities: a softmax over axis 1, or for a one-logit head the sigmoid.
+        """Probabilities: a softmax over axis 1, or for a one-logit head and for labels the sigmoid.
 
         Raises:
-            ValueError: If there is one class only, whose softmax is always 1.
+            ValueError: If there is one class only, whose softmax is always 1; or no axis of the labels.
         """
         self.check_logits(logits)
-        return logits.sigmoid() if self.binary else logits.softmax(1)
+        return logits.sigmoid() if self.sigmoid else logits.softmax(1)
 
     def check_logits(self, logits: Tensor) -> None:
-        """Refuse outputs that have no class axis, or one class only, under ``task="multiclass"``."""
-        if not self.binary and (logits.ndim < 2 or logits.shape[1] == 1):
+        """Refuse outputs that have no axis of classes or labels, or one class only, where the task needs them."""
+        if self.task == "multilabel":
+            check_labels_axis(logits)
+        if not self.sigmoid and (logits.ndim < 2 or logits.shape[1] == 1):
             raise ValueError(
                 f"The network returns logits of shape {tuple(logits.shape)}: for a one-logit (sigmoid) head say "
                 'task="binary"; task="multiclass" needs one logit per class on axis 1.'

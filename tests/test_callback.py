@@ -495,7 +495,7 @@ def test_fast_dev_run_tries_it_on_a_few_batches_and_saves_nothing(tmp_path, cali
     ("arguments", "error", "message"),
     [
         ({"method": "lbfgs"}, ValueError, "`method` must be one of"),
-        ({"task": "multilabel"}, ValueError, "`task` must be one of"),
+        ({"task": "regression"}, ValueError, "`task` must be one of"),
         ({"on_error": "ignore"}, ValueError, "`on_error` must be one of"),
         ({"weights": "first"}, ValueError, "`weights` must be one of .* got 'first'"),
         ({"other_weights": "warn"}, ValueError, "`other_weights` must be one of .* got 'warn'"),

@@ -322,7 +322,7 @@ def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="`diagram_every` must be a whole number of at least 0, got -1"):
         CalibrationMonitor(diagram_every=-1)
     with pytest.raises(ValueError, match="`task` must be one of"):
-        CalibrationMonitor(task="multilabel")
+        CalibrationMonitor(task="regression")
     assert CalibrationMonitor().state_key != CalibrationMonitor("other").state_key
 
 

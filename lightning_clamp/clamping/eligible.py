@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 
 from lightning_clamp.clamping.candidate import Candidate, Refusal
+from lightning_clamp.clamping.labels import LabelMoments
 from lightning_clamp.clamping.moments import LogitMoments
 from lightning_clamp.clamping.output_map import OutputMap, n_parameters
 from lightning_clamp.clamping.perturbation import Grid, available_sizes, make_grid
@@ -47,7 +48,7 @@ def refuse_map(kind: OutputMap, moments: LogitMoments, n_independent: float, *, 
         kept: Whether the logits are in memory; where they are not, each of the dozens of times that they are read is a
             forward pass.
     """
-    n_classes = len(moments.counts)
+    n_classes, by_label = len(moments.counts), isinstance(moments, LabelMoments)
     if moments.is_one_class:
         return Refusal("one class", "all labels are the same")
     if kind == "matrix" and n_classes > _MOST_MATRIX_CLASSES:
@@ -56,9 +57,9 @@ def refuse_map(kind: OutputMap, moments: LogitMoments, n_independent: float, *, 
         return Refusal("too many passes", "the logits exceed `cache_bytes`, and it would take dozens of forward passes")
     if kind == "matrix" and moments.masked:
         return Refusal("masked", "a matrix would mix masked logits into the others")
-    if (2 * n_classes) ** 2 > _MOST_CURVATURE:
+    if not by_label and (2 * n_classes) ** 2 > _MOST_CURVATURE:
         return Refusal("too many classes", "the curvature of so many classes would not fit in memory")
-    needed = min(FEWEST, MIN_SAMPLES * (n_parameters(kind, n_classes) - 1))
+    needed = min(FEWEST, MIN_SAMPLES * (n_parameters(kind, n_classes, n_classes if by_label else 0) - 1))
     if n_independent < needed:
         return Refusal("too few samples for the map", f"{n_independent:.0f} samples are fewer than {needed}")
     return None
@@ -85,6 +86,8 @@ def refuse_grids(moments: LogitMoments) -> Refusal | None:
         return Refusal("one class", "all labels are the same")
     if moments.are_missing:
         return Refusal("missing classes", "the labels of some classes are missing, on which a perturbation acts too")
+    if isinstance(moments, LabelMoments) and (2 * len(moments.counts)) ** 2 > _MOST_CURVATURE:
+        return Refusal("too large or too coarse", "the curvature of so many labels would not fit in memory")
     return None
 
 

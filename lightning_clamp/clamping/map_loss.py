@@ -30,9 +30,9 @@ class MapLoss:
 
     def _computed(self, free: Tensor) -> tuple[float, Tensor]:
         def batch_sums(batch: Rows) -> tuple[Tensor, ...]:
-            log_probs = self.space.apply(batch.logits, free).log_softmax(1)
+            log_probs = self.space.apply(batch.logits, free, batch.label).log_softmax(1)
             loss, weight = self.space.loss_of_label(log_probs, batch.target)
-            return loss.sum(), self.space.pull(batch.logits, errors(log_probs.exp_(), batch, weight))
+            return loss.sum(), self.space.pull(batch.logits, errors(log_probs.exp_(), batch, weight), batch.label)
 
         shapes = [(), (len(free),)]
         loss, gradient = summed((batch_sums(batch) for batch in self.rows), shapes, self.rows.ranks)
@@ -48,11 +48,12 @@ def map_derivatives(rows: RowSource, space: MapSpace, free: Tensor, *, dense: bo
     """
 
     def batch_sums(batch: Rows) -> tuple[Tensor, ...]:
-        log_probs = space.apply(batch.logits, free).log_softmax(1)
+        log_probs = space.apply(batch.logits, free, batch.label).log_softmax(1)
         _, weight = space.loss_of_label(log_probs, batch.target)
         probs = log_probs.exp()
         error = errors(probs.clone(), batch, weight)
-        terms = (space.pull(batch.logits, error), space.curvature(batch.logits, probs, weight))
+        curvature = space.curvature(batch.logits, probs, weight, batch.label)
+        terms = (space.pull(batch.logits, error, batch.label), curvature)
         if not dense:
             return terms
         scores = space.pull_per_item(batch, error)
@@ -78,7 +79,7 @@ def standard_error(rows: RowSource, space: MapSpace, free: Tensor, reference: tu
 
     def batch_sums(batch: Rows) -> tuple[Tensor, ...]:
         losses = [
-            one.loss_of_label(one.apply(batch.logits, point).log_softmax(1), batch.target)[0]
+            one.loss_of_label(one.apply(batch.logits, point, batch.label).log_softmax(1), batch.target)[0]
             for one, point in ((space, free), reference)
         ]
         change = losses[0] - losses[1]

@@ -35,10 +35,15 @@ class LogitMoments(NamedTuple):
     masked: bool
 
     @property
-    def seen(self) -> Tensor:
-        """Classes of which the labels show enough to tell them from the others, ``(C,)``, bool."""
+    def told(self) -> Tensor:
+        """Of what is counted, where there is enough of it, bool."""
         few = (self.counts < _FEW) & (self.expected > _TIMES_EXPECTED * self.counts)
         return (self.counts > 0) & ~few
+
+    @property
+    def seen(self) -> Tensor:
+        """Classes of which the labels show enough to tell them from the others, ``(C,)``, bool."""
+        return self.told
 
     @property
     def is_one_class(self) -> bool:
@@ -48,14 +53,28 @@ class LogitMoments(NamedTuple):
     @property
     def are_missing(self) -> bool:
         """Whether classes are not seen that the network expects, which chance does not explain: a sorted set, say."""
-        return bool((~self.seen & (self.expected > _NOT_BY_CHANCE)).any())
+        return bool((~self.told & (self.expected > _NOT_BY_CHANCE)).any())
 
     @property
     def unseen_words(self) -> str:
         """Names of the classes that are not seen."""
         unseen: Sequence[int] = (~self.seen).nonzero()[:, 0].tolist()
         names = ", ".join(map(str, unseen[:_MOST_NAMED])) + (", …" if len(unseen) > _MOST_NAMED else "")
-        return f"class {names}" if len(unseen) == 1 else f"{len(unseen)} of {len(self.counts)} classes ({names})"
+        thing, things = self._names
+        return f"{thing} {names}" if len(unseen) == 1 else f"{len(unseen)} of {len(self.counts)} {things} ({names})"
+
+    @property
+    def warning_of_unseen(self) -> str:
+        """What there is to say of them."""
+        return (
+            f"The calibration set has no samples, or next to none, of {self.unseen_words}: what is fitted class by "
+            "class leaves them as they are, and nothing that is said of new data counts them; draw the set at random "
+            "from all classes."
+        )
+
+    @property
+    def _names(self) -> tuple[str, str]:
+        return "class", "classes"
 
 
 def logit_moments(rows: RowSource, n_classes: int, temperature: float = 1.0, repeats: float = 1.0) -> LogitMoments:

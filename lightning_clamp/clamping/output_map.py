@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import torch
@@ -20,8 +20,13 @@ _MOST_ELEMENTS = 2**24
 MOST_IN_DOUBLE = 1000
 
 
-def n_parameters(kind: OutputMap, n_classes: int) -> int:
-    """Parameters that matter, the temperature included; a common bias, or a common row of a matrix, changes nothing."""
+def n_parameters(kind: OutputMap, n_classes: int, n_labels: int = 0) -> int:
+    """Parameters that matter, the temperature included; a common bias, or a common row of a matrix, changes nothing.
+
+    Of labels each may have a scale and a bias.
+    """
+    if n_labels:
+        return {"temperature": 1, "bias": n_labels + 1, "vector": 2 * n_labels}[kind]
     counts = {"temperature": 1, "bias": n_classes, "vector": 2 * n_classes - 1, "matrix": n_classes**2 - 1}
     return counts[kind]
 
@@ -66,6 +71,10 @@ class MapSpace:
         """Parameters that nothing shrinks: the common scale, and the uniform share where there is one."""
         return 2 if self.share else 1
 
+    def starting_at(self, temperature: float, share: float) -> "MapSpace":
+        """The same space beside another temperature alone, with its uniform share."""
+        return replace(self, share=share)
+
     def temperature_only(self, temperature: float) -> Tensor:
         """The free parameters of a temperature alone."""
         free = torch.zeros_like(self.weight)
@@ -104,7 +113,8 @@ class MapSpace:
             parts.append(by_class.flatten(-2))
         return torch.cat([*parts, values[..., -1:]], -1)
 
-    def linear(self, change: Tensor, free: Tensor) -> Tensor:
+    # The last argument of the next three is for labels alone, see .labels.
+    def linear(self, change: Tensor, free: Tensor, label: Tensor | None = None) -> Tensor:
         """What the map makes of a change of the logits, ``(..., C)``."""
         own, _ = self.deviations(free.to(change))
         if own is None:
@@ -122,7 +132,7 @@ class MapSpace:
             return bias
         return bias - (own @ self.centre if own.ndim == 2 else own * self.centre)
 
-    def apply(self, logits: Tensor, free: Tensor) -> Tensor:
+    def apply(self, logits: Tensor, free: Tensor, label: Tensor | None = None) -> Tensor:
         """The mapped logits of rows ``(M, C)``."""
         mapped = self.linear(logits, free).add_(self.offset(free).to(logits))
         return mapped.where(logits > MASKED, logits) if self.masked else mapped
@@ -139,7 +149,7 @@ class MapSpace:
         whole = own.logaddexp(own.new_tensor(math.log(self.share / self.n_classes)))
         return -whole[:, 0], (own - whole).exp()
 
-    def pull(self, logits: Tensor, slopes: Tensor) -> Tensor:
+    def pull(self, logits: Tensor, slopes: Tensor, label: Tensor | None = None) -> Tensor:
         """Derivatives in the free parameters, ``(q,)``, from those in the mapped logits, ``(M, C)``, over all rows."""
         if self.kind == "matrix":
             sums, product = slopes.sum(0), slopes.T @ logits
@@ -160,7 +170,9 @@ class MapSpace:
             total.index_add_(0, rows.item[part], self._columns(rows.logits[part], slopes[part]))
         return self._of_seen(total)
 
-    def curvature(self, logits: Tensor, probs: Tensor, weight: Tensor | None = None) -> Tensor:
+    def curvature(
+        self, logits: Tensor, probs: Tensor, weight: Tensor | None = None, label: Tensor | None = None
+    ) -> Tensor:
         """Curvature of the summed loss of rows ``(M, C)``, ``(q, q)``, each counted ``weight`` ``(M, 1)`` times."""
         total = logits.new_zeros(len(self.weight), len(self.weight))
         dtype = torch.float32 if len(self.weight) > MOST_IN_DOUBLE else logits.dtype

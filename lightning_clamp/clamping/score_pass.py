@@ -83,7 +83,7 @@ def _input_scores(
     """Logits of one batch, the loss's gradient to every input, and every item's score in the map, ``(N, q)``."""
     logits, moved = data.tracked(inputs, perturbation)
     rows = data.rows(logits, target).doubled()
-    scaled = space.apply(rows.logits, free)
+    scaled = space.apply(rows.logits, free, rows.label)
     (gradient,) = torch.autograd.grad(F.cross_entropy(scaled, rows.target, reduction="sum"), moved)
     fixed = rows._replace(logits=rows.logits.detach())
     return logits.detach(), gradient, space.pull_per_item(fixed, errors(scaled.detach().softmax(1), fixed))
@@ -114,19 +114,20 @@ def _gauss_newton(
     with torch.no_grad():
         chunk = max(1, most_columns // (p + 1))
         for part, labels in zip(chunks(inputs, chunk), torch.split(target, chunk), strict=True):
-            logits = data.rows(data.perturbed_logits(part, perturbation), labels).doubled().logits
+            rows = data.rows(data.perturbed_logits(part, perturbation), labels).doubled()
+            logits = rows.logits
             columns = []
             for image in images:
                 moved = image if perturbation is None else perturbation.cpu() + image
                 there = data.rows(data.perturbed_logits(part, moved), labels).doubled().logits
-                columns.append(space.linear(there - logits, free) / step)
+                columns.append(space.linear(there - logits, free, rows.label) / step)
             jacobian = torch.stack(columns)  # (p, M, C)
-            probs = space.apply(logits, free).softmax(1)
+            probs = space.apply(logits, free, rows.label).softmax(1)
             centred = jacobian - (jacobian * probs).sum(2, keepdim=True)
             weighted = centred * probs
-            across = torch.stack([space.pull(logits, column) for column in weighted])
+            across = torch.stack([space.pull(logits, column, rows.label) for column in weighted])
             total[:p, :p] += weighted.flatten(1) @ centred.flatten(1).T
             total[:p, p:] += across
             total[p:, :p] += across.T
-            total[p:, p:] += space.curvature(logits, probs)
+            total[p:, p:] += space.curvature(logits, probs, label=rows.label)
     return total

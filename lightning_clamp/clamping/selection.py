@@ -9,11 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_clamp._rows import Task
 from lightning_clamp.clamping.candidate import Candidate, Refusal
 from lightning_clamp.clamping.clamp import Clamp
 from lightning_clamp.clamping.criterion import estimate
 from lightning_clamp.clamping.eligible import FEWEST, eligible_grids, refuse_grids, refuse_map
 from lightning_clamp.clamping.gradient import gradient_problem
+from lightning_clamp.clamping.labels import LabelMoments, label_moments, label_space, repeats_within
 from lightning_clamp.clamping.map_loss import standard_error
 from lightning_clamp.clamping.moments import LogitMoments, logit_moments
 from lightning_clamp.clamping.options import ClampOptions
@@ -24,8 +26,8 @@ from lightning_clamp.clamping.ranks import Ranks
 from lightning_clamp.clamping.reason import reason
 from lightning_clamp.clamping.scoring import GridFit, first_pass, fit_grid, start_without_grid
 from lightning_clamp.clamping.shrinkage import (
+    AnyPath,
     MapFit,
-    ShrinkagePath,
     average,
     fit_path,
     shrinkage_path,
@@ -56,8 +58,8 @@ def choose_clamp(
     if not base.determined:
         # Every sample is right, and the colder the better, with any output map; or all outputs are the same.
         return MethodOutcome(Clamp(), summary.logits, NO_TEMPERATURE)
-    kinds = _kinds(options.output_maps, summary.n_classes, binary=data.spec.binary)
-    comparison = _comparison(summary, base, kinds, options, data.spec.binary)
+    kinds = _kinds(options.output_maps, summary, binary=data.spec.binary)
+    comparison = _comparison(summary, base, kinds, options, data.spec.task)
     grids, refused = eligible_grids(options.grids, summary)
     if grids and (refusal := refuse_grids(comparison.moments) or _no_gradient(data)) is not None:
         refused += [Candidate(grid.size, "temperature", grid.n_coefficients + 1, refusal=refusal) for grid in grids]
@@ -94,14 +96,15 @@ def choose_clamp(
     return MethodOutcome(chosen.clamp, logits, reason(chosen, candidates), tuple(candidates), chosen, tuple(history))
 
 
-def _kinds(asked: Iterable[OutputMap], n_classes: int, *, binary: bool) -> list[OutputMap]:
+def _kinds(asked: Iterable[OutputMap], summary: DatasetSummary, *, binary: bool) -> list[OutputMap]:
     """The output maps to fit beside the temperature, the smaller first."""
     kinds: set[OutputMap] = set(asked)
-    if binary and kinds & {"vector", "matrix"}:
+    if (binary or summary.n_labels == 1) and kinds & {"vector", "matrix"}:
         # One logit has one scale, which is the temperature's.
         kinds = kinds - {"vector", "matrix"} | {"bias"}
-    elif n_classes == 2 and "matrix" in kinds:
-        # Two scales say already all that a matrix of two classes can.
+    elif summary.n_classes == 2 and "matrix" in kinds:
+        # Two scales say already all that a matrix of two classes can; and what one label's logit says of another label
+        # is for the network to find.
         kinds = kinds - {"matrix"} | {"vector"}
     return [kind for kind in OUTPUT_MAPS[1:] if kind in kinds]
 
@@ -111,7 +114,7 @@ class _Comparison(NamedTuple):
 
     Attributes:
         summary: First look at the data.
-        binary: Whether the network has one logit.
+        task: What the outputs mean.
         moments: Of the unchanged logits.
         base: Temperature scaling of the unchanged logits.
         alone: The same, and that with a uniform share where it is worth its cost.
@@ -119,7 +122,7 @@ class _Comparison(NamedTuple):
     """
 
     summary: DatasetSummary
-    binary: bool
+    task: Task
     moments: LogitMoments
     base: MapFit
     alone: list[MapFit]
@@ -127,22 +130,44 @@ class _Comparison(NamedTuple):
 
 
 def _comparison(
-    summary: DatasetSummary, base: TemperatureFit, kinds: Sequence[OutputMap], options: ClampOptions, binary: bool
+    summary: DatasetSummary, base: TemperatureFit, kinds: Sequence[OutputMap], options: ClampOptions, task: Task
 ) -> _Comparison:
     rows, classes, n_rows = summary.logits, summary.n_classes, summary.n_rows
     fit = temperature_map(rows, classes, base, dense=summary.dense)
     repeats = fit.effective_parameters
-    moments = logit_moments(rows, classes, fit.temperature, repeats)
+    within = _repeats_within(summary, fit)
+    moments = _moments(summary, fit.temperature, within)
     alone = [fit]
-    if options.uniform_share and not moments.masked and n_rows >= FEWEST * repeats:
+    if options.uniform_share and not summary.n_labels and not moments.masked and n_rows >= FEWEST * repeats:
         shared = with_share(rows, fit, base, n_rows)
         alone += [] if shared is None else [shared]
     kept = rows.are_kept
     spaces: dict[OutputMap, MapSpace | Refusal] = {}
     for kind in kinds:
         refusal = refuse_map(kind, moments, n_rows / repeats, kept=kept)
-        spaces[kind] = refusal or map_space(kind, moments, repeats)
-    return _Comparison(summary, binary, moments, fit, alone, spaces)
+        spaces[kind] = refusal or _space(kind, moments, fit.temperature, within)
+    return _Comparison(summary, task, moments, fit, alone, spaces)
+
+
+def _repeats_within(summary: DatasetSummary, fit: MapFit) -> float:
+    """How many rows say what one independent row would: of all of an item's, or of those of one label."""
+    if not summary.n_labels:
+        return fit.effective_parameters
+    if summary.row_elements == summary.n_labels:
+        return 1.0
+    return repeats_within(summary.logits, summary.n_labels, fit.temperature)
+
+
+def _moments(summary: DatasetSummary, temperature: float, repeats: float) -> LogitMoments:
+    if summary.n_labels:
+        return label_moments(summary.logits, summary.n_labels, temperature, repeats)
+    return logit_moments(summary.logits, summary.n_classes, temperature, repeats)
+
+
+def _space(kind: OutputMap, moments: LogitMoments, temperature: float, repeats: float) -> MapSpace:
+    if isinstance(moments, LabelMoments):
+        return label_space(kind, moments, temperature, repeats)
+    return map_space(kind, moments, repeats)
 
 
 def _no_gradient(data: CalibrationSet) -> Refusal | None:
@@ -153,9 +178,7 @@ def _no_gradient(data: CalibrationSet) -> Refusal | None:
 def _warn_of_unseen(moments: LogitMoments, ranks: Ranks) -> None:
     if not bool(moments.seen.all()):
         ranks.warn(
-            f"The calibration set has no samples, or next to none, of {moments.unseen_words}: what is fitted class by "
-            "class leaves them as they are, and nothing that is said of new data counts them; draw the set at random "
-            "from all classes.",
+            moments.warning_of_unseen,
             stacklevel=4,
         )
 
@@ -212,11 +235,11 @@ def _best_of_map(
 
 
 def _from_start(
-    fit: GridFit, space: MapSpace, path: ShrinkagePath, start: MapFit, comparison: _Comparison
+    fit: GridFit, space: MapSpace, path: AnyPath, start: MapFit, comparison: _Comparison
 ) -> tuple[Candidate, MapFit] | None:
     """The maps of one kind from a temperature, with its uniform share; None if there are none."""
     n_rows, rows = comparison.summary.n_rows, fit.logits
-    space = replace(space, share=start.space.share)
+    space = space.starting_at(start.temperature, start.space.share)
     fits = list(fit_path(rows, space, path, comparison.base, start, n_rows))
     if not fits:
         return None
@@ -229,7 +252,7 @@ def _unfitted(fit: GridFit, kind: OutputMap, comparison: _Comparison, refusal: R
     candidate = Candidate(
         fit.size,
         kind,
-        fit.n_coefficients + n_parameters(kind, comparison.summary.n_classes),
+        fit.n_coefficients + n_parameters(kind, comparison.summary.n_classes, comparison.summary.n_labels),
         passes=fit.passes,
         seconds=fit.seconds,
         refusal=refusal,
@@ -283,7 +306,14 @@ def _clamp(fit: GridFit, map_fit: MapFit, comparison: _Comparison) -> Clamp:
         parts["class_scale" if own.ndim == 1 else "class_matrix"] = (whole / common).to(dtype)
     if bias is not None:
         offset = map_fit.space.offset(map_fit.free)
-        parts["class_bias"] = (offset[1:] - offset[:1] if comparison.binary else offset - offset.mean()).to(dtype)
+        parts["class_bias"] = _bias(offset, comparison.task).to(dtype)
     if share := map_fit.space.share:
-        parts["uniform_share"] = torch.full((1,) if comparison.binary else (), share, dtype=dtype)
+        parts["uniform_share"] = torch.full((1,) if comparison.task == "binary" else (), share, dtype=dtype)
     return Clamp(fit.perturbation, -common.log().to(dtype), **parts)
+
+
+def _bias(offset: Tensor, task: Task) -> Tensor:
+    """Of classes only differences count."""
+    if task == "multilabel":
+        return offset
+    return offset[1:] - offset[:1] if task == "binary" else offset - offset.mean()

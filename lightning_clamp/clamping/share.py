@@ -77,7 +77,8 @@ def fit_temperature_and_share(rows: RowSource, fit: TemperatureFit, n_classes: i
 
 def with_best_share(rows: RowSource, space: MapSpace, free: Tensor) -> MapSpace:
     """The space with the share that is best beside a map, which may be none; the loss is convex in it."""
-    labels = [space.apply(batch.logits, free).log_softmax(1).gather(1, batch.target[:, None]) for batch in rows]
+    mapped = ((space.apply(batch.logits, free, batch.label), batch.target) for batch in rows)
+    labels = [logits.log_softmax(1).gather(1, target[:, None]) for logits, target in mapped]
     odds = [(own + math.log(space.n_classes)).exp() for own in labels]  # of the softmax against the uniform
 
     def slope(share: float) -> float:

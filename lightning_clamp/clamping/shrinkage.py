@@ -13,12 +13,15 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from lightning_clamp.clamping.criterion import estimate
 from lightning_clamp.clamping.descent import Inverse, minimise
+from lightning_clamp.clamping.label_path import LabelPath
+from lightning_clamp.clamping.labels import LabelSpace
 from lightning_clamp.clamping.map_loss import MapLoss, map_derivatives, standard_error
 from lightning_clamp.clamping.newton import LossDerivatives
 from lightning_clamp.clamping.output_map import MOST_IN_DOUBLE, MapSpace, temperature_space
@@ -61,7 +64,7 @@ class MapFit:
     nll: float
     effective_parameters: float
     shrinkage: float = 0.0
-    path: "ShrinkagePath | None" = field(default=None, repr=False, compare=False)
+    path: "AnyPath | None" = field(default=None, repr=False, compare=False)
 
     @property
     def ridge(self) -> Tensor:
@@ -114,12 +117,28 @@ class ShrinkagePath:
         """
         return n_free * self._base + float((self._costs / (self._values + shrinkage)).sum())
 
+    @property
+    def patience(self) -> int:
+        """A curvature costs about as many gradients as there are parameters to the hundred."""
+        return _PATIENCE + len(self._values) // 100
+
+    def renewed(self, rows: RowSource, space: MapSpace, point: Tensor, shrinkage: float) -> Inverse:
+        """The inverse at a point; that of the start where rounding leaves none."""
+        curvature = map_derivatives(rows, space, point, dense=False).curvature + (shrinkage * space.weight).diag()
+        root, failed = torch.linalg.cholesky_ex(curvature)
+        if int(failed):
+            return partial(self.solve, shrinkage)
+        return lambda gradient: torch.cholesky_solve(gradient[:, None], root)[:, 0]
+
     def solve(self, shrinkage: float, gradient: Tensor) -> Tensor:
         """``(H + λ diag(weight))⁻¹ gradient``."""
         right = gradient[:-1] * self._root - gradient[-1] * self._border / self._corner
         own = self._vectors @ ((self._vectors.T @ right) / (self._values + shrinkage))
         common = (gradient[-1] - own @ self._border) / self._corner
         return torch.cat([own * self._root, common.reshape(1)])
+
+
+AnyPath: TypeAlias = ShrinkagePath | LabelPath
 
 
 def _scaled(matrix: Tensor, root: Tensor) -> Tensor:
@@ -168,7 +187,7 @@ def with_share_again(rows: RowSource, fit: MapFit, n_rows: int) -> MapFit:
     return replace(fit, space=space, nll=MapLoss(rows, space)(fit.free)[0] / n_rows)
 
 
-def fit_output_map(loss: MapLoss, path: ShrinkagePath, shrinkage: float, start: Tensor, n_rows: int) -> MapFit | None:
+def fit_output_map(loss: MapLoss, path: AnyPath, shrinkage: float, start: Tensor, n_rows: int) -> MapFit | None:
     """Minimise the cross-entropy of the mapped logits and the ridge; every evaluation is a pass over the rows.
 
     Args:
@@ -192,16 +211,15 @@ def fit_output_map(loss: MapLoss, path: ShrinkagePath, shrinkage: float, start: 
         value, gradient = loss(free)
         return value + 0.5 * float(ridge @ free**2), gradient + ridge * free
 
-    def renewed(point: Tensor) -> Inverse:
-        curvature = map_derivatives(loss.rows, space, point, dense=False).curvature + ridge.diag()
-        root, failed = torch.linalg.cholesky_ex(curvature)
-        return inverse if int(failed) else lambda gradient: torch.cholesky_solve(gradient[:, None], root)[:, 0]
-
-    inverse = partial(path.solve, shrinkage)
-    # A curvature costs about as many gradients as there are parameters to the hundred.
-    patience = _PATIENCE + len(ridge) // 100
     effective = path.effective_parameters(shrinkage, space.n_free)
-    free, value = minimise(objective, start, inverse, renewed, tolerance=_TOLERANCE * effective, patience=patience)
+    free, value = minimise(
+        objective,
+        start,
+        partial(path.solve, shrinkage),
+        lambda point: path.renewed(loss.rows, space, point, shrinkage),
+        tolerance=_TOLERANCE * effective,
+        patience=path.patience,
+    )
     if not bool(torch.isfinite(free).all()):
         return None
     nll = (value - 0.5 * float(ridge @ free**2)) / n_rows
@@ -220,16 +238,20 @@ def refit(rows: RowSource, like: MapFit, start: Tensor, n_rows: int, *, dense: b
     return temperature_map(rows, like.space.n_classes, alone, dense=dense) if alone.determined else None
 
 
-def shrinkage_path(rows: RowSource, space: MapSpace, start: MapFit, *, dense: bool) -> ShrinkagePath | None:
+def shrinkage_path(rows: RowSource, space: MapSpace, start: MapFit, *, dense: bool) -> AnyPath | None:
     """The path from a temperature alone; None where outputs are certain, or all the same: there is no curvature."""
-    at = map_derivatives(rows, space, space.temperature_only(start.temperature), dense=dense)
+    free = space.temperature_only(start.temperature)
+    if isinstance(space, LabelSpace):
+        by_label = LabelPath(rows, space, free)
+        return by_label if by_label.has_curvature else None
+    at = map_derivatives(rows, space, free, dense=dense)
     if not bool(torch.isfinite(at.curvature).all()) or float(at.curvature[-1, -1]) <= 0:
         return None
     return ShrinkagePath(at, space.weight)
 
 
 def fit_path(
-    rows: RowSource, space: MapSpace, path: ShrinkagePath, base: MapFit, start: MapFit, n_rows: int
+    rows: RowSource, space: MapSpace, path: AnyPath, base: MapFit, start: MapFit, n_rows: int
 ) -> Iterator[tuple[MapFit, float]]:
     """The map at every strength, from the strongest on, each with its criterion: nats of the summed loss against base.
 

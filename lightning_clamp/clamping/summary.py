@@ -23,10 +23,11 @@ class DatasetSummary(NamedTuple):
     Attributes:
         logits: The network's unchanged logits.
         shape: Shape of a perturbation; None if inputs differ in shape, or there are several and none is named.
-        dense: Whether a sample holds several positions (pixels).
+        dense: Whether a sample holds several positions (pixels) or labels, which are correlated.
         n_samples: Items; the unit in which coefficients are counted against data.
-        n_rows: Scored positions; equal to ``n_samples`` for class outputs without ``ignore_index``.
-        n_classes: C.
+        n_rows: Scored positions and labels; equal to ``n_samples`` for class outputs without ``ignore_index``.
+        n_classes: C; 2 for one logit, and for each of several labels.
+        n_labels: Labels that each item has; 0 where it has a class.
         row_elements: Most logits that one item has.
         n_inputs: Tensors that a batch's input consists of.
         input_scale: Root mean square of what a perturbation is added to.
@@ -41,6 +42,7 @@ class DatasetSummary(NamedTuple):
     n_samples: int
     n_rows: int
     n_classes: int
+    n_labels: int
     row_elements: int
     n_inputs: int
     input_scale: float
@@ -65,6 +67,7 @@ class _Kind(NamedTuple):
     shape: tuple[int, ...] | None
     n_inputs: int
     n_classes: int
+    n_labels: int
     dense: bool
     row_elements: int
     dtype: torch.dtype
@@ -107,7 +110,7 @@ def summarize(data: CalibrationSet, *, trial: bool = False) -> DatasetSummary:
             seen += len(logits)
             kinds.add(_kind(inputs, value, logits, target, rows, data))
             value = logits.new_zeros(0) if value is None else value
-            counts = [len(logits), len(rows.target), value.numel(), _outside_simplex(logits, data.spec.binary)]
+            counts = [len(logits), len(rows.target), value.numel(), _outside_simplex(logits, data.spec.sigmoid)]
             yield (value.double() ** 2).sum(), losses.sum(), torch.tensor(counts, dtype=torch.float64)
 
     squares, loss, counts = summed(batch_sums(), [(), (), (4,)], data.ranks)
@@ -119,7 +122,7 @@ def summarize(data: CalibrationSet, *, trial: bool = False) -> DatasetSummary:
         warn_of_repeats(all_marks, data.ranks)
         check_size(n_samples, n_rows)
         warn_of_one_sample(all_heaviest, float(loss), data.ranks)
-    if n_outside == 0 and not (trial and data.spec.binary):
+    if n_outside == 0 and not (trial and data.spec.sigmoid):
         _complain_of_probabilities(data)
     return DatasetSummary(
         logits=logits_seen,
@@ -128,6 +131,7 @@ def summarize(data: CalibrationSet, *, trial: bool = False) -> DatasetSummary:
         n_samples=n_samples,
         n_rows=n_rows,
         n_classes=kind.n_classes,
+        n_labels=kind.n_labels,
         row_elements=kind.row_elements,
         n_inputs=kind.n_inputs,
         input_scale=(float(squares) / max(n_values, 1)) ** 0.5,
@@ -152,6 +156,7 @@ def _kind(
         shape=None if value is None else data.site.shape_of(value),
         n_inputs=len(tensors_of(inputs)),
         n_classes=rows.logits.shape[1],
+        n_labels=0 if rows.label is None else logits.shape[1],
         dense=is_dense(logits, data.spec.task),
         row_elements=logits[:1].numel(),
         dtype=value.dtype if value is not None and of_floats else logits.dtype,
@@ -165,10 +170,11 @@ def _of_all(kinds: set[_Kind]) -> _Kind:
     """The one kind that all decisions go by, the same on every rank: that of the largest outputs."""
     if not kinds:
         raise ValueError("The calibration set is empty: pass a loader that yields at least one batch.")
-    classes = sorted({kind.n_classes for kind in kinds})
+    classes = sorted({(kind.n_labels or kind.n_classes) for kind in kinds})
     if len(classes) > 1:
+        things = "labels" if max(kind.n_labels for kind in kinds) else "classes"
         raise ValueError(
-            f"The network returned logits of {classes[0]} classes for one batch and {classes[1]} for another."
+            f"The network returned logits of {classes[0]} {things} for one batch and {classes[1]} for another."
         )
     if all(kind.unclear_axis for kind in kinds):
         raise ValueError(next(kind.unclear_axis for kind in kinds))
@@ -226,18 +232,18 @@ def check_size(n_samples: int, n_rows: int) -> None:
         )
 
 
-def _outside_simplex(logits: Tensor, binary: bool) -> int:
+def _outside_simplex(logits: Tensor, sigmoid: bool) -> int:
     """How many outputs cannot be probabilities: outside [0, 1], or in a row that does not sum to 1."""
     # NaN is outside, too.
     outside = (~((logits >= 0) & (logits <= 1))).sum()
-    if binary:
+    if sigmoid:
         return int(outside)
     tolerance = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 2e-2
     return int(outside + (~((logits.float().sum(1) - 1).abs() <= tolerance)).sum())
 
 
 def _complain_of_probabilities(data: CalibrationSet) -> None:
-    if data.spec.binary:
+    if data.spec.sigmoid:
         data.ranks.warn(
             "Every output of the network lies in [0, 1]: if these are probabilities, return the logits instead "
             "(leave the final sigmoid out).",

@@ -48,6 +48,16 @@ def binary(n):
     return network, x, (torch.rand(n, generator=generator) < p).long(), {"task": "binary"}
 
 
+def multilabel(n):
+    """Four labels, one of which is never there, and some of which are not known."""
+    network, x = SmallNet(2.0), images(n)
+    generator = torch.Generator().manual_seed(6)
+    target = (torch.rand(n, 4, generator=generator) < (network(x).detach() / 2 + 1).sigmoid()).float()
+    target[:, 2] = 0
+    target[torch.rand(n, 4, generator=generator) < 0.2] = -1
+    return network, x, target, {"task": "multilabel", "ignore_index": -1}
+
+
 # Data, number of samples, options; where each rank's part ends.
 CASES = {
     "clamp": (classes, 101, {}),
@@ -56,6 +66,7 @@ CASES = {
     "temperature": (classes, 101, {"method": "temperature"}),
     "dense": (dense, 101, {}),
     "binary": (binary, 303, {"grids": (1,)}),
+    "multilabel": (multilabel, 303, {"grids": (1,)}),
 }
 PARTS = {"51/50": (0.505, 1), "1/100": (0.01, 1), "all/none": (1, 1), "none/34/67": (0, 0.34, 1)}
 

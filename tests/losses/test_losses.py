@@ -337,7 +337,7 @@ BAD = {
     "no tensor": (([1.0], Y), {}, TypeError, "one float tensor of logits, got list"),
     "integers": ((X.long(), Y), {}, TypeError, "got torch.int64"),
     "reduction": ((X, Y), {"reduction": "average"}, ValueError, "`reduction` must be one of .* got 'average'"),
-    "task": ((X, Y), {"task": "multilabel"}, ValueError, "`task` must be one of .* got 'multilabel'"),
+    "task": ((X, Y), {"task": "regression"}, ValueError, "`task` must be one of .* got 'regression'"),
     "binary labels": ((X[:, 0], Y + 2), {"task": "binary"}, ValueError, r"\[0, 1\], got 2"),
     "soft binary labels": ((X[:, 0], Y + 0.3), {"task": "binary"}, ValueError, "must be 0 or 1"),
 }
@@ -374,5 +374,5 @@ def test_options_out_of_range_are_named(loss, options, sentence):
 
 def test_each_label_of_several_is_a_position():
     logits, target = torch.randn(4, 3), torch.randint(2, (4, 3)).float()
-    each = focal_loss(logits, target, task="multilabel", reduction="none")
-    assert torch.equal(each[:, 1], focal_loss(logits[:, 1], target[:, 1], task="binary", reduction="none"))
+    each = losses.focal_loss(logits, target, task="multilabel", reduction="none")
+    assert torch.equal(each[:, 1], losses.focal_loss(logits[:, 1], target[:, 1], task="binary", reduction="none"))

@@ -187,7 +187,7 @@ def test_names_of_the_module_are_its_own(mixin, tmp_path):
     [
         (ACLSMixin, {"acls_margin": -1}, "`acls_margin` must be at least 0, got -1"),
         (ACLSMixin, {"acls_reference": "Paper"}, "`acls_reference` must be one of"),
-        (ACLSMixin, {"loss_task": "multilabel"}, "`loss_task` must be one of"),
+        (ACLSMixin, {"loss_task": "regression"}, "`loss_task` must be one of"),
         (MarginAwareMixin, {"margin_std": (0.2, 0.0, 0.2)}, "`margin_std` must be positive"),
         (MarginAwareMixin, {"margin_std": (0.2, 0.2), "margin_mean": (0.5, 0.5, 0.5)}, "no axis 1 of 2 channels"),
         (losses.SCBCEMixin, {"sc_bce_kind": "IH"}, "`sc_bce_kind` must be one of"),

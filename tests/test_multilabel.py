@@ -1,0 +1,155 @@
+"""Several labels per item, from a Trainer to files, exports and the command line."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_clamp import CalibrationModule, NeuralClamping, calibrate, fit_clamp, shifted_priors
+from lightning_clamp.checkpoint import read_result
+from lightning_clamp.cli import main
+from lightning_clamp.spec import Spec
+from tests.scenarios import SHIFT, LitClassifier, SmallNet, images, trainer
+
+
+def tags(n: int, seed: int, *, shift: bool = False) -> DataLoader:
+    """Images, and for each of four labels whether it is there: held-out data of :class:`LitTagger`."""
+    x = images(n, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        target = (torch.rand(n, 4, generator=generator) < SmallNet()(x).sigmoid()).float()
+    return DataLoader(TensorDataset(x - SHIFT if shift else x, target), batch_size=100)
+
+
+class LitTagger(LitClassifier):
+    """A tiny over-confident tagger, as a user would write it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) + torch.tensor([2.0, 0.0, 0.0, -1.0])
+
+    def training_step(self, batch, batch_idx):
+        return F.binary_cross_entropy_with_logits(self(batch[0]), batch[1])
+
+    def test_step(self, batch, batch_idx):
+        self.log("test_nll", F.binary_cross_entropy_with_logits(self(batch[0]), batch[1]))
+
+    def predict_step(self, batch, batch_idx):
+        return self(batch[0]).sigmoid()
+
+    def calibration_dataloader(self):
+        return tags(500, 30)
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    """A model that was trained with the callback, which calibrated and saved it."""
+    folder, model = tmp_path_factory.mktemp("tags"), LitTagger(lr=0.0)
+    callback = NeuralClamping(tags(600, 30), task="multilabel", grids=(), save_to=folder, on_error="raise")
+    run = trainer(folder, callback)
+    run.fit(model, tags(100, 20))
+    return run, model, callback
+
+
+def test_the_callback_calibrates_each_label(fitted):
+    run, model, callback = fitted
+    (logged,) = run.test(model, tags(2000, 40), verbose=False)
+    x, target = tags(2000, 40).dataset.tensors
+    with torch.no_grad():
+        bare = float(F.binary_cross_entropy_with_logits(model.net(x) + torch.tensor([2.0, 0.0, 0.0, -1.0]), target))
+    assert logged["test_nll"] < bare - 0.05
+    assert callback.result.after["nll"] < callback.result.before["nll"]
+    probs = callback.calibrated_module().predict_proba(x[:7])
+    assert probs.shape == (7, 4)
+    torch.testing.assert_close(torch.cat(run.predict(model, DataLoader(TensorDataset(x[:7]), batch_size=7))), probs)
+
+
+def test_a_calibrated_tagger_comes_back_from_its_file(fitted):
+    _, _, callback = fitted
+    again = CalibrationModule.from_checkpoint(callback.checkpoint_path, LitTagger)
+    x = images(5)
+    assert again.spec.task == "multilabel"
+    torch.testing.assert_close(again.predict_proba(x), callback.calibrated_module().predict_proba(x))
+
+
+def test_a_module_tests_itself_and_folds_and_exports(tmp_path):
+    network = SmallNet()
+    with torch.no_grad():
+        network.linear.weight.mul_(2)
+        network.linear.bias.copy_(torch.tensor([1.0, 0.0, 0.0, -1.0]))
+    result = fit_clamp(network, tags(1500, 30), task="multilabel", grids=())
+    assert result.clamp.class_scale is not None
+    module, x = CalibrationModule.from_result(network, result), images(6)
+    folded = module.folded(x).network
+    torch.testing.assert_close(folded(x), module(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(module.to_exported_program(x).module()(x), module(x))
+    (logged,) = trainer(tmp_path).test(module, tags(2000, 40), verbose=False)
+    assert logged["calibrated/ece"] < 0.05
+    assert logged["calibrated/nll"] == pytest.approx(result.after["nll"], abs=0.03)
+
+
+@pytest.mark.parametrize("options", [{"method": "temperature"}, {"method": "published", "epochs": 3}])
+def test_other_methods_scale_all_labels_alike(options, tmp_path):
+    result = fit_clamp(SmallNet(3.0), tags(400, 30), task="multilabel", **options)
+    assert result.clamp.class_scale is None
+    assert result.after["nll"] < result.before["nll"]
+    if options["method"] == "temperature":
+        assert float(result.clamp.temperature) == pytest.approx(3, rel=0.2)
+
+
+@pytest.mark.slow
+def test_a_perturbation_undoes_a_shift_of_tagged_images():
+    result = fit_clamp(SmallNet(), tags(1500, 30, shift=True), task="multilabel", grids=(1,))
+    assert result.clamp.perturbation is not None
+    torch.testing.assert_close(result.clamp.perturbation[:, 0, 0], SHIFT.flatten(), rtol=0, atol=0.4)
+    held_x, held_target = tags(4000, 50, shift=True).dataset.tensors
+    module = CalibrationModule.from_result(SmallNet(), result)
+    shifted = F.binary_cross_entropy_with_logits(SmallNet()(held_x), held_target)
+    true = F.binary_cross_entropy_with_logits(SmallNet()(held_x + SHIFT), held_target)
+    assert F.binary_cross_entropy_with_logits(module(held_x), held_target) - true < 0.3 * (shifted - true)
+
+
+def test_one_label_is_calibrated_like_one_logit():
+    x, target = tags(800, 30).dataset.tensors
+    with torch.no_grad():
+        z = SmallNet(2.0)(x)[:, :1] + 1
+    results = [
+        fit_clamp(torch.nn.Identity(), [(z, target[:, :1])], task=task, grids=(), uniform_share=False)
+        for task in ("multilabel", "binary")
+    ]
+    assert all(result.chosen.output_map == "bias" for result in results)
+    assert results[0].after["nll"] == pytest.approx(results[1].after["nll"], abs=1e-3)
+
+
+def test_other_frequencies_are_refused():
+    module = CalibrationModule(SmallNet(), fit_clamp(SmallNet(2.0), tags(200, 1), grids=(), task="multilabel").clamp)
+    module.spec = Spec("multilabel")
+    with pytest.raises(ValueError, match=r"classes that exclude each other, .* calibrate on them"):
+        shifted_priors(module, [images(20)], priors=[0.25] * 4)
+
+
+def test_a_network_without_an_axis_of_labels_is_refused():
+    with pytest.raises(ValueError, match=r'one logit per label on axis 1, .* got \(20,\): .* say task="binary"'):
+        calibrate(trainer(Path()), LitFlat(lr=0.0), [(images(20), torch.zeros(20))], task="multilabel", save_to=False)
+
+
+class LitFlat(LitTagger):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[:, 0]
+
+
+# Lightning 2.6 uses what newer jsonargparse calls deprecated.
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:(?s).*(JsonargparseDeprecationWarning|was deprecated in v4)")
+def test_the_command_line_knows_the_task(fitted, tmp_path, monkeypatch):
+    run, *_ = fitted
+    monkeypatch.chdir(tmp_path)
+    run.save_checkpoint("tags.ckpt")
+    quiet = ["--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
+    command = ["calibrate", "--model=tests.test_multilabel.LitTagger", *quiet, "--trainer.enable_checkpointing=false"]
+    main([*command, "--ckpt_path=tags.ckpt", "--calibration.task=multilabel", "--calibration.grids=[]"])
+    result = read_result("tags-calibrated.ckpt")
+    assert result.spec.task == "multilabel"
+    assert result.clamp.class_bias.shape == (4,)
