@@ -7,6 +7,8 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from lightning_clamp._checks import OptionError
+
 # One tensor, or several: by the names of the arguments that a network's forward has for them, or in their order.
 Inputs: TypeAlias = Tensor | Mapping[str, Tensor] | tuple[Tensor, ...]
 BatchKeys: TypeAlias = tuple[str | int | Sequence[str] | Sequence[int], str | int]
@@ -78,7 +80,7 @@ def check_batch_keys(keys: Any) -> None:
     names = pair[0] if several else pair[:1]
     of_one_kind = any(all(isinstance(name, kind) for name in names) for kind in (str, int))
     if len(pair) != 2 or not names or not of_one_kind or not isinstance(pair[1], str | int):
-        raise ValueError(
+        raise OptionError(
             "`batch_keys` must be a pair, the key of the input (or several, all names of forward's arguments or all "
             "positions) and the key of the target, such as ('image', 'label'), (0, 1) or ((0, 1), 2), got "
             f"{keys!r}."

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -10,9 +10,14 @@ from torch import Tensor
 class OptionError(ValueError):
     """A refusal that names options, as ```clip``` or ``clip=``: a class around the function may call them otherwise."""
 
-    def renamed(self, name_of: Callable[[str], str]) -> "OptionError":
-        """The same refusal where the options are called ``name_of(option)``."""
-        return OptionError(re.sub(r"(?<=`)\w+(?=`)|\b\w+(?==)", lambda found: name_of(found[0]), str(self)))
+    def renamed(self, names: Mapping[str, str]) -> "OptionError":
+        """The same refusal where options are called as ``names`` has them."""
+        return OptionError(renamed(str(self), names))
+
+
+def renamed(message: str, names: Mapping[str, str]) -> str:
+    """A sentence that names options, where those in ``names`` are called otherwise."""
+    return re.sub(r"(?<=`)\w+(?=`)|\b\w+(?==)", lambda found: names.get(found[0], found[0]), message)
 
 
 def counted(number: int, thing: str, things: str = "") -> str:

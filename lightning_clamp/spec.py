@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
 from lightning_clamp._batch import BatchKeys, Inputs, as_pair, check_batch_keys, input_of
-from lightning_clamp._checks import check_choice
+from lightning_clamp._checks import OptionError, check_choice
 from lightning_clamp._rows import TASKS, Rows, Task, as_rows, check_labels_axis
 
 
@@ -62,7 +62,7 @@ class Spec:
         if self.ignore_index is not None and (
             isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int)
         ):
-            raise ValueError(f"`ignore_index` must be a label, a whole number, or None, got {self.ignore_index!r}.")
+            raise OptionError(f"`ignore_index` must be a label, a whole number, or None, got {self.ignore_index!r}.")
         check_batch_keys(self.batch_keys)
         if self.perturb_at is not None and not isinstance(self.perturb_at, str):
             raise ValueError(f"`perturb_at` must be the name of a submodule, got {self.perturb_at!r}.")

@@ -226,7 +226,7 @@ def formula_batch(network: nn.Module) -> tuple[Tensor, Tensor]:
 
 # Of the losses, those of (logits, target), with margins at which both terms of ACLS, and MbLS, are at work on logits
 # that are drawn here.
-_AT_WORK = {"acls_loss": {"margin": 1.5}, "mbls_loss": {"margin": 1.5}}
+_AT_WORK = {"acls_loss": {"margin": 1.5}, "mbls_loss": {"margin": 1.5}, "cals_loss": {"margin": 1.5}}
 _OTHERS = ("margin_aware_loss", "sc_bce_loss")
 LOSSES = {
     name: partial(getattr(losses, name), **_AT_WORK.get(name, {}))

@@ -9,18 +9,25 @@ The functions need no Lightning; the mixins load on first use.
 from typing import TYPE_CHECKING, Any
 
 from lightning_clamp._lazy import load
+from lightning_clamp.losses.adafocal import adafocal_loss
 from lightning_clamp.losses.batch_statistics import dca_loss, mdca_loss, mmce_loss
+from lightning_clamp.losses.cals import cals_loss
+from lightning_clamp.losses.cpc import cpc_loss
+from lightning_clamp.losses.crl import crl_loss
 from lightning_clamp.losses.focal import brier_loss, dual_focal_loss, flsd_loss, focal_loss
 from lightning_clamp.losses.label_perturbation import LabelPerturbationRule, sc_bce_loss
 from lightning_clamp.losses.margin_aware import margin_aware_loss
 from lightning_clamp.losses.regularizers import acls_loss, entropy_penalty_loss, label_smoothing_loss, mbls_loss
+from lightning_clamp.losses.samples import Indexed
 
 if TYPE_CHECKING:
-    from lightning_clamp.losses.aslp import ASLPMixin, Indexed
+    from lightning_clamp.losses.aslp import ASLPMixin
+    from lightning_clamp.losses.learned import AdaFocalMixin, CALSMixin, CRLMixin
     from lightning_clamp.losses.mixin import LossMixin
     from lightning_clamp.losses.mixins import (
         ACLSMixin,
         BrierMixin,
+        CPCMixin,
         DCAMixin,
         DualFocalMixin,
         EntropyPenaltyMixin,
@@ -37,7 +44,11 @@ if TYPE_CHECKING:
 __all__ = [
     "ACLSMixin",
     "ASLPMixin",
+    "AdaFocalMixin",
     "BrierMixin",
+    "CALSMixin",
+    "CPCMixin",
+    "CRLMixin",
     "DCAMixin",
     "DualFocalMixin",
     "EntropyPenaltyMixin",
@@ -53,7 +64,11 @@ __all__ = [
     "MbLSMixin",
     "SCBCEMixin",
     "acls_loss",
+    "adafocal_loss",
     "brier_loss",
+    "cals_loss",
+    "cpc_loss",
+    "crl_loss",
     "dca_loss",
     "dual_focal_loss",
     "entropy_penalty_loss",
@@ -68,7 +83,8 @@ __all__ = [
 ]
 
 _HOME = dict.fromkeys((name for name in __all__ if name.endswith("Mixin")), "mixins")
-_HOME |= {"ASLPMixin": "aslp", "Indexed": "aslp", "LossMixin": "mixin"}
+_HOME |= {"ASLPMixin": "aslp", "LossMixin": "mixin"}
+_HOME |= dict.fromkeys(("AdaFocalMixin", "CALSMixin", "CRLMixin"), "learned")
 
 
 def __getattr__(name: str) -> Any:

@@ -6,9 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_clamp._batch import Inputs
 from lightning_clamp.losses._modes import Mode
+from lightning_clamp.losses._outputs import Logits
 from lightning_clamp.losses.attack import Norm
 from lightning_clamp.losses.batch_statistics import dca_loss, mdca_loss, mmce_loss
+from lightning_clamp.losses.cpc import cpc_loss
 from lightning_clamp.losses.focal import brier_loss, dual_focal_loss, flsd_loss, focal_loss
 from lightning_clamp.losses.label_perturbation import Kind, sc_bce_loss
 from lightning_clamp.losses.margin_aware import margin_aware_loss
@@ -132,11 +135,21 @@ class MMCEMixin(LossMixin):
         self.train_with(mmce_loss, prefix="mmce_", lambda_=mmce_lambda)
 
 
+class CPCMixin(LossMixin):
+    """Trains with :func:`~lightning_clamp.losses.cpc_loss`."""
+
+    def __init__(self, *args: Any, cpc_lambda_bdc: float = 0.1, cpc_lambda_bec: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.train_with(cpc_loss, prefix="cpc_", lambda_bdc=cpc_lambda_bdc, lambda_bec=cpc_lambda_bec)
+
+
 class SCBCEMixin(LossMixin):
     """Trains with :func:`~lightning_clamp.losses.sc_bce_loss`, whose options begin with ``sc_bce_`` here.
 
     For one logit per position; ``loss_task`` says nothing.
     """
+
+    _calibrated_loss_is_binary = True
 
     def __init__(
         self,
@@ -152,11 +165,11 @@ class SCBCEMixin(LossMixin):
         )
 
     def calibrated_loss_of(
-        self, inputs: Tensor, target: Tensor, index: Tensor | None, log_terms: dict[str, Tensor]
+        self, inputs: Inputs, target: Tensor, index: Tensor | None, log_terms: dict[str, Tensor]
     ) -> Tensor:
         """The loss alone; fills ``log_terms``."""
         return self.calibrated_loss_function(
-            self(inputs), target, ignore_index=self.loss_ignore_index, log_terms=log_terms
+            self.calibrated_logits(inputs), target, ignore_index=self.loss_ignore_index, log_terms=log_terms
         )
 
 
@@ -202,9 +215,14 @@ class MarginAwareMixin(LossMixin):
         )
 
     def calibrated_loss_of(
-        self, inputs: Tensor, target: Tensor, index: Tensor | None, log_terms: dict[str, Tensor]
+        self, inputs: Inputs, target: Tensor, index: Tensor | None, log_terms: dict[str, Tensor]
     ) -> Tensor:
         """The loss alone; fills ``log_terms``."""
         return self.calibrated_loss_function(
-            self, inputs, target, task=self.loss_task, ignore_index=self.loss_ignore_index, log_terms=log_terms
+            Logits(self, self.see_outputs),
+            inputs,
+            target,
+            task=self.loss_task,
+            ignore_index=self.loss_ignore_index,
+            log_terms=log_terms,
         )

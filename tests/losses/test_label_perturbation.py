@@ -14,9 +14,8 @@ from torch.utils.data import DataLoader
 
 from lightning_clamp import CalibrationModule, calibrate
 from lightning_clamp.losses import ASLPMixin, Indexed, LabelPerturbationRule, SCBCEMixin, sc_bce_loss
-from lightning_clamp.losses.aslp import _STATE as STATE
-from lightning_clamp.losses.aslp import ImageAlphas
 from lightning_clamp.losses.label_perturbation import signed_logit
+from lightning_clamp.losses.samples import SampleValues
 from tests import references as ref
 from tests.scenarios import Segmenter, maps, trainer
 
@@ -240,7 +239,8 @@ def test_a_resumed_run_knows_what_it_knew(tmp_path, interval):
             trainer(tmp_path, saving, max_epochs=2, **options).fit(model, train_loader(), val_loader())
             model = OfTheHook(aslp_warmup_epochs=0, aslp_eta=1e-9, lr=0.0)
             checkpoint = max(tmp_path.glob("epoch=1-*.ckpt"))
-            assert torch.load(checkpoint, weights_only=True)[STATE]["accuracy"] == pytest.approx(0.82)
+            saved = torch.load(checkpoint, weights_only=True)["calibrated_loss"]
+            assert saved["aslp_accuracies"].tolist() == pytest.approx([0.82, 0.82])
             trainer(tmp_path, max_epochs=3, **options).fit(model, train_loader(), val_loader(), ckpt_path=checkpoint)
         else:
             trainer(tmp_path, max_epochs=3, **options).fit(model, train_loader(), val_loader())
@@ -294,12 +294,13 @@ def test_options_are_checked_when_the_module_is_made():
 
 
 def test_items_are_pairs():
-    with pytest.raises(TypeError, match=r"Indexed needs items \(inputs, target\), got dict"):
-        Indexed([{"image": 1, "mask": 2}])[0]
+    with pytest.raises(TypeError, match=r"Indexed needs items \(inputs, target\) or mappings, got int"):
+        Indexed([3])[0]
+    assert Indexed([{"image": 1, "mask": 2}])[0] == {"image": 1, "mask": 2, "index": 0}
 
 
 def test_indices_are_checked():
-    alphas = ImageAlphas()
+    alphas = SampleValues()
     for index in (torch.tensor([0.5]), torch.tensor([[1]]), torch.tensor([-1])):
         with pytest.raises(ValueError, match="Indices must be integers"):
             alphas.of(index)
@@ -331,7 +332,7 @@ def test_all_ranks_have_every_alpha():
             together.wait()
             return stacked.sum(0) if how == "sum" else stacked.amax(0)
 
-        alphas, (index, values) = ImageAlphas(), seen[rank]
+        alphas, (index, values) = SampleValues(), seen[rank]
         alphas.of(index)
         if values is not None:
             alphas.put(index, values)

@@ -21,7 +21,11 @@ from tests.scenarios import LitClassifier, Validating, loader, made, trainer
 # The mixin of each function, and the beginning of its options.
 OF_FUNCTION = {
     "acls_loss": (losses.ACLSMixin, "acls"),
+    "adafocal_loss": (losses.AdaFocalMixin, "adafocal"),
     "brier_loss": (losses.BrierMixin, "brier"),
+    "cals_loss": (losses.CALSMixin, "cals"),
+    "cpc_loss": (losses.CPCMixin, "cpc"),
+    "crl_loss": (losses.CRLMixin, "crl"),
     "dca_loss": (losses.DCAMixin, "dca"),
     "dual_focal_loss": (losses.DualFocalMixin, "dual_focal"),
     "entropy_penalty_loss": (losses.EntropyPenaltyMixin, "entropy"),
@@ -37,7 +41,15 @@ OF_FUNCTION = {
 COMMON = {"task", "ignore_index", "reduction", "log_terms", "generator"}
 # With the defaults ACLS has nothing to do on logits as small as those of the tests.
 AT_WORK = {losses.ACLSMixin: {"acls_margin": 1.0, "acls_alpha": 1.0}}
-OF_CLASSES = [name for name in OF_FUNCTION if name not in ("sc_bce_loss", "margin_aware_loss")]
+# Those that learn have tests of their own.
+LEARNING = ("adafocal_loss", "cals_loss", "crl_loss")
+OF_CLASSES = [name for name in OF_FUNCTION if name not in ("sc_bce_loss", "margin_aware_loss", *LEARNING)]
+# Arguments that a mixin learns, and options of how it learns them.
+LEARNED = {"correctness", "edges", "multiplier", "rho"}
+OF_LEARNING = {
+    "adafocal_loss": {"adafocal_gamma": (1.0, float), "adafocal_lambda": (1.0, float), "adafocal_n_bins": (15, int)},
+    "cals_loss": {"cals_rho_every": (10, int)},
+}
 
 
 def test_every_loss_has_its_mixin():
@@ -53,8 +65,8 @@ def test_the_options_of_a_mixin_are_those_of_its_function(name):
     expected = {
         f"{prefix}_{one.name}".rstrip("_"): (one.default, one.annotation)
         for one in function
-        if one.kind is one.KEYWORD_ONLY and one.name not in COMMON
-    }
+        if one.kind is one.KEYWORD_ONLY and one.name not in COMMON | LEARNED
+    } | OF_LEARNING.get(name, {})
     if name == "sc_bce_loss":  # One number for all images: α per image is ASLP's.
         expected["sc_bce_alpha"] = (0.1, float)
     options = inspect.signature(mixin.__init__).parameters.values()
@@ -103,7 +115,8 @@ def test_the_state_dict_is_the_modules_and_the_options_are_hyperparameters(tmp_p
     model = made(FocalMixin, lr=0.05, focal_gamma=2.0)
     assert model.state_dict().keys() == LitClassifier().state_dict().keys()
     assert dict(model.hparams) == {
-        "lr": 0.05, "temperature": 2.0, "focal_gamma": 2.0, "loss_task": "multiclass", "loss_ignore_index": None
+        "lr": 0.05, "temperature": 2.0, "focal_gamma": 2.0, "loss_task": "multiclass", "loss_ignore_index": None,
+        "loss_batch_keys": None,
     }  # fmt: skip
     run = trainer(tmp_path)
     run.fit(model, loader(100, 20))
@@ -202,8 +215,13 @@ def test_options_are_checked_when_the_module_is_made(mixin, options, sentence):
 REFUSED = {
     losses.ACLSMixin: {"acls_alpha": -1, "acls_pos_lambda": -1, "acls_neg_lambda": -1, "acls_margin": -1,
                        "acls_reference": "Paper"},
-    losses.ASLPMixin: {"aslp_kind": "IH", "aslp_beta": 3, "aslp_rule": "best", "aslp_eta": -1, "aslp_lambda": -1},
+    losses.ASLPMixin: {"aslp_kind": "IH", "aslp_beta": 3, "aslp_rule": "best", "aslp_eta": -1, "aslp_lambda": -1,
+                      "aslp_warmup_epochs": -1},
+    losses.AdaFocalMixin: {"adafocal_gamma": 0, "adafocal_lambda": -1, "adafocal_n_bins": 0},
     losses.BrierMixin: {},
+    losses.CALSMixin: {"cals_margin": 0, "cals_rho_every": 0},
+    losses.CPCMixin: {"cpc_lambda_bdc": -1, "cpc_lambda_bec": -1},
+    losses.CRLMixin: {"crl_weight": -1, "crl_confidence": "max"},
     losses.DCAMixin: {"dca_beta": -1},
     losses.DualFocalMixin: {"dual_focal_gamma": -1},
     losses.EntropyPenaltyMixin: {"entropy_alpha": -1, "entropy_reference": "mean"},
@@ -219,7 +237,7 @@ REFUSED = {
     losses.SCBCEMixin: {"sc_bce_alpha": 2, "sc_bce_kind": "IH", "sc_bce_beta": 3},
 }  # fmt: skip
 # Any value will do, or it depends on the data: see below.
-NOT_ALONE = {"aslp_warmup_epochs", "aslp_accuracy", "margin_mean", "margin_clip"}
+NOT_ALONE = {"aslp_accuracy", "margin_mean", "margin_clip"}
 
 
 @pytest.mark.parametrize(("mixin", "option"), [(mixin, option) for mixin in REFUSED for option in REFUSED[mixin]])
@@ -335,6 +353,11 @@ def test_the_order_of_the_bases_is_checked_when_the_class_is_written():
         class Both(ACLSMixin, FocalMixin, LitClassifier):
             pass
 
+    with pytest.raises(TypeError, match="Learning has two losses, AdaFocalMixin and CALSMixin: keep one"):
+
+        class Learning(losses.AdaFocalMixin, losses.CALSMixin, LitClassifier):
+            pass
+
     class Helper:
         """Has no step, and may stand anywhere."""
 
@@ -348,14 +371,6 @@ def test_the_order_of_the_bases_is_checked_when_the_class_is_written():
 
         class Another(FocalMixin, Right):
             pass
-
-
-@pytest.mark.parametrize(
-    ("batch", "what"), [(torch.zeros(3), "Tensor"), ({"x": 1, "y": 2, "z": 3}, "dict of 3 items"), ((1,), "tuple of 1")]
-)
-def test_other_batches_get_one_sentence(batch, what):
-    with pytest.raises(TypeError, match=rf"needs batches \(inputs, target\), got {what}.*self.calibrated_loss"):
-        made(ACLSMixin).training_step(batch, 0)
 
 
 def test_an_index_after_the_pair_is_let_by(tmp_path):
