@@ -33,7 +33,7 @@ def _of_rows(rows: PredictedRows, confidence: Confidence) -> tuple[Tensor, Tenso
         value, correct = rows.class_probs()[:, 1], rows.target == 1
     else:
         value, correct = rows.top_label()
-    rows.check(value.sum())
+    rows.check(value)
     # Rounding may have lifted a probability above 1.
     return value.clamp(max=1) if rows.reader.probs else value, correct
 

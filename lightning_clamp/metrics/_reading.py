@@ -9,7 +9,16 @@ from torch import Tensor
 from torchmetrics.utilities import rank_zero_warn
 
 from lightning_clamp._checks import check_choice, check_range
-from lightning_clamp._rows import TASKS, Rows, Task, class_axis_is_unclear, item_blocks, row_blocks, unclear_axis
+from lightning_clamp._rows import (
+    TASKS,
+    Rows,
+    Task,
+    check_hard,
+    class_axis_is_unclear,
+    item_blocks,
+    row_blocks,
+    unclear_axis,
+)
 
 # Rounding of half-precision probabilities may move the sum of a row by this much.
 _SUM_TOLERANCE = 0.01
@@ -71,12 +80,13 @@ class Reader:
     def rows(self, preds: Tensor, target: Tensor, device: torch.device | None = None) -> "PredictedRows":
         """Rows, of preds ``(m, C)`` and target ``(m,)`` as :mod:`lightning_clamp._rows` lays them out."""
         device = preds.device if device is None else device
-        preds, target = preds.detach().to(device, torch.promote_types(preds.dtype, torch.float32)), target.to(device)
+        preds = preds.detach() if preds.requires_grad else preds
+        preds, target = preds.to(device, torch.promote_types(preds.dtype, torch.float32)), target.to(device)
         if self.probs and self.task == "binary":
             preds = torch.stack([1 - preds[:, 1], preds[:, 1]], 1)
         # Not looked at before something was computed of it: a label out of range must not end a process on CUDA.
         inside = target.clamp(0, preds.shape[1] - 1) if self.validate_args else target
-        return PredictedRows(preds, inside, target, self)
+        return PredictedRows(preds, inside.long(), target, self)
 
     def zero_target(self, preds: Tensor) -> Tensor:
         """A target of zeros that fits preds, for what needs none.
@@ -114,6 +124,7 @@ class Reader:
         Raises:
             ValueError: If anything is.
         """
+        check_hard(target)
         check_range(
             target, preds.shape[1], " Labels start at 0. Positions that have no label are left out with ignore_index."
         )
@@ -156,7 +167,7 @@ class PredictedRows:
     Attributes:
         preds: Logits or probabilities, ``(m, C)``, float32 or float64.
         target: Class indices, ``(m,)``, int64; in range, unless nobody is to look.
-        given: The same as they came.
+        given: The same as they came, int64 or float.
         reader: Says which of the two preds are.
     """
 
@@ -177,11 +188,11 @@ class PredictedRows:
         """Confidence and correctness of the top label, ``(m,)`` each; of tied classes the first is the top one."""
         return (_top_probability if self.reader.probs else _top_label)(self.preds, self.target)
 
-    def check(self, total: Tensor) -> None:
+    def check(self, derived: Tensor) -> None:
         """Refuse the rows if they cannot be used; an accelerator is waited for once, for all that there is to know.
 
         Args:
-            total: Sum of what was derived from the rows, a scalar: nan or inf in them has made it nan. Asked of few
+            derived: What was derived from the rows, or its sum: nan or inf in them has made it nan. Asked of few
                 numbers per row, in place of a look at every logit.
 
         Raises:
@@ -193,14 +204,16 @@ class PredictedRows:
         right = self.given == self.target
         if reader.probs:
             right &= _are_probs(self.preds)
-        asked = [torch.where(right.all(), total, torch.nan)]
-        if reader.wonders:
-            asked.append(reader.seem_probs(self.preds).to(total.dtype))
-        number, *seem_probs = torch.stack(asked).tolist()
+        total = derived.sum() if derived.ndim else derived
+        total = torch.where(right.all(), total, torch.nan)
+        if not reader.wonders:
+            number = float(total)
+        else:
+            number, seem_probs = torch.stack([total, reader.seem_probs(self.preds).to(total.dtype)]).tolist()
+            if not math.isnan(number):
+                reader.learn(len(self.preds), seem_probs=bool(seem_probs))
         if math.isnan(number):
             reader.refuse(self.preds, self.given)
-        if seem_probs:
-            reader.learn(len(self.preds), seem_probs=bool(seem_probs[0]))
 
 
 def _are_probs(rows: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ class BootstrapSums(RowMetric):
         block = (self.rank + self.world_size * number) % self.n_blocks
         nll = nll_per_row(rows).double()
         confidence, correct = (part.double() for part in rows.top_label())
-        rows.check(confidence.sum())
+        rows.check(confidence)
         width = sums.shape[1]
         of_row = block[item] * width
         of_bin = of_row + 2 + bin_index(confidence, self.n_bins)

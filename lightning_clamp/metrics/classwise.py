@@ -109,7 +109,7 @@ def _add(sums: Tensor, rows: PredictedRows) -> None:
     """Add to the count, summed probability and occurrences per class and bin, ``(3, C, n_bins)`` float64, in place."""
     probs = rows.class_probs()
     summed = probs.sum(0, dtype=torch.float64)
-    rows.check(summed.sum())
+    rows.check(summed)
     if probs.device.type == "cpu":
         _add_chosen(sums, probs, rows.target, summed)
     else:

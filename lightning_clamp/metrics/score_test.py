@@ -116,7 +116,7 @@ def _sums(batch: Rows, rows: PredictedRows) -> Tensor:
     target = rows.target[:, None]
     columns = [_score(probs, log_probs, target), _score(probs, probs, target), _class_scores(probs, target)]
     score, variance, third = (torch.cat(parts, 1).double() for parts in zip(*columns, strict=True))
-    rows.check(score[:, 0].sum())
+    rows.check(score[:, 0])
     of_item = batch.per_item(score)
     ladder = [_slope(log_probs, target, temperature) for temperature in LADDER]
     of_items = batch.per_item(score.new_ones(len(score)))
