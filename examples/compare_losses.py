@@ -2,15 +2,21 @@
 
     python examples/compare_losses.py
     python examples/compare_losses.py --losses ce focal calmo --seeds 5 --optimizer adamw
-    python examples/compare_losses.py --dataset cifar10 --cifar-dir DIR --download
+    python examples/compare_losses.py --dataset cifar10 --data DIR --download
+    python examples/compare_losses.py --dataset cifar10 --data cifar10.npz --accelerator cuda --minutes 8
 
 The digits of scikit-learn need no download and take a few minutes without a GPU: a convnet learns 200 of them by heart,
 its last weights are measured, and 700 other images calibrate.
 
-CIFAR-10 follows Table 2 of "Too Sharp, Too Sure" (arXiv 2604.20614): ResNet-20, 45,000 images, 10,000 steps of 128, the
-weights of the step with the lowest validation loss. Where the paper is silent: momentum 0.9 for SGD, PyTorch's defaults
-for AdamW, a constant learning rate, no augmentation, 40 validations in a training, and cross-entropy as the validation
-loss of every training. The 5,000 images that choose the step also calibrate.
+CIFAR-10 follows Tables 2 and A2 of "Too Sharp, Too Sure" (arXiv 2604.20614), and its numbers are printed beside: ResNet-20,
+45,000 images, 10,000 steps of 128, the weights of the step with the lowest validation loss. Where the paper is silent:
+momentum 0.9 for SGD, PyTorch's defaults for AdamW, a constant learning rate, no augmentation, 40 validations in a
+training, cross-entropy as the validation loss of every training, and the baselines' own options. The 5,000 images that
+choose the step also calibrate. The images are torchvision's folder, or a file of NumPy arrays x_train, y_train, x_test
+and y_test (uint8, N×32×32×3).
+
+On a GPU the steps are recorded and replayed, see cuda_graph.py. ``--minutes`` starts no training after that time: those
+of the paper come first, and the table holds what was done.
 
 All losses have the options that the package gives them, and a seed means the same initial weights and order of the data
 for each of them. Metrics are those of test images that nothing else has seen. The seconds are those of training without
@@ -22,15 +28,18 @@ Everything is written to ``compare_losses/``: the table, comparison.md, and a pi
 import argparse
 import logging
 import math
+import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
+from cuda_graph import RecordedSteps
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from matplotlib import pyplot as plt
@@ -38,7 +47,7 @@ from matplotlib.axes import Axes
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 from torchmetrics import MetricCollection
 
 from lightning_clamp import CalibrationModule, Clamp, NeuralClamping
@@ -117,11 +126,15 @@ class Loss(NamedTuple):
 
 
 LitCalMO = trained_with(MarginAwareMixin)
+# The paper's first, in its order.
 LOSSES = {
     "ce": Loss("cross-entropy", LitClassifier),
+    "flat": Loss("CalMO, Flat.", LitCalMO, {"margin_lambda_r": 0.0}),
+    "rob": Loss("CalMO, Rob.", LitCalMO, {"margin_lambda_s": 0.0}),
+    "calmo": Loss("CalMO", LitCalMO),
     "smoothing": Loss("label smoothing", trained_with(LabelSmoothingMixin)),
-    "entropy": Loss("entropy penalty", trained_with(EntropyPenaltyMixin)),
     "focal": Loss("focal", trained_with(FocalMixin)),
+    "entropy": Loss("entropy penalty", trained_with(EntropyPenaltyMixin)),
     "flsd": Loss("FLSD", trained_with(FLSDMixin)),
     "dual_focal": Loss("dual focal", trained_with(DualFocalMixin)),
     "mbls": Loss("MbLS", trained_with(MbLSMixin)),
@@ -130,9 +143,25 @@ LOSSES = {
     "mmce": Loss("MMCE", trained_with(MMCEMixin)),
     "brier": Loss("Brier", trained_with(BrierMixin)),
     "acls": Loss("ACLS", LitACLS),
-    "calmo": Loss("CalMO", LitCalMO),
-    "flat": Loss("CalMO, Flat.", LitCalMO, {"margin_lambda_r": 0.0}),
-    "rob": Loss("CalMO, Rob.", LitCalMO, {"margin_lambda_s": 0.0}),
+}
+# Tables 2 and A2 of the paper: test accuracy in percent and ECE, mean ± standard deviation over three seeds.
+PAPER = {
+    "sgd": {
+        "ce": "75.2 ± 1.2, .081 ± .021",
+        "flat": "80.8 ± 0.1, .053 ± .003",
+        "rob": "78.2 ± 0.9, .062 ± .011",
+        "calmo": "80.1 ± 1.4, .056 ± .001",
+        "smoothing": "81.0 ± 1.0, .082 ± .009",
+        "focal": "78.0 ± 2.9, .029 ± .018",
+    },
+    "adamw": {
+        "ce": "80.7 ± 0.4, .061 ± .007",
+        "flat": "83.3 ± 0.9, .047 ± .002",
+        "rob": "82.4 ± 0.2, .039 ± .009",
+        "calmo": "83.2 ± 1.1, .045 ± .007",
+        "smoothing": "85.8 ± 0.1, .059 ± .002",
+        "focal": "80.5 ± 1.3, .042 ± .019",
+    },
 }
 
 
@@ -182,18 +211,28 @@ def digits() -> Task:
     return Task(*parts, mean, std, convnet, batch_size=25, steps=400, weights="last")
 
 
-def cifar10(folder: Path, download: bool) -> Task:
-    """CIFAR-10 as in the paper."""
+def cifar10(path: Path, download: bool) -> Task:
+    """CIFAR-10 as in the paper; a tenth of the training images is held out."""
+    mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+    arrays = dict(np.load(path)) if path.suffix == ".npz" else downloaded(path, download)
+    pairs = []
+    for part in ("train", "test"):
+        images = torch.from_numpy(arrays[f"x_{part}"]).permute(0, 3, 1, 2) / 255
+        pairs.append((normalized(images, mean, std), torch.from_numpy(arrays[f"y_{part}"]).long()))
+    n = len(pairs[0][1])
+    parts = [*parts_of(*pairs[0], [n - n // 10, n // 10]), TensorDataset(*pairs[1])]
+    return Task(*parts, mean, std, resnet20, batch_size=128, steps=10_000, weights="best")
+
+
+def downloaded(folder: Path, download: bool) -> dict[str, np.ndarray]:
+    """The arrays of torchvision's folder."""
     from torchvision.datasets import CIFAR10  # here, for the digits do without torchvision
 
-    mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-    pairs = []
-    for train in (True, False):
-        data = CIFAR10(folder, train=train, download=download)
-        images = torch.from_numpy(data.data).permute(0, 3, 1, 2) / 255
-        pairs.append((normalized(images, mean, std), torch.tensor(data.targets)))
-    parts = [*parts_of(*pairs[0], [45_000, 5_000]), TensorDataset(*pairs[1])]
-    return Task(*parts, mean, std, resnet20, batch_size=128, steps=10_000, weights="best")
+    arrays = {}
+    for part in ("train", "test"):
+        data = CIFAR10(folder, train=part == "train", download=download)
+        arrays |= {f"x_{part}": data.data, f"y_{part}": np.array(data.targets)}
+    return arrays
 
 
 def convnet(width: int = 32) -> nn.Module:
@@ -233,36 +272,84 @@ def resnet20() -> nn.Module:
     )  # fmt: skip
 
 
-def compare(task: Task, names: Sequence[str], seeds: int, optimizer: str, steps: int) -> Results:
-    """Train with each loss from each seed; says so after every training."""
-    results: Results = {LOSSES[name].label: [] for name in names}
+class Batches:
+    """A loader of tensors that lie on a device: nothing is copied, and no image is read alone."""
+
+    def __init__(self, data: TensorDataset, size: int, device: torch.device, *, shuffle: bool = False) -> None:
+        self.tensors = [tensor.to(device) for tensor in data.tensors]
+        self.size, self.device, self.shuffle = size, device, shuffle
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.tensors[0]) / self.size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        n = len(self.tensors[0])
+        order = torch.randperm(n) if self.shuffle else torch.arange(n)
+        for part in order.to(self.device).split(self.size):
+            yield tuple(tensor[part] for tensor in self.tensors)
+
+
+class Plan(NamedTuple):
+    """What is trained, and how.
+
+    Attributes:
+        names: Losses, keys of :data:`LOSSES`.
+        seeds: Trainings with each.
+        optimizer: ``"sgd"`` or ``"adamw"``.
+        steps: Optimizer steps of a training.
+        accelerator: As in ``Trainer(accelerator=...)``.
+        minutes: No training starts later.
+    """
+
+    names: Sequence[str]
+    seeds: int
+    optimizer: str
+    steps: int
+    accelerator: str
+    minutes: float
+
+
+def compare(task: Task, plan: Plan) -> Iterator[Results]:
+    """Train with each loss from each seed; says so and gives what there is after every training."""
+    results: Results = {}
+    started = time.monotonic()
     # Seed by seed, so that a run that is stopped has seen every loss.
-    for seed in range(seeds):
-        for label, module, options in (LOSSES[name] for name in names):
+    for seed in range(plan.seeds):
+        for label, module, options in (LOSSES[name] for name in plan.names):
+            if time.monotonic() - started > 60 * plan.minutes:
+                print(f"{plan.minutes:g} minutes are over: {label} of seed {seed} and what follows is left out.")
+                return
             if issubclass(module, MarginAwareMixin):
                 # Its radius is one of images in [0, 1]: it has to know how they were normalised.
                 options = {**options, "margin_mean": task.mean, "margin_std": task.std}
             torch.manual_seed(seed)
-            trained, clamped = run(module(task.network(), optimizer, **options), task, steps)
-            results[label].append((trained, clamped))
+            trained, clamped = run(module(task.network(), plan.optimizer, **options), task, plan)
+            results.setdefault(label, []).append((trained, clamped))
             print(
                 f"seed {seed}  {label:<16} {trained['seconds']:7.1f} s   accuracy {trained['accuracy']:.2%}"
                 f"   ECE {trained['ece']:.2%}, clamped {clamped['ece']:.2%}",
                 flush=True,
             )
-    return results
+            yield results
 
 
-def run(model: LitClassifier, task: Task, steps: int) -> tuple[Scores, Scores]:
+def run(model: LitClassifier, task: Task, plan: Plan) -> tuple[Scores, Scores]:
     """Train and calibrate once; returns the scores on the test images as trained, and then clamped."""
-    held_out, test = (DataLoader(part, batch_size=500) for part in (task.held_out, task.test))
+    on_gpu = plan.accelerator == "cuda"
+    device = torch.device("cuda:0" if on_gpu else "cpu")
+    train = Batches(task.train, task.batch_size, device, shuffle=True)
+    held_out, test = (Batches(data, 500, device) for data in (task.held_out, task.test))
     clamping = NeuralClamping(held_out, weights=task.weights, on_error="raise")
     timer = Timer()
     with TemporaryDirectory() as folder:
         checkpoint = ModelCheckpoint(folder, monitor="val_loss", save_weights_only=True)
         trainer = Trainer(
-            max_steps=steps,
-            val_check_interval=max(1, steps // 40),
+            accelerator=plan.accelerator,
+            devices=1,
+            strategy=RecordedSteps(device) if on_gpu else "auto",
+            benchmark=on_gpu,
+            max_steps=plan.steps,
+            val_check_interval=max(1, plan.steps // 40),
             check_val_every_n_epoch=None,
             callbacks=[clamping, checkpoint, timer],
             logger=False,
@@ -270,7 +357,7 @@ def run(model: LitClassifier, task: Task, steps: int) -> tuple[Scores, Scores]:
             enable_model_summary=False,
             num_sanity_val_steps=0,
         )
-        trainer.fit(model, DataLoader(task.train, task.batch_size, shuffle=True), held_out)
+        trainer.fit(model, train, held_out)
         clamped = clamping.calibrated_module()
     trained = CalibrationModule(clamped.network, Clamp())
     seconds = timer.time_elapsed("train") - timer.time_elapsed("validate")
@@ -280,10 +367,10 @@ def run(model: LitClassifier, task: Task, steps: int) -> tuple[Scores, Scores]:
     )
 
 
-def scores(trainer: Trainer, module: CalibrationModule, loader: DataLoader) -> Scores:
+def scores(trainer: Trainer, module: CalibrationModule, loader: Batches) -> Scores:
     """The metrics of a module's logits."""
     logits = torch.cat(trainer.predict(module, loader))
-    target = torch.cat([target for _, target in loader])
+    target = torch.cat([target for _, target in loader]).to(logits.device)
     metrics = MetricCollection(
         {
             "accuracy": Accuracy(),
@@ -293,7 +380,7 @@ def scores(trainer: Trainer, module: CalibrationModule, loader: DataLoader) -> S
             "classwise_ece": ClasswiseCalibrationError(logits.shape[1]),
         }
     )
-    return {name: float(value) for name, value in metrics(logits, target).items()}
+    return {name: float(value) for name, value in metrics.to(logits.device)(logits, target).items()}
 
 
 class Column(NamedTuple):
@@ -320,12 +407,20 @@ def average(runs: Sequence[Scores], name: str) -> tuple[float, float]:
     return mean(values), stdev(values) if len(values) > 1 else math.nan
 
 
-def table(results: Results) -> str:
-    """Markdown that is aligned for the terminal too: two lines for each loss, as trained and then clamped."""
-    rows = [["loss", "", *(column.heading for column in COLUMNS.values())]]
+def table(results: Results, paper: Mapping[str, str]) -> str:
+    """Markdown that is aligned for the terminal too: two lines for each loss, as trained and then clamped.
+
+    Args:
+        results: What was measured.
+        paper: What the paper has, by the loss's name in the table; no column where that is empty.
+    """
+    rows = [["loss", "", *(column.heading for column in COLUMNS.values()), "seeds"]]
     for label, pairs in results.items():
         for state, runs in zip(("as trained", "then clamped"), zip(*pairs, strict=True), strict=True):
-            rows.append([label if state == "as trained" else "", state, *(cell(runs, name) for name in COLUMNS)])
+            name = label if state == "as trained" else ""
+            rows.append([name, state, *(cell(runs, column) for column in COLUMNS), str(len(runs))])
+    if paper:
+        rows = [[*row, "the paper's" if row is rows[0] else paper.get(row[0], "")] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rule = ["-" * width if i < 2 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
     return "\n".join(line(row, widths) for row in (rows[0], rule, *rows[1:]))
@@ -387,7 +482,7 @@ def parsed() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", choices=("digits", "cifar10"), default="digits")
-    parser.add_argument("--cifar-dir", type=Path, help="folder of torchvision's CIFAR-10")
+    parser.add_argument("--data", type=Path, help="of CIFAR-10: torchvision's folder, or a .npz file")
     parser.add_argument("--download", action="store_true", help="let torchvision fetch CIFAR-10")
     known = f"some of: {', '.join(LOSSES)}"
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES), metavar="NAME", help=known)
@@ -398,10 +493,12 @@ def parsed() -> argparse.Namespace:
     length.add_argument(
         "--steps", type=positive, help="the same in optimizer steps (400 for digits, 10,000 for cifar10)"
     )
+    parser.add_argument("--accelerator", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start no training later than this")
     parser.add_argument("--out", type=Path, default=Path("compare_losses"))
     arguments = parser.parse_args()
-    if arguments.dataset == "cifar10" and arguments.cifar_dir is None:
-        parser.error("--dataset cifar10 needs --cifar-dir DIR (and --download, if CIFAR-10 is not there yet).")
+    if arguments.dataset == "cifar10" and arguments.data is None:
+        parser.error("--dataset cifar10 needs --data DIR (and --download, if CIFAR-10 is not there yet).")
     return arguments
 
 
@@ -422,21 +519,25 @@ def main() -> None:
         torch.set_num_threads(1)
         task = digits()
     else:
-        task = cifar10(arguments.cifar_dir, arguments.download)
+        task = cifar10(arguments.data, arguments.download)
     per_epoch = math.ceil(len(task.train) / task.batch_size)
     steps = arguments.steps or (arguments.epochs * per_epoch if arguments.epochs else task.steps)
-    results = compare(task, arguments.losses, arguments.seeds, arguments.optimizer, steps)
-
+    plan = Plan(
+        arguments.losses, arguments.seeds, arguments.optimizer, steps, arguments.accelerator, arguments.minutes
+    )
+    published = PAPER[plan.optimizer] if arguments.dataset == "cifar10" else {}
+    paper = {LOSSES[name].label: numbers for name, numbers in published.items()}
     title = (
         f"{arguments.dataset}: {steps:,} steps of {arguments.optimizer}, {task.weights} weights, "
-        f"{len(task.test):,} test images, seeds: {arguments.seeds}"
+        f"{len(task.train):,} images to train on, {len(task.test):,} to test"
     )
-    text = f"{title}\n\n{table(results)}\n"
-    print(f"\n{text}")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "comparison.md").write_text(text, encoding="utf-8")
-    draw(results, title, arguments.out / "comparison.png")
-    print(f"written: {arguments.out / 'comparison.md'}, {arguments.out / 'comparison.png'}")
+    text = ""
+    for results in compare(task, plan):
+        text = f"{title}\n\n{table(results, paper)}\n"
+        (arguments.out / "comparison.md").write_text(text, encoding="utf-8")
+        draw(results, title, arguments.out / "comparison.png")
+    print(f"\n{text}\nwritten: {arguments.out / 'comparison.md'}, {arguments.out / 'comparison.png'}")
 
 
 if __name__ == "__main__":

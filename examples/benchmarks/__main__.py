@@ -1,10 +1,11 @@
 """The tables of docs/results.md: held-out quality of all methods, output maps, the criterion, and speed.
 
-python examples/benchmarks --data DIR [--full] [--only quality] [--out DIR]
+    python examples/benchmarks --data DIR [--full] [--only quality] [--out DIR]
+    python examples/benchmarks --only device --full [--parts resnet maps]
 
-Prints Markdown; writes ``quality.csv`` and ``quality.png`` into the output folder. Small sizes take some minutes on two
-cores, ``--full`` two hours. Peers take part where they are installed: ``pip install -e . --group benchmarks --group
-peers``.
+The second, for a GPU, reads no data. Prints Markdown; writes ``quality.csv`` and ``quality.png`` into the output
+folder. Small sizes take some minutes on two cores, ``--full`` two hours. Peers take part where they are installed:
+``pip install -e . --group benchmarks --group peers``.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import criterion
+import device
 import maps
 import quality
 import speed
@@ -31,13 +33,14 @@ def main() -> None:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--full", action="store_true", help="all networks, shifts, sizes and directions")
     size.add_argument("--smoke", action="store_true", help="as little as shows that it runs")
-    parser.add_argument("--only", choices=("quality", "maps", "criterion", "speed"), help="one of the four")
+    parser.add_argument("--only", choices=("quality", "maps", "criterion", "speed", "device"), help="one of the five")
+    parser.add_argument("--parts", nargs="+", choices=device.PARTS, default=list(device.PARTS), help="of --only device")
     parser.add_argument("--case", action="append", help='one case of the quality tables, such as "nuclei-unet"; again')
     parser.add_argument("--device", default="cpu", help="where the networks of the quality tables run, such as cuda")
     parser.add_argument("--sizes", type=int, nargs="+", help="other calibration sizes for them, such as 250 1000")
     parser.add_argument("--out", type=Path, default=Path("benchmarks"), help="for CSV and figure (default: benchmarks)")
     options = parser.parse_args()
-    if not options.again and not options.data:
+    if not options.again and not options.data and options.only != "device":
         parser.error("--data DIR (or --again CSV) is needed")
     options.out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
@@ -67,6 +70,11 @@ def main() -> None:
     if options.only in (None, "maps"):
         print(flush=True)
         for part in maps.report(options.data, plan_of(maps, options)):
+            print(part, flush=True)
+    if options.only == "device":
+        for part in device.report(
+            "cuda" if torch.cuda.is_available() else "cpu", plan_of(device, options), options.parts
+        ):
             print(part, flush=True)
     sections = {"criterion": criterion.report, "speed": speed.report}
     for name, section in sections.items():

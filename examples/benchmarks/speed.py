@@ -10,34 +10,28 @@ import os
 import subprocess
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import peers
 import torch
 from cases import Problem, load
 from memory import held
 from methods import OneBatch
+from synthetic import Stream, overconfident
+from timing import FORWARD, GRADIENT, Counted, chosen, clocked, fitted, forward_pass, gradient_pass, summed, table
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models import resnet50
 
-from lightning_clamp import CalibrationResult, Clamp, fit_clamp
+from lightning_clamp import Clamp
 from lightning_clamp._rows import as_rows
 from lightning_clamp.clamping.temperature import fit_temperature
 
-Result = TypeVar("Result")
-
-# The kinds of pass that a fit is made of, as the tables call them.
-_FORWARD, _GRADIENT = "forward", "with backward"
 _SHAPE = (3, 16, 16)
-_MATRIX = 8192
 
 
 def report(data: Path, full: bool) -> Iterator[str]:
@@ -52,65 +46,9 @@ def report(data: Path, full: bool) -> Iterator[str]:
     yield _temperature_alone(full)
     yield _cost_against_size(full)
     yield _memory_against_size(full)
-    yield slow_loader_report("cuda" if torch.cuda.is_available() else "cpu")
-    if torch.cuda.is_available():
-        yield _on_an_accelerator(25_000 if full else 2_000)
-
-
-def _table(head: str, rows: Iterable[Sequence[object]]) -> str:
-    columns = [cell.strip() for cell in head.split("|")]
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
-
-
-def _clocked(run: Callable[[], Result]) -> tuple[Result, float]:
-    started = time.perf_counter()
-    result = run()
-    return result, time.perf_counter() - started
-
-
-def _fitted(
-    network: Callable[[Tensor], Tensor], batches: Iterable[Sequence[Tensor]], **options: Any
-) -> tuple[CalibrationResult, float]:
-    """A fit and its seconds, the whole call's; without a word on networks that it leaves as they are."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return _clocked(lambda: fit_clamp(network, batches, **options))
 
 
 # 1. A fit against the passes it makes
-
-
-class _Counted(nn.Module):
-    """A network that counts the images it is given, by whether their logits carry a gradient."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-        self.images = {_FORWARD: 0, _GRADIENT: 0}
-
-    def forward(self, images: Tensor) -> Tensor:
-        """The network's logits."""
-        logits = self.network(images)
-        self.images[_GRADIENT if logits.requires_grad else _FORWARD] += len(images)
-        return logits
-
-    def passes(self, n: int) -> dict[str, float]:
-        """Passes over n images."""
-        return {kind: images / n for kind, images in self.images.items()}
-
-
-def _forward_pass(network: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> None:
-    with torch.no_grad():
-        for images, _ in batches:
-            network(images)
-
-
-def _gradient_pass(network: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> None:
-    """Forward, and backward to the input alone; the network is frozen."""
-    for images, target in batches:
-        point = images.detach().requires_grad_()
-        torch.autograd.grad(F.cross_entropy(network(point), target, reduction="sum"), point)
 
 
 def _cost_of_a_fit(data: Path, full: bool) -> str:
@@ -128,43 +66,35 @@ The passes of the fit are counted at the network. The first look at the data is 
 input, since logits of this size are kept and not computed again. The floor is what these passes take on their own; a
 forward-equivalent is one forward.
 
-{_table(head, (_cost_line(case, load(case, data).part(torch.arange(n))) for case in cases))}
+{table(head, (_cost_line(case, load(case, data).part(torch.arange(n))) for case in cases))}
 """
 
 
 def _cost_line(case: str, problem: Problem) -> list[object]:
     frozen, batches = copy.deepcopy(problem.network).requires_grad_(False), problem.batches()
-    for run in (_forward_pass, _gradient_pass):
+    for run in (forward_pass, gradient_pass):
         run(frozen, batches[:1])
     turns = []
     for _ in range(3):
         once = {
-            _FORWARD: _clocked(lambda: _forward_pass(frozen, batches))[1],
-            _GRADIENT: _clocked(lambda: _gradient_pass(frozen, batches))[1],
+            FORWARD: clocked(lambda: forward_pass(frozen, batches))[1],
+            GRADIENT: clocked(lambda: gradient_pass(frozen, batches))[1],
         }
-        counted = _Counted(problem.network)
-        result, seconds = _fitted(counted, batches)
+        counted = Counted(problem.network)
+        result, seconds = fitted(counted, batches)
         passes = counted.passes(len(problem.target))
         floor = sum(passes[kind] * once[kind] for kind in once)
-        turns.append([*once.values(), seconds, floor, seconds / once[_FORWARD], seconds / floor])
+        turns.append([*once.values(), seconds, floor, seconds / once[FORWARD], seconds / floor])
     *times, equivalents, ratio = (median(values) for values in zip(*turns, strict=True))
     return [
         case,
         len(problem.target),
         *(f"{value:.2f}" for value in times),
-        f"{_sum(passes)} (`result.passes`: {result.passes})",
+        f"{summed(passes)} (`result.passes`: {result.passes})",
         f"{equivalents:.1f}",
         f"{ratio:.3f}",
-        _chosen(result),
+        chosen(result),
     ]
-
-
-def _sum(passes: dict[str, float]) -> str:
-    return " + ".join(f"{number:.4g}" for number in passes.values())
-
-
-def _chosen(result: CalibrationResult) -> str:
-    return "nothing" if result.chosen is None else result.chosen.name
 
 
 # 2. Our fit and the published one
@@ -199,22 +129,22 @@ is augmented. Our fits are run before and after it: mean seconds.{scaled}
 def _duel(problem: Problem, held_out: Problem, epochs: int) -> str:
     """The table of one case, and what it comes to in words."""
     fits = {'`method="temperature"`': {"method": "temperature"}, "default fit": {}}
-    before = [_fitted(problem.network, problem.batches(), **options) for options in fits.values()]
+    before = [fitted(problem.network, problem.batches(), **options) for options in fits.values()]
     run = list(_published(problem, held_out, epochs))
-    after = [_fitted(problem.network, problem.batches(), **options)[1] for options in fits.values()]
+    after = [fitted(problem.network, problem.batches(), **options)[1] for options in fits.values()]
     rows = [["uncalibrated", "", "", f"{_nll(problem.network, held_out):.4f}"]]
     ours: list[tuple[str, float, float]] = []
     for name, (result, once), again in zip(fits, before, after, strict=True):
         ours.append((name, (once + again) / 2, _nll(partial(_clamped, problem.network, result.clamp), held_out)))
-        chosen = f" ({_chosen(result)})" if result.chosen else ""
-        rows.append([f"{name}{chosen}", f"{ours[-1][1]:.2f}", "", f"{ours[-1][2]:.4f}"])
+        name_chosen = f" ({chosen(result)})" if result.chosen else ""
+        rows.append([f"{name}{name_chosen}", f"{ours[-1][1]:.2f}", "", f"{ours[-1][2]:.4f}"])
     best, last = min(run, key=lambda epoch: epoch.nll), run[-1]
     hundred = last.seconds * 100 / epochs
     reached = f"{best.nll:.4f} (epoch {best.number}, {best.seconds:.1f} s)"
     rows.append([f"published, {epochs} epochs", f"{last.seconds:.1f}", reached, f"{last.nll:.4f}"])
-    table = _table("method | seconds | best held-out NLL on the way | held-out NLL at the end", rows)
+    lines = table("method | seconds | best held-out NLL on the way | held-out NLL at the end", rows)
     ratio = hundred / ours[-1][1]
-    return f"{table}\n\n100 epochs, {hundred:.0f} s: {ratio:.1f} times the default fit. {_time_to_equal(best, ours)}"
+    return f"{lines}\n\n100 epochs, {hundred:.0f} s: {ratio:.1f} times the default fit. {_time_to_equal(best, ours)}"
 
 
 def _time_to_equal(best: _Epoch, ours: list[tuple[str, float, float]]) -> str:
@@ -269,7 +199,7 @@ def _moved(network: nn.Module, perturbation: Tensor, temperature: Tensor, inputs
 def _whole_fit(logits: Tensor, target: Tensor) -> Callable[[Tensor], Tensor]:
     """The public call, with its checks, metrics and bootstrap."""
     batches = list(zip(logits.split(1000), target.split(1000), strict=True))
-    clamp = _fitted(nn.Identity(), batches, method="temperature")[0].clamp
+    clamp = fitted(nn.Identity(), batches, method="temperature")[0].clamp
     return lambda other: clamp.scale(other.double())
 
 
@@ -283,7 +213,7 @@ def _solver_alone(logits: Tensor, target: Tensor) -> Callable[[Tensor], Tensor]:
 
 def _temperature_alone(full: bool) -> str:
     n, classes = (25_000, 1000) if full else (5_000, 100)
-    logits, target = _overconfident(n, classes)
+    logits, target = overconfident(n, classes)
     wanted = ("temperature", "bisection", "LBFGS")
     fits: dict[str, peers.Fit] = {"ours: temperature solver": _solver_alone, "ours: whole `fit_clamp`": _whole_fit}
     fits |= {name: fit for name, fit in peers.installed().items() if any(word in name for word in wanted)}
@@ -296,7 +226,7 @@ Labels are drawn from softmax(z), the logits are 2z: the best T is about 2. Seco
 the others, or of one beyond 10 s; a small fit before is not counted. T is the median ratio of centred logits, before to
 after.
 
-{_table("method | seconds | T | NLL", rows)}
+{table("method | seconds | T | NLL", rows)}
 """
 
 
@@ -309,10 +239,10 @@ def _best_of_three(
     for turn in range(3):
         for name, fit in fits.items():
             if turn == 0:
-                fit(*_overconfident(200, 10))
+                fit(*overconfident(200, 10))
             elif best[name] > 10:
                 continue
-            calibrated[name], seconds = _clocked(partial(fit, logits, target))
+            calibrated[name], seconds = clocked(partial(fit, logits, target))
             best[name] = min(best.get(name, math.inf), seconds)
     return best, calibrated
 
@@ -325,59 +255,11 @@ def _figures(calibrate: Callable[[Tensor], Tensor], logits: Tensor, target: Tens
     return [f"{float(ratios.median()):.5f}", f"{nll / len(target):.5f}"]
 
 
-def _overconfident(n: int, classes: int) -> tuple[Tensor, Tensor]:
-    """Logits of twice the size at which they would be calibrated, and labels."""
-    generator = torch.Generator().manual_seed(0)
-    truth = 3 * torch.randn(n, classes, generator=generator)
-    return 2 * truth, _drawn(truth, generator)
-
-
 def _centred(logits: Tensor) -> Tensor:
     return logits - logits.mean(1, keepdim=True)
 
 
-def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Labels drawn from the softmax of logits."""
-    uniform = torch.rand(logits.shape, generator=generator, device=logits.device).clamp(1e-7, 1 - 1e-7)
-    return (logits - (-uniform.log()).log()).argmax(1)
-
-
 # 4. Against the size of the data
-
-
-class _Stream:
-    """Random images made anew in every pass, of which only the labels are kept.
-
-    The labels are drawn from the network's outputs, and the images are shifted after: a perturbation mends it.
-    """
-
-    def __init__(
-        self, network: nn.Module, n: int, shape: tuple[int, ...], *, batch: int = 250, device: str = "cpu"
-    ) -> None:
-        self.n, self.shape, self.batch, self.device = n, shape, batch, device
-        generator = torch.Generator(device).manual_seed(1)
-        with torch.no_grad():
-            _standardise(network, next(self._images()))
-            self.target = torch.cat([_drawn(network(images), generator) for images in self._images()])
-
-    def _images(self) -> Iterator[Tensor]:
-        generator = torch.Generator(self.device).manual_seed(0)
-        for start in range(0, self.n, self.batch):
-            shape = (min(self.batch, self.n - start), *self.shape)
-            yield torch.rand(shape, generator=generator, device=self.device) - 0.5
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, target in zip(self._images(), self.target.split(self.batch), strict=True):
-            yield images - 0.03, target
-
-
-def _standardise(network: nn.Module, images: Tensor) -> None:
-    """Give the outputs of untrained weights the spread of logits: mean 0 and standard deviation 2 in every class."""
-    logits = network(images)
-    last = [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
-    factor = 2 / logits.std(0)
-    last.bias.copy_(factor * (last.bias - logits.mean(0)))
-    last.weight.mul_(factor[:, None])
 
 
 def _small_network(classes: int) -> nn.Module:
@@ -407,7 +289,7 @@ Two convolutions on random images in memory; `grids=(r,), output_maps=("temperat
 time is doubled, from {fixed}. Seconds of the whole fit by its passes, the best of three, on one
 thread.
 
-{_table("what | size | seconds per pass | times the line above", rows)}
+{table("what | size | seconds per pass | times the line above", rows)}
 """
 
 
@@ -425,8 +307,8 @@ def _one_thread() -> Iterator[None]:
 @_one_thread()
 def _seconds_per_pass(images: int, side: int, classes: int, r: int) -> float:
     network = _small_network(classes)
-    batches = list(_Stream(network, images, (3, side, side)))
-    result, seconds = _fitted(network, batches, grids=(r,), output_maps=("temperature",), max_passes=3)
+    batches = list(Stream(network, images, (3, side, side)))
+    result, seconds = fitted(network, batches, grids=(r,), output_maps=("temperature",), max_passes=3)
     return seconds / result.passes
 
 
@@ -447,7 +329,7 @@ def _memory_against_size(full: bool) -> str:
 The same network and fit with `cache_bytes=2**20`, images made on the fly; a process for every line. The peak is
 above what the process held with the network alone, and has the labels and one batch of images in it (Linux).
 
-{_table("images | MB, were they kept | peak, MB", rows)}
+{table("images | MB, were they kept | peak, MB", rows)}
 """
 
 
@@ -459,106 +341,6 @@ def _peak_memory(n: int) -> float:
     """
     network = _small_network(10)
     before = held("VmRSS")
-    stream = _Stream(network, n, _SHAPE)
-    _fitted(network, stream, grids=(2,), output_maps=("temperature",), max_passes=3, cache_bytes=2**20)
+    stream = Stream(network, n, _SHAPE)
+    fitted(network, stream, grids=(2,), output_maps=("temperature",), max_passes=3, cache_bytes=2**20)
     return held("VmHWM") - before
-
-
-# 5. A loader that takes its time
-
-
-class _Slow:
-    """Batches that take their time each, as decoding images does; counts how often they are read."""
-
-    def __init__(self, batches: list[Sequence[Tensor]], seconds: float) -> None:
-        self.batches = batches
-        self.seconds = seconds
-        self.reads = 0
-
-    def __iter__(self) -> Iterator[Sequence[Tensor]]:
-        self.reads += 1
-        for batch in self.batches:
-            time.sleep(self.seconds)
-            yield batch
-
-
-def slow_loader_report(device: str, *, batches: int = 20, seconds: float = 0.02) -> str:
-    """A fit with the batches kept in memory, and with every pass reading them again.
-
-    Args:
-        device: Of the network; the loader's batches are on the CPU.
-        batches: How many, of 100 images each.
-        seconds: That the loader takes over each.
-    """
-    network = _small_network(10)
-    stream = _Stream(network, 100 * batches, (3, 32, 32), batch=100)
-    network.to(device)
-    # The first calls choose kernels.
-    _fitted(network, list(islice(stream, 2)), grids=(1,), output_maps=("temperature",))
-    rows = []
-    for name, cache_bytes in (("kept in memory (default)", None), ("read in every pass (`cache_bytes=2**20`)", 2**20)):
-        loader = _Slow(list(stream), seconds)
-        result, took = _fitted(network, loader, cache_bytes=cache_bytes)
-        rows.append(
-            [name, loader.reads, result.passes, f"{took:.2f}", f"{took - loader.reads * batches * seconds:.2f}"]
-        )
-    head = "batches | reads of the loader | passes | fit, s | without the loader's time, s"
-    return f"""## A slow loader, on {device}
-
-{batches} batches of 100 images of 3 × 32 × 32; the loader takes {1000 * seconds:.0f} ms over each. Two convolutions,
-the default fit.
-
-{_table(head, rows)}
-"""
-
-
-# 6. Where there is an accelerator
-
-
-def _on_an_accelerator(n: int, side: int = 224, batch: int = 250, device: str = "cuda") -> str:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = resnet50().to(device, memory_format=torch.channels_last)
-    _set_batch_statistics(network, torch.rand(batch, 3, side, side, device=device) - 0.5)
-    stream = _Stream(network, n, (3, side, side), batch=batch, device=device)
-    # The first calls choose kernels.
-    _fitted(network, list(islice(stream, 2)), grids=(1,), output_maps=("temperature",))
-    counted = _Counted(network)
-    result, seconds = _fitted(counted, stream)
-    forwards = counted.images[_FORWARD] + 2 * counted.images[_GRADIENT]
-    achieved, peak = forwards * 2 * 4.1e9 / seconds, _matmul_flops(device)
-    speeds = [f"{flops / 1e12:.1f}" for flops in (achieved, peak)]
-    row = [f"{n:,}", _sum(counted.passes(n)), f"{seconds:.1f}", *speeds, f"{achieved / peak:.0%}", _chosen(result)]
-    head = "images | passes: forward + with backward | seconds | TFLOP/s | TFLOP/s of a matmul | share | chosen"
-    return f"""## ResNet-50 at {side} × {side} on {torch.cuda.get_device_name(device)}
-
-Untrained weights, random images made on the device in batches of {batch}, the default fit. 4.1 GMAC an image for a
-forward and as much again for a backward to the input. The matmul has sides of {_MATRIX:,} and may use TF32, as
-convolutions do by default.
-
-{_table(head, [row])}
-"""
-
-
-def _set_batch_statistics(network: nn.Module, images: Tensor) -> None:
-    """Those of one batch, without which untrained weights give outputs of any size; then eval mode."""
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None
-    with torch.no_grad():
-        network.train()(images)
-    network.eval()
-
-
-def _matmul_flops(device: str, repeats: int = 20) -> float:
-    """FLOP/s of a large matrix product in float32, with TF32 allowed."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        left, right = (torch.randn(_MATRIX, _MATRIX, device=device) for _ in range(2))
-        float((left @ right)[0, 0])
-        # Reading a number waits for the device.
-        _, seconds = _clocked(lambda: [left @ right for _ in range(repeats)][-1][0, 0].item())
-    finally:
-        torch.set_float32_matmul_precision(before)
-    return repeats * 2 * _MATRIX**3 / seconds

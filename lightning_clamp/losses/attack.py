@@ -86,7 +86,8 @@ class Attack(NamedTuple):
 
     def _check_range(self, images: Tensor, rounding: float) -> None:
         """Refuse images outside the clip range, which the clipping itself would move."""
-        if self.clip is None:
+        # While a CUDA graph is recorded, no number can be read.
+        if self.clip is None or (images.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
         low, high = self.clip
         slack = max(_SLACK, 8 * rounding) * (high - low)
@@ -99,15 +100,16 @@ class Attack(NamedTuple):
 
 def _per_channel(value: float | Sequence[float], inputs: Tensor) -> Tensor:
     """``value`` in a shape that fits beside ``inputs``, with the channels on axis 1."""
-    tensor = torch.as_tensor(value, dtype=inputs.dtype, device=inputs.device)
-    if tensor.ndim == 0:
-        return tensor
-    if inputs.ndim < 2 or len(tensor) != inputs.shape[1]:
+    if isinstance(value, int | float):
+        return inputs.new_full((), value)
+    if inputs.ndim < 2 or len(value) != inputs.shape[1]:
         raise OptionError(
-            f"`mean` or `std` holds {len(tensor)} numbers, one per channel, and inputs of shape {tuple(inputs.shape)} "
-            f"have no axis 1 of {len(tensor)} channels."
+            f"`mean` or `std` holds {len(value)} numbers, one per channel, and inputs of shape {tuple(inputs.shape)} "
+            f"have no axis 1 of {len(value)} channels."
         )
-    return tensor.reshape(-1, *[1] * (inputs.ndim - 2))
+    # Made where the inputs are: a copy from the CPU cannot be part of a CUDA graph.
+    channels = torch.stack([inputs.new_full((), number) for number in value])
+    return channels.reshape(-1, *[1] * (inputs.ndim - 2))
 
 
 def _norms(values: Tensor) -> Tensor:

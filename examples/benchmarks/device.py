@@ -1,0 +1,259 @@
+"""What a fit costs on a GPU: a ResNet-50 of ImageNet's size, output maps alone, a slow loader, metrics and losses.
+
+Nothing is read from files. Where an estimate, from a tenth of the data, says that a fit does not fit into its time, the
+table has the estimate instead.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from precision import InPrecision
+from synthetic import Stream, overconfident, set_batch_statistics
+from timing import FORWARD, GRADIENT, Counted, chosen, clocked, fitted, forward_pass, gradient_pass, summed, table
+from torch import Tensor, nn
+from torchvision.models import resnet50
+
+from lightning_clamp import CalibrationResult
+
+# How much too sure the network is.
+_TEMPERATURE = 1.5
+_FITS: dict[str, dict[str, Any]] = {
+    '`method="temperature"`': {"method": "temperature"},
+    '`output_maps=("temperature",)`': {"output_maps": ("temperature",)},
+    "default": {},
+}
+
+
+class Plan(NamedTuple):
+    """Sizes.
+
+    Attributes:
+        images: Of the ResNet-50.
+        side: Of an image.
+        batch: Images in a batch.
+        seconds: For all fits of the ResNet-50.
+        classes: Of the ResNet-50.
+        logits: Numbers of rows and classes of the logits that output maps are fitted to.
+        cpu_seconds: For one fit of these on the CPU.
+        loader_batches: Of the slow loader.
+    """
+
+    images: int
+    side: int
+    batch: int
+    seconds: float
+    classes: int
+    logits: tuple[tuple[int, int], ...]
+    cpu_seconds: float
+    loader_batches: int
+
+
+FULL = Plan(25_000, 224, 250, 150, 1000, ((5000, 10), (5000, 100), (5000, 1000), (25_000, 1000)), 30, 100)
+SMALL = FULL._replace(images=2500, loader_batches=20)
+SMOKE = Plan(24, 32, 12, 5, 10, ((200, 10),), 5, 1)
+
+
+def report(device: str, plan: Plan, parts: list[str]) -> Iterator[str]:
+    """Sections in Markdown, each as soon as it is measured.
+
+    Args:
+        device: Such as ``"cuda"``.
+        plan: Sizes.
+        parts: Keys of :data:`PARTS`.
+    """
+    for part in parts:
+        yield from PARTS[part](device, plan)
+
+
+# 1. ResNet-50
+
+
+def _of_a_resnet(device: str, plan: Plan) -> Iterator[str]:
+    network, stream = _overconfident_resnet(device, plan)
+    head = (
+        "precision | fit | forward, s | with backward, s | passes: forward + with backward | floor, s | fit, s | "
+        f"fit / floor{' | peak, GB' if device == 'cuda' else ''} | chosen"
+    )
+    yield f"""## ResNet-50, {plan.images:,} images of {plan.side} × {plan.side}, {plan.classes:,} classes
+
+Untrained weights, {_TEMPERATURE} times too sure; random images, made on the device in batches of {plan.batch}, and
+shifted. `forward` is one pass without gradients, `with backward` one forward and one backward to the input alone: what
+a tenth of the images, or one batch, takes, times so much. The floor is what the passes of the fit, counted at the
+network, take on their own.
+
+{table(head, _resnet_rows(network, stream, plan))}
+"""
+
+
+def _overconfident_resnet(device: str, plan: Plan) -> tuple[nn.Module, Stream]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = resnet50(num_classes=plan.classes).to(device, memory_format=torch.channels_last)
+    shape = (3, plan.side, plan.side)
+    set_batch_statistics(network, torch.rand(plan.batch, *shape, device=device) - 0.5)
+    network.requires_grad_(False)
+    labelling = InPrecision(network, torch.bfloat16, mixed=True)
+    stream = Stream(labelling, plan.images, shape, batch=plan.batch, device=device)
+    for parameter in network.fc.parameters():
+        parameter.mul_(_TEMPERATURE)
+    return network, stream
+
+
+def _resnet_rows(network: nn.Module, stream: Stream, plan: Plan) -> Iterator[list[object]]:
+    deadline = time.perf_counter() + plan.seconds
+    few = list(islice(stream, max(1, plan.images // plan.batch // 10)))
+    factor = plan.images / sum(len(images) for images, _ in few)
+    for name, dtype in {"bf16-mixed": torch.bfloat16, "32": torch.float32}.items():
+        cast = InPrecision(network, dtype, mixed=dtype != torch.float32)
+        once = {}
+        for kind, run in {FORWARD: forward_pass, GRADIENT: gradient_pass}.items():
+            run(cast, few[:2])
+            once[kind] = factor * clocked(lambda run=run, cast=cast: run(cast, few))[1]
+        for fit, options in _FITS.items():
+            try:
+                estimate = factor * fitted(cast, few, **options)[1]
+                left_out = ["", "", f"left out, about {estimate:.0f}"]
+                late = time.perf_counter() + estimate > deadline
+                cells = left_out if late else _resnet_fit(cast, stream, once, options)
+            except RuntimeError as error:
+                cells = ["", "", _failed(error)]
+            yield [name, fit, *_seconds(once.values()), *cells]
+
+
+def _resnet_fit(network: nn.Module, stream: Stream, once: dict[str, float], options: dict[str, Any]) -> list[object]:
+    on_gpu = stream.device == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    counted = Counted(network)
+    result, seconds = fitted(counted, stream, **options)
+    passes = counted.passes(stream.n)
+    floor = sum(passes[kind] * once[kind] for kind in once)
+    peak = [f"{torch.cuda.max_memory_allocated() / 1e9:.1f}"] if on_gpu else []
+    return [
+        f"{summed(passes)} (`result.passes`: {result.passes})",
+        *_seconds([floor, seconds]),
+        f"{seconds / floor:.2f}",
+        *peak,
+        chosen(result),
+    ]
+
+
+def _failed(error: RuntimeError) -> str:
+    """A row that fails, for want of memory or otherwise, leaves the others."""
+    return f"failed: {str(error).splitlines()[0][:80]}"
+
+
+def _seconds(values: Any) -> list[str]:
+    return [f"{value:.2f}" for value in values]
+
+
+# 2. Output maps alone
+
+
+def _of_output_maps(device: str, plan: Plan) -> Iterator[str]:
+    head = "logits | CPU, s | device, s | CPU / device | NLL, the two differ by | chosen"
+    yield f"""## Output maps on logits alone
+
+`fit_clamp(nn.Identity(), batches)` with its defaults, on the CPU ({torch.get_num_threads()} threads) and on the
+device, in batches of 1,000; labels are drawn from softmax(z), the logits are 2z. The second of two fits.
+
+{table(head, _maps_rows(device, plan))}
+"""
+
+
+def _maps_rows(device: str, plan: Plan) -> Iterator[list[object]]:
+    per_number = 0.0
+    for n, classes in plan.logits:
+        estimate = per_number * n * classes
+        try:
+            there, there_seconds = _twice(*overconfident(n, classes), device)
+            cells = [f"left out, about {estimate:.0f}", *_seconds([there_seconds]), "", "", chosen(there)]
+            if estimate < plan.cpu_seconds:
+                here, seconds = _twice(*overconfident(n, classes), "cpu")
+                per_number = seconds / n / classes
+                differ = f"{abs(here.after['nll'] - there.after['nll']):.1e}"
+                ratio = f"{seconds / there_seconds:.2f}"
+                cells = [*_seconds([seconds, there_seconds]), ratio, differ, chosen(there)]
+        except RuntimeError as error:
+            cells = [_failed(error)]
+        yield [f"{n:,} × {classes:,}", *cells]
+
+
+def _twice(logits: Tensor, target: Tensor, device: str) -> tuple[CalibrationResult, float]:
+    batches = list(zip(logits.to(device).split(1000), target.to(device).split(1000), strict=True))
+    fitted(nn.Identity(), batches)
+    return fitted(nn.Identity(), batches)
+
+
+# 3. A slow loader
+
+
+class _Slow:
+    """A loader that works for 20 ms on each batch."""
+
+    def __init__(self, batches: list[tuple[Tensor, Tensor]]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in self.batches:
+            time.sleep(0.02)
+            yield batch
+
+
+# What is kept of the loader's batches, as the table says it, and the options of the fit.
+_CACHES: dict[str, dict[str, Any]] = {
+    "logits up to 256 MB (default)": {},
+    "nothing": {"cache_bytes": 0},
+}
+
+
+def _of_a_slow_loader(device: str, plan: Plan) -> Iterator[str]:
+    network = nn.Sequential(
+        nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(256, 10)
+    )
+    network.to(device).eval().requires_grad_(False)
+    stream = Stream(network, plan.loader_batches * 100, (3, 32, 32), batch=100, device=device)
+    batches = [(images.cpu(), target.cpu()) for images, target in stream]
+    rows = []
+    for kept, options in _CACHES.items():
+        fitted(network, batches[:2], **options)
+        result, seconds = fitted(network, _Slow(batches), **options)
+        loading = 0.02 * len(batches) * result.passes
+        rows.append([kept, result.passes, *_seconds([loading, seconds]), chosen(result)])
+    head = "kept | passes | of them loading, at most, s | fit, s | chosen"
+    yield f"""## A loader that takes 20 ms a batch
+
+The default fit of a network of one convolution, {len(batches)} batches of 100 images of 32 × 32 from the CPU.
+
+{table(head, rows)}
+"""
+
+
+# 4. Metrics and losses
+
+
+def _of_metrics(device: str, plan: Plan) -> Iterator[str]:
+    import metrics
+
+    return metrics.device_report(device)
+
+
+def _of_losses(device: str, plan: Plan) -> Iterator[str]:
+    import losses
+
+    return losses.device_report(device)
+
+
+PARTS: dict[str, Callable[[str, Plan], Iterator[str]]] = {
+    "resnet": _of_a_resnet,
+    "maps": _of_output_maps,
+    "loader": _of_a_slow_loader,
+    "metrics": _of_metrics,
+    "losses": _of_losses,
+}
