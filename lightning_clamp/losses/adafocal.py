@@ -6,7 +6,7 @@ from torch import Tensor
 from lightning_clamp._checks import OptionError
 from lightning_clamp._rows import Task
 from lightning_clamp.losses._positions import Reduction, as_positions
-from lightning_clamp.metrics._binning import add_to_cells, cell_count, equal_mass_sums, no_sums
+from lightning_clamp.metrics._binning import addends, cell_count, cell_index, equal_mass_sums, no_sums
 
 # The exponent stays in between; nearer to 0 than the last it changes sign.
 _LEAST, _LARGEST, _SWITCH = -2.0, 20.0, 0.2
@@ -88,7 +88,8 @@ def confidence_cells(
     positions = as_positions(logits, target, task=task, ignore_index=ignore_index, reduction="none")
     keep = positions.counted()
     confidence = positions.logits.double().softmax(1).amax(1)[keep]
-    return add_to_cells(no_sums(cell_count(n_bins), logits.device), confidence, positions.correct()[keep], n_bins)
+    sums = no_sums(cell_count(n_bins), logits.device)
+    return sums.index_add_(1, cell_index(confidence, n_bins), addends(confidence, positions.correct()[keep]))
 
 
 def equal_mass_bins(cells: Tensor, n_bins: int) -> tuple[Tensor, Tensor]:
