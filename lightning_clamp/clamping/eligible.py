@@ -12,8 +12,6 @@ from lightning_clamp.clamping.summary import MIN_SAMPLES, DatasetSummary
 
 # Derivatives of one item's logits that are held at once for dense outputs: half a gigabyte in float64.
 _MOST_ELEMENTS = 2**26
-# Entries of an output map's curvature; some eight such matrices are held at once, 2 GB in all.
-_MOST_CURVATURE = 2**25
 # A matrix has as many entries as classes squared, and its curvature as many as that squared.
 _MOST_MATRIX_CLASSES = 30
 # Below this many samples the estimate of the held-out change is itself too uncertain, for a map of ten parameters.
@@ -56,8 +54,6 @@ def refuse_map(kind: OutputMap, moments: LogitMoments, n_independent: float, *, 
         return Refusal("too many passes", "the logits exceed `cache_bytes`, and it would take dozens of forward passes")
     if kind == "matrix" and moments.masked:
         return Refusal("masked", "a matrix would mix masked logits into the others")
-    if (2 * n_classes) ** 2 > _MOST_CURVATURE:
-        return Refusal("too many classes", "the curvature of so many classes would not fit in memory")
     needed = min(FEWEST, MIN_SAMPLES * (n_parameters(kind, n_classes) - 1))
     if n_independent < needed:
         return Refusal("too few samples for the map", f"{n_independent:.0f} samples are fewer than {needed}")

@@ -20,12 +20,12 @@ from lightning_clamp.clamping.options import ClampOptions
 from lightning_clamp.clamping.outcome import MethodOutcome
 from lightning_clamp.clamping.output_map import OUTPUT_MAPS, MapSpace, OutputMap, map_space, n_parameters
 from lightning_clamp.clamping.passes import CalibrationSet
+from lightning_clamp.clamping.paths import ShrinkagePath
 from lightning_clamp.clamping.ranks import Ranks
 from lightning_clamp.clamping.reason import reason
 from lightning_clamp.clamping.scoring import GridFit, first_pass, fit_grid, start_without_grid
 from lightning_clamp.clamping.shrinkage import (
     MapFit,
-    ShrinkagePath,
     average,
     fit_path,
     shrinkage_path,
@@ -34,6 +34,10 @@ from lightning_clamp.clamping.shrinkage import (
 )
 from lightning_clamp.clamping.summary import DatasetSummary
 from lightning_clamp.clamping.temperature import NO_TEMPERATURE, TemperatureFit, fit_temperature
+
+# Entries of the curvature of an output map that a grid is fitted together with; some eight such matrices are held at
+# once, 2 GB in all.
+_MOST_CURVATURE = 2**25
 
 
 def choose_clamp(
@@ -64,10 +68,9 @@ def choose_clamp(
         grids = []
     fitted = _candidates(start_without_grid(summary, comparison.base), comparison)
     candidates = refused + [candidate for candidate, _ in fitted]
-    best, map_fit = min(fitted, key=lambda pair: pair[0].rank)
-    assert map_fit is not None
+    chosen, logits, history = min((one for one, _ in fitted), key=lambda one: one.rank), summary.logits, []
+    best, map_fit = _best_to_go_on_from(fitted)
     start = start_without_grid(summary, map_fit, best.standard_error or 0.0)
-    chosen, logits, history = best, summary.logits, []
     if map_fit.is_negative:
         # Steps of a grid are bounded by the common scale.
         grids = []
@@ -143,6 +146,12 @@ def _comparison(
         refusal = refuse_map(kind, moments, n_rows / repeats, kept=kept)
         spaces[kind] = refusal or map_space(kind, moments, repeats)
     return _Comparison(summary, binary, moments, fit, alone, spaces)
+
+
+def _best_to_go_on_from(fitted: Sequence[tuple[Candidate, MapFit | None]]) -> tuple[Candidate, MapFit]:
+    """The best map whose curvature a grid's fits in memory beside; with thousands of classes the temperature."""
+    small = [(one, fit) for one, fit in fitted if fit is not None and len(fit.free) ** 2 <= _MOST_CURVATURE]
+    return min(small, key=lambda pair: pair[0].rank)
 
 
 def _no_gradient(data: CalibrationSet) -> Refusal | None:
