@@ -522,9 +522,7 @@ def main() -> None:
         task = cifar10(arguments.data, arguments.download)
     per_epoch = math.ceil(len(task.train) / task.batch_size)
     steps = arguments.steps or (arguments.epochs * per_epoch if arguments.epochs else task.steps)
-    plan = Plan(
-        arguments.losses, arguments.seeds, arguments.optimizer, steps, arguments.accelerator, arguments.minutes
-    )
+    plan = Plan(arguments.losses, arguments.seeds, arguments.optimizer, steps, arguments.accelerator, arguments.minutes)
     published = PAPER[plan.optimizer] if arguments.dataset == "cifar10" else {}
     paper = {LOSSES[name].label: numbers for name, numbers in published.items()}
     title = (

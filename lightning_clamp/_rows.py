@@ -16,7 +16,8 @@ from lightning_clamp._checks import OptionError
 Task: TypeAlias = Literal["multiclass", "binary", "multilabel"]
 TASKS: tuple[Task, ...] = ("multiclass", "binary", "multilabel")
 
-# Elements of a block: 4 MB of float32 stay in a processor's cache; an accelerator wants few, large kernels.
+# float32 numbers of a block, and half as many in float64: 4 MB stay in a processor's cache, and what is made of them is
+# no memory that the system has to hand out anew each time; an accelerator wants few, large kernels.
 _BLOCK_ELEMENTS = 2**20
 _BLOCK_ELEMENTS_DEVICE = 2**26
 # Logits from here down are masked, as `masked_fill` with -inf, -1e9 or finfo.min leaves them: of probability 0.
@@ -134,15 +135,28 @@ def item_blocks(
 
 
 def merged(parts: Iterable[Rows]) -> Iterator[Rows]:
-    """The same rows and items in blocks of about the size of :func:`row_blocks`, or of one part if that is larger."""
+    """The same rows and items in blocks of about the size of :func:`row_blocks`, or of one item if that is larger."""
     waiting: list[Rows] = []
-    for part in parts:
+    for part in (piece for whole in parts for piece in _split(whole)):
         if waiting and sum(one.logits.numel() for one in (*waiting, part)) > _block_elements(part.logits):
             yield _joined(waiting)
             waiting = []
         waiting.append(part)
     if waiting:
         yield _joined(waiting)
+
+
+def _split(whole: Rows) -> Iterator[Rows]:
+    """Whole items of rows, which follow one another, in parts of at most about the size of a block."""
+    size = max(1, whole.n_items * _block_elements(whole.logits) // max(1, whole.logits.numel()))
+    if size >= whole.n_items:
+        yield whole
+        return
+    firsts = torch.arange(0, whole.n_items + size, size, device=whole.item.device)
+    ends: list[int] = torch.searchsorted(whole.item, firsts).tolist()
+    for first, start, end in zip(range(0, whole.n_items, size), ends, ends[1:], strict=False):
+        items = whole.item[start:end] - first
+        yield Rows(whole.logits[start:end], whole.target[start:end], items, min(size, whole.n_items - first))
 
 
 def _joined(parts: Sequence[Rows]) -> Rows:
@@ -163,7 +177,8 @@ def is_one_block(logits: Tensor) -> bool:
 
 
 def _block_elements(logits: Tensor) -> int:
-    return _BLOCK_ELEMENTS if logits.device.type == "cpu" else _BLOCK_ELEMENTS_DEVICE
+    elements = _BLOCK_ELEMENTS if logits.device.type == "cpu" else _BLOCK_ELEMENTS_DEVICE
+    return elements // 2 if logits.dtype == torch.float64 else elements
 
 
 def _parts(logits: Tensor, target: Tensor, elements: int) -> Iterator[tuple[Tensor, Tensor]]:

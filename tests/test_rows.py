@@ -216,3 +216,20 @@ def test_levels_of_an_ordinal_head_are_binary():
 def test_what_does_not_fit_is_refused_in_one_sentence(logits, target, task, error, message):
     with pytest.raises(error, match=message):
         as_rows(logits, target, task=task)
+
+
+@pytest.mark.parametrize("shape", [(7, 3), (7, 3, 2)], ids=["classes", "dense"])
+def test_batches_of_any_size_are_laid_out_in_blocks_of_whole_items(monkeypatch, shape):
+    monkeypatch.setattr("lightning_clamp._rows._BLOCK_ELEMENTS", 14)
+    logits = torch.arange(torch.Size(shape).numel()).reshape(shape).float()
+    target = torch.randint(3, (7, *shape[2:]), generator=torch.Generator().manual_seed(0))
+    target[2] = target[-1] = 9  # items without a row
+    whole = as_rows(logits, target, ignore_index=9)
+    expected = whole.per_item(whole.logits)
+    for size in (1, 3, 7):
+        parts = [as_rows(a, b, ignore_index=9) for a, b in zip(logits.split(size), target.split(size), strict=True)]
+        blocks = list(merged(parts))
+        assert max(block.logits.numel() for block in blocks) <= 18  # about 14: items have no row, or two
+        assert len(blocks) < 7
+        assert torch.equal(torch.cat([block.target for block in blocks]), whole.target)
+        assert torch.equal(torch.cat([block.per_item(block.logits) for block in blocks]), expected)

@@ -17,8 +17,9 @@ from lightning_clamp._rows import Rows, as_rows
 from lightning_clamp.clamping.map_loss import MapLoss, map_derivatives
 from lightning_clamp.clamping.moments import logit_moments
 from lightning_clamp.clamping.output_map import map_space
+from lightning_clamp.clamping.paths import WholePath
 from lightning_clamp.clamping.ranks import ALONE
-from lightning_clamp.clamping.shrinkage import MapFit, ShrinkagePath, fit_output_map
+from lightning_clamp.clamping.shrinkage import MapFit, fit_output_map
 from lightning_clamp.clamping.temperature import fit_temperature
 
 # As little as makes a minimum exist where a class has no sample, or is separated.
@@ -115,7 +116,7 @@ def unshrunk_vector(logits: Tensor, target: Tensor) -> MapFit | None:
     temperature = math.exp(fit_temperature(rows).log_temperature)
     space = map_space("vector", logit_moments(rows, classes))
     start = space.temperature_only(temperature)
-    path = ShrinkagePath(map_derivatives(rows, space, start, dense=False), space.weight)
+    path = WholePath(map_derivatives(rows, space, start, dense=False), space.weight)
     return fit_output_map(MapLoss(rows, space), path, UNSHRUNK, start, len(target))
 
 

@@ -25,7 +25,6 @@ _MapCode: TypeAlias = Literal[
     "one class",
     "masked",
     "too few samples for the map",
-    "too many classes",
     "too many passes",
     "no such matrix",
     "no usable map",

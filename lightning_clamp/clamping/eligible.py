@@ -13,8 +13,6 @@ from lightning_clamp.clamping.summary import MIN_SAMPLES, DatasetSummary
 
 # Derivatives of one item's logits that are held at once for dense outputs: half a gigabyte in float64.
 _MOST_ELEMENTS = 2**26
-# Entries of an output map's curvature; some eight such matrices are held at once, 2 GB in all.
-_MOST_CURVATURE = 2**25
 # A matrix has as many entries as classes squared, and its curvature as many as that squared.
 _MOST_MATRIX_CLASSES = 30
 # Below this many samples the estimate of the held-out change is itself too uncertain, for a map of ten parameters.
@@ -57,8 +55,6 @@ def refuse_map(kind: OutputMap, moments: LogitMoments, n_independent: float, *, 
         return Refusal("too many passes", "the logits exceed `cache_bytes`, and it would take dozens of forward passes")
     if kind == "matrix" and moments.masked:
         return Refusal("masked", "a matrix would mix masked logits into the others")
-    if not by_label and (2 * n_classes) ** 2 > _MOST_CURVATURE:
-        return Refusal("too many classes", "the curvature of so many classes would not fit in memory")
     needed = min(FEWEST, MIN_SAMPLES * (n_parameters(kind, n_classes, n_classes if by_label else 0) - 1))
     if n_independent < needed:
         return Refusal("too few samples for the map", f"{n_independent:.0f} samples are fewer than {needed}")
@@ -86,8 +82,6 @@ def refuse_grids(moments: LogitMoments) -> Refusal | None:
         return Refusal("one class", "all labels are the same")
     if moments.are_missing:
         return Refusal("missing classes", "the labels of some classes are missing, on which a perturbation acts too")
-    if isinstance(moments, LabelMoments) and (2 * len(moments.counts)) ** 2 > _MOST_CURVATURE:
-        return Refusal("too large or too coarse", "the curvature of so many labels would not fit in memory")
     return None
 
 

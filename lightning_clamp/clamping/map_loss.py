@@ -65,6 +65,17 @@ def map_derivatives(rows: RowSource, space: MapSpace, free: Tensor, *, dense: bo
     return LossDerivatives(gradient, curvature, outer[0] if dense else curvature)
 
 
+def curvature_product(rows: RowSource, space: MapSpace, free: Tensor, direction: Tensor) -> Tensor:
+    """The curvature of :func:`map_derivatives` at a point, ``(q, q)``, times a direction: one pass, and no matrix."""
+
+    def batch_sums(batch: Rows) -> tuple[Tensor, ...]:
+        probs = space.apply(batch.logits, free).softmax(1)
+        turned = probs * space.apply(batch.logits, direction)
+        return (space.pull(batch.logits, turned.sub_(probs * turned.sum(1, keepdim=True))),)
+
+    return summed((batch_sums(batch) for batch in rows), [(len(free),)], rows.ranks)[0]
+
+
 def errors(probs: Tensor, batch: Rows, weight: Tensor | None = None) -> Tensor:
     """Every row's derivative in its mapped logits, ``(M, C)``: probabilities less one at the target, in place."""
     error = probs.scatter_add_(1, batch.target[:, None], -torch.ones_like(probs[:, :1]))

@@ -183,6 +183,34 @@ class MapSpace:
             total += self._expected_square(logits[part], weighted) - counted.T @ spread
         return self._of_seen(self._of_seen(total).T)
 
+    @property
+    def n_own(self) -> int:
+        """Free parameters that only one class's logit depends on; a matrix's are not told apart by class."""
+        return {"temperature": 0, "bias": 1, "vector": 2}.get(self.kind, 0)
+
+    def by_class(self, values: Tensor) -> Tensor:
+        """Those of each class out of ``(..., q)``: ``(..., C, m)``."""
+        return values[..., :-1].reshape(*values.shape[:-1], self.n_own, self.n_classes).mT
+
+    def joined(self, own: Tensor, common: Tensor) -> Tensor:
+        """The free parameters, or derivatives in them, of classes, ``(C, m)``, and of the common scale."""
+        return self._of_seen(torch.cat([own.T.flatten(), common.reshape(1)]))
+
+    def class_blocks(self, logits: Tensor, probs: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The curvature of :meth:`curvature` in each class's own parameters, ``(C, m, m)``, and in the common scale."""
+        weighted = probs if weight is None else probs * weight
+        variance = weighted * (1 - probs)
+        if self.seen is not None:
+            variance = variance * self.seen.to(variance)
+        common = (weighted * logits * (logits - (probs * logits).sum(1, keepdim=True))).sum()
+        if self.kind == "bias":
+            return variance.sum(0)[:, None, None], common
+        centred = logits - self.centre.to(logits)
+        first = variance * centred
+        mixed = first.sum(0)
+        sums = [(first * centred).sum(0), mixed, mixed, variance.sum(0)]
+        return torch.stack(sums, 1).reshape(-1, 2, 2), common
+
     def _chunks(self, n_rows: int) -> Iterator[slice]:
         """Rows of which each has a number per free parameter, so many at once."""
         size = max(1, _MOST_ELEMENTS // len(self.weight))

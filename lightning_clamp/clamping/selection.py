@@ -22,11 +22,11 @@ from lightning_clamp.clamping.options import ClampOptions
 from lightning_clamp.clamping.outcome import MethodOutcome
 from lightning_clamp.clamping.output_map import OUTPUT_MAPS, MapSpace, OutputMap, map_space, n_parameters
 from lightning_clamp.clamping.passes import CalibrationSet
+from lightning_clamp.clamping.paths import ShrinkagePath
 from lightning_clamp.clamping.ranks import Ranks
 from lightning_clamp.clamping.reason import reason
 from lightning_clamp.clamping.scoring import GridFit, first_pass, fit_grid, start_without_grid
 from lightning_clamp.clamping.shrinkage import (
-    AnyPath,
     MapFit,
     average,
     fit_path,
@@ -36,6 +36,10 @@ from lightning_clamp.clamping.shrinkage import (
 )
 from lightning_clamp.clamping.summary import DatasetSummary
 from lightning_clamp.clamping.temperature import NO_TEMPERATURE, TemperatureFit, fit_temperature
+
+# Entries of the curvature of an output map that a grid is fitted together with; some eight such matrices are held at
+# once, 2 GB in all.
+_MOST_CURVATURE = 2**25
 
 
 def choose_clamp(
@@ -66,10 +70,9 @@ def choose_clamp(
         grids = []
     fitted = _candidates(start_without_grid(summary, comparison.base), comparison)
     candidates = refused + [candidate for candidate, _ in fitted]
-    best, map_fit = min(fitted, key=lambda pair: pair[0].rank)
-    assert map_fit is not None
+    chosen, logits, history = min((one for one, _ in fitted), key=lambda one: one.rank), summary.logits, []
+    best, map_fit = _best_to_go_on_from(fitted)
     start = start_without_grid(summary, map_fit, best.standard_error or 0.0)
-    chosen, logits, history = best, summary.logits, []
     if map_fit.is_negative:
         # Steps of a grid are bounded by the common scale.
         grids = []
@@ -170,6 +173,12 @@ def _space(kind: OutputMap, moments: LogitMoments, temperature: float, repeats: 
     return map_space(kind, moments, repeats)
 
 
+def _best_to_go_on_from(fitted: Sequence[tuple[Candidate, MapFit | None]]) -> tuple[Candidate, MapFit]:
+    """The best map whose curvature a grid's fits in memory beside; with thousands of classes the temperature."""
+    small = [(one, fit) for one, fit in fitted if fit is not None and len(fit.free) ** 2 <= _MOST_CURVATURE]
+    return min(small, key=lambda pair: pair[0].rank)
+
+
 def _no_gradient(data: CalibrationSet) -> Refusal | None:
     problem = gradient_problem(data)
     return None if problem is None else Refusal("no gradient", problem)
@@ -235,7 +244,7 @@ def _best_of_map(
 
 
 def _from_start(
-    fit: GridFit, space: MapSpace, path: AnyPath, start: MapFit, comparison: _Comparison
+    fit: GridFit, space: MapSpace, path: ShrinkagePath, start: MapFit, comparison: _Comparison
 ) -> tuple[Candidate, MapFit] | None:
     """The maps of one kind from a temperature, with its uniform share; None if there are none."""
     n_rows, rows = comparison.summary.n_rows, fit.logits

@@ -1,9 +1,4 @@
-r"""How an output map is shrunk: every strength of the ridge from one curvature, and the average over them.
-
-The curvature H is taken once, at the temperature alone. In the ridge's metric, with the common scale profiled out, one
-eigendecomposition says for every strength λ what the deviations cost, :math:`\sum_i e_i / (e_i + \lambda)`, and serves
-as the first inverse Hessian of the exact fit. The price is that at the temperature, not at the fit: where classes come
-out nearly separated, the curvature vanishes there, and with it a price taken there.
+r"""How an output map is shrunk: every strength of the ridge is fitted, priced by one curvature, and all are averaged.
 
 Instead of the one strength that looks best, all of them are averaged, weighted by how good they look (exp of minus the
 criterion): the best of many looks good by chance. The loss is convex, so that of the mean map is at most the mean loss.
@@ -13,19 +8,19 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from lightning_clamp.clamping.class_blocks import BlockPath
 from lightning_clamp.clamping.criterion import estimate
-from lightning_clamp.clamping.descent import Inverse, minimise
+from lightning_clamp.clamping.descent import minimise
 from lightning_clamp.clamping.label_path import LabelPath
 from lightning_clamp.clamping.labels import LabelSpace
 from lightning_clamp.clamping.map_loss import MapLoss, map_derivatives, standard_error
-from lightning_clamp.clamping.newton import LossDerivatives
-from lightning_clamp.clamping.output_map import MOST_IN_DOUBLE, MapSpace, temperature_space
+from lightning_clamp.clamping.output_map import MapSpace, temperature_space
 from lightning_clamp.clamping.passes import RowSource
+from lightning_clamp.clamping.paths import ShrinkagePath, WholePath
 from lightning_clamp.clamping.share import fit_temperature_and_share, with_best_share
 from lightning_clamp.clamping.temperature import TemperatureFit, fit_temperature
 
@@ -42,8 +37,8 @@ _HEAD_START = 3.0
 _CAUTION = 0.5
 # Weaker and weaker shrinkage is tried until the criterion is this many nats above the best.
 _HOPELESS = 15.0
-# Gradients, at least, after which the curvature is taken anew, to step with.
-_PATIENCE = 8
+# Free parameters up to which the curvature is taken in all pairs of them.
+_MOST_TOGETHER = 1000
 
 
 @dataclass(frozen=True)
@@ -64,7 +59,7 @@ class MapFit:
     nll: float
     effective_parameters: float
     shrinkage: float = 0.0
-    path: "AnyPath | None" = field(default=None, repr=False, compare=False)
+    path: ShrinkagePath | None = field(default=None, repr=False, compare=False)
 
     @property
     def ridge(self) -> Tensor:
@@ -80,70 +75,6 @@ class MapFit:
     def temperature(self) -> float:
         """T, of the common scale."""
         return 1 / float(self.free[-1])
-
-
-class ShrinkagePath:
-    """One curvature for every strength of the ridge.
-
-    Args:
-        at: Derivatives of the summed loss at the temperature alone.
-        weight: What the ridge charges each free parameter, the common scale last.
-    """
-
-    def __init__(self, at: LossDerivatives, weight: Tensor) -> None:
-        self._root = weight[:-1].rsqrt()
-        self._corner = at.curvature[-1, -1]
-        self._border = at.curvature[:-1, -1] * self._root
-        share = self._border / self._corner
-        matrix = _scaled(at.curvature, self._root) - torch.outer(self._border, share)
-        dtype = torch.float32 if len(matrix) > MOST_IN_DOUBLE else torch.float64
-        values, vectors = torch.linalg.eigh(matrix.to(dtype))
-        self._values, self._vectors = values.double().clamp_min(0.0), vectors.double()
-        if at.covariance is at.curvature:
-            self._costs, self._base = self._values, 1.0
-            return
-        # Of the deviations' scores with that of the common scale profiled out (Takeuchi, 1976).
-        covariance, edge, corner = at.covariance, at.covariance[:-1, -1] * self._root, at.covariance[-1, -1]
-        profiled = _scaled(covariance, self._root) - torch.outer(edge, share) - torch.outer(share, edge)
-        profiled = profiled + corner * torch.outer(share, share)
-        self._costs = ((profiled @ self._vectors) * self._vectors).sum(0).clamp_min(0.0)
-        self._base = float(corner / self._corner)
-
-    def effective_parameters(self, shrinkage: float, n_free: int = 1) -> float:
-        """What the deviations cost at this strength, and what is free, in units of one free parameter.
-
-        Also for maps with a uniform share: the rows that it takes on beside the temperature are not those that it takes
-        on beside a map, and a price without them would be too low.
-        """
-        return n_free * self._base + float((self._costs / (self._values + shrinkage)).sum())
-
-    @property
-    def patience(self) -> int:
-        """A curvature costs about as many gradients as there are parameters to the hundred."""
-        return _PATIENCE + len(self._values) // 100
-
-    def renewed(self, rows: RowSource, space: MapSpace, point: Tensor, shrinkage: float) -> Inverse:
-        """The inverse at a point; that of the start where rounding leaves none."""
-        curvature = map_derivatives(rows, space, point, dense=False).curvature + (shrinkage * space.weight).diag()
-        root, failed = torch.linalg.cholesky_ex(curvature)
-        if int(failed):
-            return partial(self.solve, shrinkage)
-        return lambda gradient: torch.cholesky_solve(gradient[:, None], root)[:, 0]
-
-    def solve(self, shrinkage: float, gradient: Tensor) -> Tensor:
-        """``(H + λ diag(weight))⁻¹ gradient``."""
-        right = gradient[:-1] * self._root - gradient[-1] * self._border / self._corner
-        own = self._vectors @ ((self._vectors.T @ right) / (self._values + shrinkage))
-        common = (gradient[-1] - own @ self._border) / self._corner
-        return torch.cat([own * self._root, common.reshape(1)])
-
-
-AnyPath: TypeAlias = ShrinkagePath | LabelPath
-
-
-def _scaled(matrix: Tensor, root: Tensor) -> Tensor:
-    """The deviations' block in the ridge's metric."""
-    return root[:, None] * matrix[:-1, :-1] * root
 
 
 def temperature_map(rows: RowSource, n_classes: int, fit: TemperatureFit, *, dense: bool) -> MapFit:
@@ -187,7 +118,7 @@ def with_share_again(rows: RowSource, fit: MapFit, n_rows: int) -> MapFit:
     return replace(fit, space=space, nll=MapLoss(rows, space)(fit.free)[0] / n_rows)
 
 
-def fit_output_map(loss: MapLoss, path: AnyPath, shrinkage: float, start: Tensor, n_rows: int) -> MapFit | None:
+def fit_output_map(loss: MapLoss, path: ShrinkagePath, shrinkage: float, start: Tensor, n_rows: int) -> MapFit | None:
     """Minimise the cross-entropy of the mapped logits and the ridge; every evaluation is a pass over the rows.
 
     Args:
@@ -238,20 +169,23 @@ def refit(rows: RowSource, like: MapFit, start: Tensor, n_rows: int, *, dense: b
     return temperature_map(rows, like.space.n_classes, alone, dense=dense) if alone.determined else None
 
 
-def shrinkage_path(rows: RowSource, space: MapSpace, start: MapFit, *, dense: bool) -> AnyPath | None:
+def shrinkage_path(rows: RowSource, space: MapSpace, start: MapFit, *, dense: bool) -> ShrinkagePath | None:
     """The path from a temperature alone; None where outputs are certain, or all the same: there is no curvature."""
     free = space.temperature_only(start.temperature)
     if isinstance(space, LabelSpace):
         by_label = LabelPath(rows, space, free)
         return by_label if by_label.has_curvature else None
+    if len(free) > _MOST_TOGETHER:
+        path = BlockPath(rows, space, free, dense=dense)
+        return path if float(path.corner) > 0 else None
     at = map_derivatives(rows, space, free, dense=dense)
     if not bool(torch.isfinite(at.curvature).all()) or float(at.curvature[-1, -1]) <= 0:
         return None
-    return ShrinkagePath(at, space.weight)
+    return WholePath(at, space.weight)
 
 
 def fit_path(
-    rows: RowSource, space: MapSpace, path: AnyPath, base: MapFit, start: MapFit, n_rows: int
+    rows: RowSource, space: MapSpace, path: ShrinkagePath, base: MapFit, start: MapFit, n_rows: int
 ) -> Iterator[tuple[MapFit, float]]:
     """The map at every strength, from the strongest on, each with its criterion: nats of the summed loss against base.
 

@@ -562,15 +562,6 @@ def test_a_handful_of_samples_gets_little_more_than_a_temperature(classes, n):
     assert worst < 0.05
 
 
-def test_more_classes_than_a_curvature_has_room_for_get_a_temperature():
-    generator = torch.Generator().manual_seed(0)
-    logits = 3 * torch.randn(20, 50_000, generator=generator)
-    y = torch.distributions.Categorical(logits=logits / 3).sample()
-    result = fit_clamp(IDENTITY, [(logits, y)], grids=())
-    assert result.chosen.output_map == "temperature"
-    assert "left out: vector because the curvature of so many classes would not fit in memory" in result.reason
-
-
 def test_items_that_are_ignored_change_no_figure():
     network, x, y = dense_problem(60)
     y[:, :2] = 255

@@ -12,9 +12,9 @@ from lightning_clamp.clamping.map_loss import MapLoss, map_derivatives, standard
 from lightning_clamp.clamping.moments import logit_moments
 from lightning_clamp.clamping.newton import effective_parameters, solve
 from lightning_clamp.clamping.output_map import map_space, n_parameters
+from lightning_clamp.clamping.paths import WholePath
 from lightning_clamp.clamping.shrinkage import (
     SHRINKAGES,
-    ShrinkagePath,
     average,
     fit_output_map,
     fit_path,
@@ -51,7 +51,7 @@ def fitted(kind, logits, target, shrinkage):
     data, base = rows(logits, target), base_of(logits, target)
     space = map_space(kind, logit_moments(data, logits.shape[1]))
     start = space.temperature_only(base.temperature)
-    path = ShrinkagePath(map_derivatives(data, space, start, dense=False), space.weight)
+    path = WholePath(map_derivatives(data, space, start, dense=False), space.weight)
     fit = fit_output_map(MapLoss(data, space), path, shrinkage, start, len(target))
     assert fit is not None
     return fit
@@ -132,7 +132,7 @@ def test_one_curvature_says_what_every_strength_costs_and_inverts():
     data, base = rows(logits, target), base_of(logits, target)
     space = map_space("matrix", logit_moments(data, 5))
     at = map_derivatives(data, space, space.temperature_only(base.temperature), dense=False)
-    path = ShrinkagePath(at, space.weight)
+    path = WholePath(at, space.weight)
     for shrinkage in (0.1, 30.0):
         ridge = shrinkage * space.weight
         assert path.effective_parameters(shrinkage) == pytest.approx(effective_parameters(at, ridge), rel=1e-6)
@@ -148,7 +148,7 @@ def test_correlated_rows_are_charged_by_their_covariance():
     at = map_derivatives(data, space, space.temperature_only(base.temperature), dense=True)
     ridge = 3 * space.weight
     expected = float((torch.linalg.inv(at.curvature + ridge.diag()) @ at.covariance).trace())
-    assert ShrinkagePath(at, space.weight).effective_parameters(3) == pytest.approx(expected, rel=1e-6)
+    assert WholePath(at, space.weight).effective_parameters(3) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["bias", "vector", "matrix"])

@@ -1,0 +1,122 @@
+"""Output maps of many classes: the curvature class by class, what it says of the price, and the same clamp."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lightning_clamp import fit_clamp
+from lightning_clamp.clamping.class_blocks import BlockPath, ClassBlocks
+from lightning_clamp.clamping.map_loss import curvature_product, map_derivatives
+from lightning_clamp.clamping.moments import logit_moments
+from lightning_clamp.clamping.output_map import map_space
+from lightning_clamp.clamping.paths import WholePath
+from lightning_clamp.clamping.ranks import Ranks
+from tests.scenarios import batches, rows, sampled, shifted_images
+
+IDENTITY = torch.nn.Identity()
+
+
+def distorted(n, classes, seed=0):
+    """Logits, each with a scale and a bias of its own that are wrong, and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 2 * torch.randn(n, classes, generator=generator, dtype=torch.float64)
+    bias = torch.linspace(-1, 1, classes).double()
+    return logits * torch.linspace(1, 2, classes).double() + bias, sampled(logits, seed + 1)
+
+
+def at(kind, logits, target, **changes):
+    data, classes = rows(logits, target), logits.shape[1]
+    space = replace(map_space(kind, logit_moments(data, classes)), **changes)
+    return data, space, space.temperature_only(1.5)
+
+
+@pytest.mark.parametrize("kind", ["bias", "vector"])
+@pytest.mark.parametrize("changes", [{}, {"share": 0.1}, {"seen": torch.arange(6) > 0}], ids=["all", "share", "unseen"])
+def test_blocks_are_those_of_the_curvature(kind, changes):
+    data, space, free = at(kind, *distorted(300, 6), **changes)
+    whole = map_derivatives(data, replace(space, seen=None), free, dense=False).curvature
+    blocks = ClassBlocks(data, space, free)
+    vectors, values = blocks.vectors, blocks.values
+    found = vectors @ values.diag_embed() @ vectors.mT / (blocks.root[:, :, None] * blocks.root[:, None])
+    parts = torch.arange(6 * space.n_own).reshape(-1, 6)
+    for k in range(6):
+        own = whole[parts[:, k]][:, parts[:, k]]
+        known = space.seen is None or bool(space.seen[k])
+        torch.testing.assert_close(found[k], own if known else torch.zeros_like(own))
+    torch.testing.assert_close(blocks.corner, whole[-1, -1])
+
+
+@pytest.mark.parametrize("seen", [None, torch.arange(6) > 0], ids=["all", "unseen"])
+def test_a_product_needs_no_curvature(seen):
+    data, space, free = at("vector", *distorted(300, 6), seen=seen)
+    direction = torch.randn(len(free), generator=torch.Generator().manual_seed(0)).double()
+    curvature = map_derivatives(data, space, free, dense=False).curvature
+    torch.testing.assert_close(curvature_product(data, space, free, direction), curvature @ direction)
+
+
+@pytest.mark.parametrize("n", [200, 2000])
+def test_the_price_is_that_of_the_whole_curvature(n):
+    """Within some hundredths, or half a parameter; that of the blocks alone is never below it."""
+    data, space, free = at("vector", *distorted(n, 100))
+    whole = WholePath(map_derivatives(data, space, free, dense=False), space.weight)
+    path, blocks = BlockPath(data, space, free, dense=False), ClassBlocks(data, space, free)
+    for shrinkage in (300.0, 30.0, 3.0, 0.3):
+        alone = 1 + float((blocks.values / (blocks.values + shrinkage)).sum())
+        exact = whole.effective_parameters(shrinkage)
+        assert path.effective_parameters(shrinkage) == pytest.approx(exact, rel=0.06, abs=0.5)
+        assert path.effective_parameters(shrinkage) <= alone
+        assert exact <= alone
+
+
+def test_correlated_rows_are_charged_by_the_covariance_within_a_class():
+    data, space, free = at("vector", *distorted(300, 6))
+    sums = map_derivatives(data, space, free, dense=True)
+    parts = torch.arange(12).reshape(2, 6)
+    expected = 2.0 * sums.covariance[-1, -1] / sums.curvature[-1, -1]
+    for k in range(6):
+        curvature, covariance = (one[parts[:, k]][:, parts[:, k]] for one in (sums.curvature, sums.covariance))
+        expected += (torch.linalg.inv(curvature + 3 * space.weight[parts[:, k]].diag()) @ covariance).trace()
+    assert BlockPath(data, space, free, dense=True).effective_parameters(3, 2) == pytest.approx(float(expected))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [1000, 4000])
+def test_the_clamp_is_that_of_the_whole_curvature(monkeypatch, n):
+    logits, target = distorted(n + 4000, 120)
+    part = [(logits[:n], target[:n])]
+    whole = fit_clamp(IDENTITY, part, grids=())
+    monkeypatch.setattr("lightning_clamp.clamping.shrinkage._MOST_TOGETHER", 10)
+    blocks = fit_clamp(IDENTITY, part, grids=())
+    assert whole.chosen.output_map == blocks.chosen.output_map == "vector"
+    held = [float(F.cross_entropy(one.clamp.scale(logits[n:]), target[n:])) for one in (whole, blocks)]
+    assert held[1] == pytest.approx(held[0], abs=0.003)
+    assert blocks.chosen.expected_change == pytest.approx(whole.chosen.expected_change, abs=0.005)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The calibration set has no samples")
+def test_no_sum_has_a_row_and_a_column_for_every_class(monkeypatch):
+    """What ranks add up, and what an accelerator hands to the processor, are vectors."""
+    sizes, total = [], Ranks.total
+
+    def noted(self, terms, error=None):
+        sizes.extend(term.numel() for term in terms)
+        return total(self, terms, error)
+
+    monkeypatch.setattr(Ranks, "total", noted)
+    result = fit_clamp(IDENTITY, [distorted(100, 3000)], grids=(), output_maps=("vector",))
+    (vector,) = (one for one in result.candidates if one.output_map == "vector")
+    assert vector.refusal is None
+    assert 1 < vector.effective_parameters < 100
+    assert max(sizes) < 3000**2 / 100
+
+
+def test_a_grid_starts_from_the_temperature_where_the_map_is_too_large_to_be_fitted_with_it(monkeypatch):
+    network, x, y = shifted_images(2000)
+    monkeypatch.setattr("lightning_clamp.clamping.selection._MOST_CURVATURE", 4)
+    result = fit_clamp(network, batches(x, y), grids=(1,), output_maps=("vector",))
+    on_grid = {one.output_map: one for one in result.candidates if one.grid}
+    assert on_grid.keys() == {"temperature", "vector"}
+    assert result.chosen in on_grid.values()
