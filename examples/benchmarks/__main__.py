@@ -1,4 +1,4 @@
-"""The tables of docs/results.md: held-out quality of all methods, output maps, the criterion, and speed.
+"""The tables of docs/results.md: held-out quality of all methods, output maps, the criterion, views, and speed.
 
 python examples/benchmarks --data DIR [--full] [--only quality] [--out DIR]
 
@@ -19,6 +19,7 @@ import maps
 import quality
 import speed
 import torch
+import views
 
 
 def main() -> None:
@@ -31,7 +32,7 @@ def main() -> None:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--full", action="store_true", help="all networks, shifts, sizes and directions")
     size.add_argument("--smoke", action="store_true", help="as little as shows that it runs")
-    parser.add_argument("--only", choices=("quality", "maps", "criterion", "speed"), help="one of the four")
+    parser.add_argument("--only", choices=("quality", "maps", "criterion", "views", "speed"), help="one of the five")
     parser.add_argument("--case", action="append", help='one case of the quality tables, such as "nuclei-unet"; again')
     parser.add_argument("--sizes", type=int, nargs="+", help="other calibration sizes for them, such as 250 1000")
     parser.add_argument("--out", type=Path, default=Path("benchmarks"), help="for CSV and figure (default: benchmarks)")
@@ -67,7 +68,7 @@ def main() -> None:
         print(flush=True)
         for part in maps.report(options.data, plan_of(maps, options)):
             print(part, flush=True)
-    sections = {"criterion": criterion.report, "speed": speed.report}
+    sections = {"criterion": criterion.report, "views": views.report, "speed": speed.report}
     for name, section in sections.items():
         if options.only in (None, name) and not options.smoke:
             for part in section(options.data, options.full):
