@@ -195,6 +195,11 @@ class NeuralClamping(Callback):
         if self.weights == "best":
             check_best(trainer)
         self._move_to_the_end(trainer)
+        if self.plan.spec.views:
+            rank_zero_info(
+                f"NeuralClamping averages over {self.plan.spec.n_views} views of every image: calibration, test, "
+                "predict and the calibrated model call the network that often."
+            )
 
     def _check_alone(self, trainer: Trainer) -> None:
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -370,9 +375,7 @@ class NeuralClamping(Callback):
             )
         elif not self._result.clamp.is_identity:
             clamp = copy.deepcopy(self._result.clamp).to(pl_module.device)
-            self._hooks = ClampHooks(
-                pl_module, clamp, self._result.spec.perturb_at, lambda: fingerprint(pl_module) == seen
-            )
+            self._hooks = ClampHooks(pl_module, clamp, self._result.spec, lambda: fingerprint(pl_module) == seen)
 
     def _belongs(self, trainer: Trainer, seen: str) -> bool:
         """Whether the clamp was fitted to weights of this fingerprint: the first rank's, as when it was fitted."""

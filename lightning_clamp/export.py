@@ -135,13 +135,19 @@ def fold(module: Calibrated, example: Any = None) -> Folded:
         example: As in :func:`to_exported_program`. Real inputs: what none of them shows is not checked.
 
     Raises:
-        ValueError: If no layer takes the output map, or the perturbation is not added to the network's own input.
+        ValueError: If no layer takes the output map, the perturbation is not added to the network's own input, or the
+            outputs are the mean over views.
         TypeError: If the example is neither a tensor nor a dict of tensors.
     """
     if module.clamp.perturbation is not None and module.spec.perturb_at is not None:
         raise ValueError(
             f"The perturbation is added inside the network, at {module.spec.perturb_at!r}, where no state dict can "
             "hold it: export with to_exported_program or to_onnx."
+        )
+    if module.spec.views:
+        raise ValueError(
+            f"The outputs are the mean over {module.spec.n_views} views of an image, which no layer's weights can "
+            "hold: export with to_exported_program or to_onnx, or fit without `views`."
         )
     if module.clamp.uniform_share is not None:
         raise ValueError(

@@ -45,9 +45,9 @@ class CalibrationModule(LightningModule):
     Args:
         network: Module from inputs to logits. It is frozen in place: pass a copy to go on training the original.
         clamp: What was fitted to it.
-        **settings: Those of :class:`~lightning_clamp.spec.Spec`: ``task``, ``ignore_index``, ``batch_keys`` and
-            ``perturb_at``, as it was fitted. A hook adds the perturbation inside a network, and stays on that
-            submodule: pass a copy to go on using the original. Compile this module, not the network before.
+        **settings: Those of :class:`~lightning_clamp.spec.Spec`: ``task``, ``ignore_index``, ``batch_keys``,
+            ``perturb_at`` and ``views``, as it was fitted. A hook adds the perturbation inside a network, and stays on
+            that submodule: pass a copy to go on using the original. Compile this module, not the network before.
 
     Raises:
         TypeError: If a keyword is unknown.
@@ -151,12 +151,24 @@ class CalibrationModule(LightningModule):
 
         Raises:
             TypeError: If there are both, or neither.
-            ValueError: If a perturbation was fitted to one input, and there are several.
+            ValueError: If a perturbation was fitted to one input, and there are several; if there are ``views``, and
+                the inputs are no images.
         """
         if (inputs is None) == (not named):
             raise TypeError("A CalibrationModule is called with a batch of inputs, module(x), or module(**batch).")
         if inputs is None:
             inputs = cast(Inputs, self.spec.inputs(named))
+        logits = self._logits(inputs)
+        self.spec.check_logits(logits)
+        if self._perturbing is not None and not self._perturbing.calls and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"The network did not run what adds the perturbation at {self.spec.perturb_at!r}: if it is compiled, "
+                "pass the one before torch.compile, and compile the CalibrationModule."
+            )
+        return self.clamp.scale(self.spec.mean_over_views(logits, inputs, self._logits))
+
+    def _logits(self, inputs: Inputs) -> Tensor:
+        """The network's logits of perturbed inputs."""
         # Read first, also where a hook adds it, so that torch.compile knows whether there is a perturbation: hooks it
         # takes no notice of.
         if self.clamp.perturbation is not None and self.spec.perturb_at is None:
@@ -166,14 +178,7 @@ class CalibrationModule(LightningModule):
                     f"{', '.join(map(repr, inputs))} is it? Pass that one alone, or say so by `batch_keys`."
                 )
             inputs = map_single_tensor(inputs, self.clamp.perturb)
-        logits = logits_of(call_network(self.network, inputs))
-        self.spec.check_logits(logits)
-        if self._perturbing is not None and not self._perturbing.calls and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                f"The network did not run what adds the perturbation at {self.spec.perturb_at!r}: if it is compiled, "
-                "pass the one before torch.compile, and compile the CalibrationModule."
-            )
-        return self.clamp.scale(logits)
+        return logits_of(call_network(self.network, inputs))
 
     def predict_proba(self, inputs: Inputs) -> Tensor:
         """Calibrated probabilities: a softmax over axis 1, or for a one-logit head and for labels the sigmoid."""
@@ -250,7 +255,7 @@ class CalibrationModule(LightningModule):
         if numbers:
             numbers["best_temperature"] = temperature * float(evidence.temperature)
         self.log_dict({f"calibrated/{name}": value for name, value in numbers.items()}, sync_dist=True)
-        subject = "the network is" if self.clamp.is_identity else "the clamp is"
+        subject = "the network is" if self.clamp.is_identity and not self.spec.views else "the clamp is"
         rank_zero_info(evidence.describe(temperature=temperature, subject=subject))
         if self._by_group is not None:
             self._report(self._by_group.compute())

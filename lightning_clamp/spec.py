@@ -3,15 +3,17 @@
 Public calls take them as flat keywords; everything below takes the one object.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
-from lightning_clamp._batch import BatchKeys, Inputs, as_pair, check_batch_keys, input_of
+from lightning_clamp._batch import BatchKeys, Inputs, as_pair, check_batch_keys, input_of, map_tensors
 from lightning_clamp._checks import OptionError, check_choice
 from lightning_clamp._rows import TASKS, Rows, Task, as_rows, check_labels_axis
+from lightning_clamp._views import View, check_views, image_of, mean_over_views
 
 
 # The same names once more, for type checkers, editors and command lines; the tests hold it against the dataclass. Every
@@ -24,17 +26,19 @@ class SpecKeywords(TypedDict):
         ignore_index: Target value of positions to leave out.
         batch_keys: Which entries of a batch are input and target, where it is no pair.
         perturb_at: Submodule at whose input the perturbation is added; by default the network's own input.
+        views: Views of the images whose outputs are averaged with those of the images as they are, such as ["hflip"].
     """
 
     task: NotRequired[Task]
     ignore_index: NotRequired[int | None]
     batch_keys: NotRequired[BatchKeys | None]
     perturb_at: NotRequired[str | None]
+    views: NotRequired[Sequence[View]]
 
 
 @dataclass(frozen=True)
 class Spec:
-    """How batches are read, what the network's outputs mean, and where a perturbation enters.
+    """How batches are read, how the network is called, what its outputs mean, and where a perturbation enters.
 
     Attributes:
         task: ``"multiclass"`` (softmax over axis 1), ``"binary"`` (one logit per position, sigmoid) or
@@ -47,6 +51,10 @@ class Spec:
         perturb_at: Name of the submodule at whose input δ is added, such as the one that is fed a language model's
             embeddings; it must be called once in a forward. Sequences ``(N, length, features)`` that enter there get
             one value per feature. None for the network's own input, which must then be one tensor of floats.
+        views: Views of the images, which are then one float tensor ``(N, C, H, W)``: ``"hflip"``, the mirror image, or
+            ``"vflip"``, upside down. What is calibrated are the means of the network's logits over the images as they
+            are and these views; outputs per pixel are turned back first. δ is added to a view, and not turned with it.
+            Each view is a forward more.
 
     Raises:
         ValueError: If a setting has no such value.
@@ -56,6 +64,7 @@ class Spec:
     ignore_index: int | None = None
     batch_keys: BatchKeys | None = None
     perturb_at: str | None = None
+    views: Sequence[View] = ()
 
     def __post_init__(self) -> None:
         check_choice("task", self.task, TASKS)
@@ -66,6 +75,7 @@ class Spec:
         check_batch_keys(self.batch_keys)
         if self.perturb_at is not None and not isinstance(self.perturb_at, str):
             raise ValueError(f"`perturb_at` must be the name of a submodule, got {self.perturb_at!r}.")
+        check_views(self.views)
 
     @property
     def binary(self) -> bool:
@@ -93,6 +103,26 @@ class Spec:
         if self.batch_keys is not None and not isinstance(batch, Tensor):
             return input_of(batch, self.batch_keys)
         return batch
+
+    @property
+    def n_views(self) -> int:
+        """How often the network is called for a batch."""
+        return 1 + len(self.views)
+
+    def mean_over_views(self, logits: Tensor, inputs: Inputs, again: Callable[[Any], Tensor]) -> Tensor:
+        """Logits of a batch, averaged with those that ``again`` makes of its views; as they are without ``views``.
+
+        Raises:
+            ValueError: If there are views, and the inputs are not one tensor of images, or outputs per pixel not of
+                its size.
+        """
+        if not self.views:
+            return logits
+
+        def of_view(view: Tensor) -> Tensor:
+            return again(map_tensors(inputs, lambda _: view))
+
+        return mean_over_views(logits, image_of(inputs), of_view, self.views, one_logit=self.binary)
 
     def rows(self, logits: Tensor, target: Tensor) -> Rows:
         """Lay a batch out as rows; see :func:`~._rows.as_rows`."""

@@ -25,6 +25,7 @@ FILES = {
 FLOORS = (
     ("_checks", "_lazy"),
     ("_rows", "_batch"),
+    ("_views",),
     ("spec",),
     ("metrics", "losses"),
     ("clamping",),

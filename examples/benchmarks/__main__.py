@@ -1,4 +1,4 @@
-"""The tables of docs/results.md: held-out quality of all methods, output maps, the criterion, and speed.
+"""The tables of docs/results.md: held-out quality of all methods, output maps, the criterion, views, and speed.
 
     python examples/benchmarks --data DIR [--full] [--only quality] [--out DIR]
     python examples/benchmarks --only device --full [--parts resnet maps]
@@ -21,6 +21,7 @@ import maps
 import quality
 import speed
 import torch
+import views
 
 
 def main() -> None:
@@ -33,7 +34,8 @@ def main() -> None:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--full", action="store_true", help="all networks, shifts, sizes and directions")
     size.add_argument("--smoke", action="store_true", help="as little as shows that it runs")
-    parser.add_argument("--only", choices=("quality", "maps", "criterion", "speed", "device"), help="one of the five")
+    sections = ("quality", "maps", "criterion", "views", "speed", "device")
+    parser.add_argument("--only", choices=sections, help="one of the six")
     parser.add_argument("--parts", nargs="+", choices=device.PARTS, default=list(device.PARTS), help="of --only device")
     parser.add_argument("--case", action="append", help='one case of the quality tables, such as "nuclei-unet"; again')
     parser.add_argument("--device", default="cpu", help="where the networks of the quality tables run, such as cuda")
@@ -76,10 +78,9 @@ def main() -> None:
             "cuda" if torch.cuda.is_available() else "cpu", plan_of(device, options), options.parts
         ):
             print(part, flush=True)
-    sections = {"criterion": criterion.report, "speed": speed.report}
-    for name, section in sections.items():
+    for name, section in {"criterion": criterion, "views": views, "speed": speed}.items():
         if options.only in (None, name) and not options.smoke:
-            for part in section(options.data, options.full):
+            for part in section.report(options.data, options.full):
                 print(part, flush=True)
     print(f"\n{time.perf_counter() - started:.0f} s in all.")
 

@@ -12,7 +12,7 @@ from cases import Problem
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from lightning_clamp import CalibrationResult, fit_clamp
+from lightning_clamp import CalibrationModule, CalibrationResult, fit_clamp
 from lightning_clamp._rows import Rows, as_rows
 from lightning_clamp.clamping.map_loss import MapLoss, map_derivatives
 from lightning_clamp.clamping.moments import logit_moments
@@ -76,10 +76,10 @@ def clamped(cell: Cell, *, outputs_only: bool = False, **options: Any) -> Outcom
         network, cell.calibration._replace(inputs=inputs).batches(), task=cell.calibration.task, **options
     )
     seconds = time.perf_counter() - started
-    logits = cell.held_outputs
-    if result.clamp.perturbation is not None:
-        logits = forward(cell.held._replace(inputs=result.clamp.perturb(cell.held.inputs)))
-    return Outcome(result.clamp.cpu().scale(logits), seconds, result)
+    if result.clamp.perturbation is None and not result.spec.views:
+        return Outcome(result.clamp.cpu().scale(cell.held_outputs), seconds, result)
+    module = CalibrationModule.from_result(network, result)
+    return Outcome(forward(cell.held._replace(network=module)), seconds, result)
 
 
 def published(cell: Cell, *, augmented: bool = False) -> Outcome | None:
@@ -163,6 +163,11 @@ LIGHT: dict[str, Method] = {
 }
 # Many passes over the images: for some of the cells.
 PERTURBATION: dict[str, Method] = {"perturbation and T": partial(clamped, output_maps=("temperature",))}
+# A forward more for every image.
+MIRROR: dict[str, Method] = {
+    "temperature, with mirror images": partial(clamped, method="temperature", views=("hflip",)),
+    "default, with mirror images": partial(clamped, views=("hflip",)),
+}
 PUBLISHED: dict[str, Method] = {"published": published}
 AUGMENTED: dict[str, Method] = {"published, augmented": partial(published, augmented=True)}
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lightning_clamp._batch import logits_of, with_logits
 from lightning_clamp.clamping.clamp import Clamp
-from lightning_clamp.clamping.site import PerturbationSite
+from lightning_clamp.clamping.site import PerturbationSite, first_argument, first_parameter, map_first_argument
+from lightning_clamp.spec import Spec
 
 
 @rank_zero_only
@@ -26,10 +27,12 @@ def warn_every_time(message: str) -> None:
 class ClampHooks:
     """Forward hooks that perturb what enters a module and scale its logits, and know whether they were used.
 
+    With views the module is called once more for each of them, hooks and all, by the hook that scales the logits.
+
     Args:
         module: The module whose ``__call__`` is clamped.
         clamp: On the module's device.
-        perturb_at: Submodule at whose input the perturbation is added; None for the module's own.
+        spec: Where the perturbation is added, and over which views the logits are averaged.
         belongs: Asked at the first call, whether the weights still are those that the clamp belongs to; if not, the
             clamp has no effect. Code that torch.compile traces does not ask.
 
@@ -42,16 +45,19 @@ class ClampHooks:
         self,
         module: nn.Module,
         clamp: Clamp,
-        perturb_at: str | None = None,
+        spec: Spec,
         belongs: Callable[[], bool] = lambda: True,
     ) -> None:
         self.module = module
         self.clamp = clamp
         self.idle = self.bare_loss = False
         self._belongs: Callable[[], bool] | None = belongs
-        self._scaled = False
-        self._inside = perturb_at is not None
-        site = PerturbationSite(module, perturb_at)
+        self._scaled = self._in_view = False
+        self._spec = spec
+        self._first = first_parameter(module) if spec.views else None
+        # What the module was called with, before anything was done to it.
+        self._call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        site = PerturbationSite(module, spec.perturb_at)
         self._perturbing = None if clamp.perturbation is None else site.hook(self._perturb)
         self._installed = ExitStack()
         self._install()
@@ -62,11 +68,12 @@ class ClampHooks:
         return self._scaled and (self._perturbing is None or self._perturbing.calls > 0)
 
     def _install(self) -> None:
-        self._installed.enter_context(self.module.register_forward_pre_hook(self._look))
+        # Before hooks of others, which will do what they do to a view as well.
+        self._installed.enter_context(self.module.register_forward_pre_hook(self._look, prepend=True, with_kwargs=True))
         self._installed.enter_context(self.module.register_forward_hook(self._scale))
         if self._perturbing is not None:
             self._installed.enter_context(self._perturbing.installed())
-            if self._inside:
+            if self._spec.perturb_at is not None:
                 # What torch.compile has traced knows nothing of hooks inside of it that came later.
                 self._installed.enter_context(torch.compiler.set_stance("force_eager"))
 
@@ -83,7 +90,9 @@ class ClampHooks:
         finally:
             self._install()
 
-    def _look(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._spec.views and not self._in_view:
+            self._call = (args, kwargs)
         if self._belongs is not None and not torch.compiler.is_compiling():
             self.idle = not self._belongs()
             self._belongs = None
@@ -92,12 +101,27 @@ class ClampHooks:
         return inputs if self.idle else self.clamp.perturb(inputs)
 
     def _scale(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if self.idle:
+        if self.idle or self._in_view:
             return output
-        logits: Tensor = self.clamp.scale(logits_of(output))
+        logits: Tensor = self.clamp.scale(self._mean_over_views(logits_of(output)))
         self._scaled = True
         self.bare_loss = _has_loss(output)
         return with_logits(output, logits)
+
+    def _mean_over_views(self, logits: Tensor) -> Tensor:
+        if not self._spec.views:
+            return logits
+        (args, kwargs), self._call = self._call, ((), {})
+
+        def again(view: Tensor) -> Tensor:
+            args_again, kwargs_again = map_first_argument(args, kwargs, self._first, lambda _: view)
+            return logits_of(self.module(*args_again, **kwargs_again))
+
+        self._in_view = True
+        try:
+            return self._spec.mean_over_views(logits, first_argument(args, kwargs, self._first), again)
+        finally:
+            self._in_view = False
 
 
 def _has_loss(output: Any) -> bool:

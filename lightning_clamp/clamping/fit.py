@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from typing_extensions import Unpack
 
+from lightning_clamp._checks import counted
 from lightning_clamp.clamping.clamp import Clamp
 from lightning_clamp.clamping.frozen import frozen, module_of
 from lightning_clamp.clamping.kept import check_cache_bytes
@@ -23,9 +24,12 @@ from lightning_clamp.clamping.selection import choose_clamp
 from lightning_clamp.clamping.summary import DatasetSummary, summarize
 from lightning_clamp.clamping.temperature import NO_TEMPERATURE, TemperatureFit, fit_temperature
 from lightning_clamp.metrics.bootstrap import BlockSums, BootstrapSums, paired_bootstrap
+from lightning_clamp.spec import Spec
 
 # Share of the NLL of equal probabilities that is left where outputs say next to nothing.
 _SAYS_NOTHING = 0.95
+# Nats per row that are not worth a word.
+_NOTHING = 1e-4
 
 
 def fit_clamp(
@@ -58,7 +62,7 @@ def fit_clamp(
             with its own part of the set (of any size, no sample twice) and gets the same clamp as one process with all
             of it, up to rounding. Buffers are those of the group's first rank meanwhile. Not for ``"published"``.
         **keywords: The settings of :class:`~lightning_clamp.spec.Spec` (``task``, ``ignore_index``, ``batch_keys``,
-            ``perturb_at``), and the options of the method: :class:`~.options.ClampOptions` (``grids``,
+            ``perturb_at``, ``views``), and the options of the method: :class:`~.options.ClampOptions` (``grids``,
             ``output_maps``, ``max_passes``) or :class:`~.options.PublishedOptions` (``epochs``, ``lr``, …).
 
     Returns:
@@ -113,10 +117,11 @@ def fit_by_plan(
         if (module := module_of(network)) is not None:
             ranks.broadcast_buffers(module)
         summary = summarize(data)
-        sums_before = _metric_sums(Clamp(), summary.logits, data)
+        sums_before = _metric_sums(Clamp(), summary.bare_logits, data)
         before = sums_before.metrics
         _warn_of_training_data(before, ranks)
         base = fit_temperature(summary.logits)
+        _warn_of_views(base, summary, ranks)
         outcome = _METHODS[plan.method](data, summary, base, plan.options)
         sums_after = _metric_sums(outcome.clamp, outcome.logits, data)
         after = sums_after.metrics
@@ -125,21 +130,23 @@ def fit_by_plan(
         worse = (
             f"the clamp had an NLL of {after['nll']:.6g} on the calibration set, against {before['nll']:.6g} without"
         )
-        outcome = replace(outcome, clamp=Clamp(), logits=summary.logits, reason=worse, chosen=None)
-        after, sums_after = before, sums_before
+        outcome = replace(outcome, clamp=Clamp(), logits=summary.bare_logits, reason=worse, chosen=None)
+    spec = plan.spec
     if outcome.clamp.is_identity:
+        # Nothing is done to the network then, nor is it asked for other views.
+        after, sums_after, spec = before, sums_before, replace(spec, views=())
         ranks.warn(f"The network was left as it is: {outcome.reason}.", stacklevel=3)
     return CalibrationResult(
         clamp=outcome.clamp,
         method=plan.method,
-        spec=plan.spec,
+        spec=spec,
         before=before,
         after=after,
         change=paired_bootstrap(sums_before, sums_after),
         reliability=(sums_before.curve, sums_after.curve),
         candidates=outcome.candidates,
         chosen=outcome.chosen,
-        reason=outcome.reason,
+        reason=outcome.reason + _of_views(spec),
         history=outcome.history,
         n_samples=summary.n_samples,
         passes=data.passes,
@@ -177,11 +184,28 @@ def _metric_sums(clamp: Clamp, logits: Logits, data: CalibrationSet) -> BlockSum
     return BlockSums(*summed(batch_sums(), [metric.sums.shape], ranks))
 
 
+def _of_views(spec: Spec) -> str:
+    return f"; mean of {counted(spec.n_views, 'view')} (as it is, {', '.join(spec.views)})" if spec.views else ""
+
+
 def _warn_of_no_information(base: TemperatureFit, after: float, ranks: Ranks) -> None:
     if not base.informed and after > _SAYS_NOTHING * base.nll:
         ranks.warn(
             f"The outputs say next to nothing of the labels: their NLL is {after:.4f} at best, and that of classes "
             f"which are all equally likely is {base.nll:.4f}; check that inputs and labels belong together.",
+            stacklevel=3,
+        )
+
+
+def _warn_of_views(base: TemperatureFit, summary: DatasetSummary, ranks: Ranks) -> None:
+    """Say so if views do harm, as they do where a mirror image has another label."""
+    if summary.bare_logits is summary.logits or not summary.bare_logits.are_kept:
+        return
+    without = fit_temperature(summary.bare_logits)
+    if base.nll > without.nll + _NOTHING:
+        ranks.warn(
+            f"With `views` the NLL of the calibration set at the best temperature is {base.nll:.4f}, and without "
+            f"{without.nll:.4f}: leave them out; does an image keep its label when it is turned round?",
             stacklevel=3,
         )
 

@@ -192,30 +192,47 @@ class CalibrationSet:
         return self.spec.rows(logits, target)
 
     def perturbed_logits(self, inputs: Inputs, perturbation: Tensor | None) -> Tensor:
-        """Logits of one batch, perturbed where perturbations enter."""
-        return self._logits(inputs, lambda value: shifted(value, perturbation))
+        """Logits of one batch, perturbed where perturbations enter; the mean over its views."""
+        return self._with_views(inputs, lambda value: shifted(value, perturbation))[0]
 
-    def observed(self, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
-        """Logits of one batch, and what a perturbation would be added to; None if there is no one such tensor."""
+    def bare_logits(self, inputs: Inputs) -> Tensor:
+        """Logits of one batch as the network returns them, without views."""
+        return self._logits(inputs, lambda value: value)
+
+    def observed(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Logits of one batch, with and without views, and what a perturbation would be added to.
+
+        That is None if there is no one such tensor.
+        """
         seen: list[Tensor] = []
 
         def look(value: Tensor) -> Tensor:
             seen.append(value.detach())
             return value.clone()
 
-        logits = self._logits(inputs, look)
-        return logits, seen[0] if seen else None
+        logits, bare = self._with_views(inputs, look)
+        return logits, bare, seen[0] if seen else None
 
     def tracked(self, inputs: Inputs, perturbation: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Logits of one batch, and the perturbed tensor that they can be differentiated in."""
-        moved: list[Tensor] = []
+        """Logits of one batch, and a tensor of zeros, added to the perturbed one, that they can be differentiated in.
+
+        One and the same is added to every view, as a perturbation is.
+        """
+        zeros: list[Tensor] = []
 
         def track(value: Tensor) -> Tensor:
-            moved.append(shifted(value, perturbation).detach().requires_grad_())
-            # Not itself: what gradients are taken in may not be changed in place.
-            return moved[0].clone()
+            moved = shifted(value, perturbation).detach()
+            if not zeros:
+                zeros.append(torch.zeros_like(moved).requires_grad_())
+            return moved + zeros[0]
 
-        return self._logits(inputs, track), moved[0]
+        logits, _ = self._with_views(inputs, track)
+        return logits, zeros[0]
+
+    def _with_views(self, inputs: Inputs, change: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits of one batch, the mean over its views; and those without views."""
+        bare = self._logits(inputs, change)
+        return self.spec.mean_over_views(bare, inputs, lambda view: self._logits(view, change)), bare
 
     def _logits(self, inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Tensor:
         """Logits of one batch; says what to do if the network does not return one row of them per input."""
@@ -228,11 +245,11 @@ class CalibrationSet:
             )
         return logits
 
-    def forward(self, perturbation: Tensor | None, what: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """One forward pass without gradients: logits and target, batch by batch."""
+    def forward(self, perturbation: Tensor | None, what: str, *, bare: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+        """One forward pass without gradients: logits and target, batch by batch; ``bare`` for those without views."""
         for inputs, target in self.read(what):
             with torch.no_grad():
-                yield self.perturbed_logits(inputs, perturbation), target
+                yield self.bare_logits(inputs) if bare else self.perturbed_logits(inputs, perturbation), target
 
 
 class Logits:
@@ -242,11 +259,15 @@ class Logits:
         data: Network and batches.
         perturbation: The point in input space, None for the origin.
         recompute: Keep nothing; for a point that no pass has been made at.
+        bare: Those without views.
     """
 
-    def __init__(self, data: CalibrationSet, perturbation: Tensor | None, *, recompute: bool = False) -> None:
+    def __init__(
+        self, data: CalibrationSet, perturbation: Tensor | None, *, recompute: bool = False, bare: bool = False
+    ) -> None:
         self.data = data
         self.perturbation = perturbation
+        self.bare = bare
         self._kept: list[tuple[Tensor, Tensor]] | None = None if recompute else []
         self._rows: list[Rows] = []
         self._bytes = 0
@@ -274,7 +295,7 @@ class Logits:
         if self._kept is not None:
             yield from self._kept
         else:
-            yield from self.data.forward(self.perturbation, "logits")
+            yield from self.data.forward(self.perturbation, "logits", bare=self.bare)
 
     def __iter__(self) -> Iterator[Rows]:
         """Yield the rows, logits as float64: batch by batch, or in few large blocks where they are kept."""

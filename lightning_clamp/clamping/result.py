@@ -18,9 +18,11 @@ class CalibrationResult:
     """What a calibration did; printed, it is a table of the metrics before and after.
 
     Attributes:
-        clamp: The fitted clamp: ``clamp.scale(network(clamp.perturb(x)))`` are calibrated logits.
+        clamp: The fitted clamp: ``clamp.scale(network(clamp.perturb(x)))`` are calibrated logits. With ``spec.views``
+            the network's logits are first averaged over them: :class:`~lightning_clamp.CalibrationModule` does so.
         method: The method that was run.
-        spec: How batches were read and what the outputs mean.
+        spec: How batches were read, how the network was called and what the outputs mean; without ``views`` where the
+            network was left as it is.
         before: ``nll`` (nats per row), ``ece`` and ``accuracy`` (fractions) on the calibration set, uncalibrated.
         after: The same with the clamp.
         change: After minus before of the same, each with its 95 % interval (paired bootstrap over samples). The clamp
@@ -32,7 +34,8 @@ class CalibrationResult:
         reason: What was chosen and why, in words.
         history: NLL and temperature pass by pass, or loss and temperature epoch by epoch.
         n_samples: Size of the calibration set.
-        passes: Passes over the calibration set, forward only or with a backward to the input.
+        passes: Passes over the calibration set, forward only or with a backward to the input; the network is called
+            ``spec.n_views`` times for every batch.
         seconds: Time taken, reading the data included.
         fingerprint: Of the weights that it belongs to, where a Trainer ran it: a digest of all parameters and
             buffers; empty elsewhere.
@@ -68,9 +71,12 @@ class CalibrationResult:
             change, low, high = (f"{number:+{form}}" for number in self.change[name])
             row = f"{name:<16}{self.before[name]:>10{form}}{self.after[name]:>10{form}}"
             lines.append(f"{row}    {change} [{low}, {high}]")
+        passes = counted(self.passes, "pass", "passes")
+        if self.spec.views:
+            passes += f" of {self.spec.n_views} views"
         lines.append(
             f"T = {float(self.clamp.temperature):.4g}, |δ| = {self.clamp.perturbation_norm:.3g}, "
-            f"{counted(self.n_samples, 'sample')}, {counted(self.passes, 'pass', 'passes')}, {self.seconds:.1f} s"
+            f"{counted(self.n_samples, 'sample')}, {passes}, {self.seconds:.1f} s"
         )
         lines.append(f"chosen: {self.reason}")
         return "\n".join(lines)

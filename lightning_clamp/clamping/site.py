@@ -159,6 +159,18 @@ def map_first_argument(
     return args, {**kwargs, name: _checked(change, kwargs[name])}
 
 
+def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any], first: str | None) -> Any:
+    """What :func:`map_first_argument` changes; errors are those."""
+    seen: list[Tensor] = []
+
+    def look(value: Tensor) -> Tensor:
+        seen.append(value)
+        return value
+
+    map_first_argument(args, kwargs, first, look)
+    return seen[0]
+
+
 def map_single_tensor(inputs: Inputs, change: Change) -> Inputs:
     """The inputs with the one tensor changed that they consist of; several are left as they are."""
     return inputs if len(tensors_of(inputs)) > 1 else map_tensors(inputs, change)

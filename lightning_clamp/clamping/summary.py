@@ -21,7 +21,8 @@ class DatasetSummary(NamedTuple):
     """What one forward pass over the calibration set tells.
 
     Attributes:
-        logits: The network's unchanged logits.
+        logits: The network's logits of inputs that nothing was added to, the mean over views.
+        bare_logits: The same without views.
         shape: Shape of a perturbation; None if inputs differ in shape, or there are several and none is named.
         dense: Whether a sample holds several positions (pixels) or labels, which are correlated.
         n_samples: Items; the unit in which coefficients are counted against data.
@@ -37,6 +38,7 @@ class DatasetSummary(NamedTuple):
     """
 
     logits: Logits
+    bare_logits: Logits
     shape: tuple[int, ...] | None
     dense: bool
     n_samples: int
@@ -89,6 +91,7 @@ def summarize(data: CalibrationSet, *, trial: bool = False) -> DatasetSummary:
             outputs are probabilities, or no batch tells which of their axes has the classes.
     """
     logits_seen = Logits(data, None)
+    bare_seen = Logits(data, None, bare=True) if data.spec.views else logits_seen
     kinds: set[_Kind] = set()
     marks: list[bytes] = []
     heaviest = [Heaviest()]
@@ -97,12 +100,14 @@ def summarize(data: CalibrationSet, *, trial: bool = False) -> DatasetSummary:
         seen = 0
         for inputs, target in data.read("first look"):
             with torch.no_grad():
-                logits, value = data.observed(inputs)
+                logits, bare, value = data.observed(inputs)
             rows = data.rows(logits, target)
             _check_labels(rows)
             if not trial:
                 _check_values(rows, seen, data.ranks)
             logits_seen.keep(logits, target)
+            if data.spec.views:
+                bare_seen.keep(bare, target)
             losses = F.cross_entropy(rows.logits.float(), rows.target, reduction="none").double()
             heaviest.append(heaviest_of(losses, rows, seen))
             if data.ranks.size > 1:
@@ -126,6 +131,7 @@ def summarize(data: CalibrationSet, *, trial: bool = False) -> DatasetSummary:
         _complain_of_probabilities(data)
     return DatasetSummary(
         logits=logits_seen,
+        bare_logits=bare_seen,
         shape=kind.shape if len({kind.shape for kind in kinds}) == 1 else None,
         dense=kind.dense,
         n_samples=n_samples,

@@ -7,6 +7,7 @@ from torch.utils.data import DataLoader
 
 from lightning_clamp import CalibrationModule, Clamp, NeuralClamping, calibrate, fit_clamp
 from lightning_clamp._trainer.hooks import ClampHooks
+from lightning_clamp.spec import Spec
 from tests.scenarios import (
     SHIFT,
     DenseNet,
@@ -230,7 +231,7 @@ def test_a_network_that_was_traced_before_is_perturbed_all_the_same():
     bare = compiled(x)
     result = fit_clamp(compiled, batches(x, y), **OWN)
     assert torch.equal(result.clamp.perturbation, expected.clamp.perturbation)
-    hooks = ClampHooks(compiled, result.clamp, "stages.second")
+    hooks = ClampHooks(compiled, result.clamp, result.spec)
     clamped = compiled(x)
     assert hooks.used
     hooks.remove()
@@ -256,7 +257,7 @@ def test_a_network_is_perturbed_once():
     with pytest.raises(ValueError, match=r"added at 'stages.second' already, by a CalibrationModule .* copy\.deepcopy"):
         CalibrationModule(network, clamp, perturb_at="stages.second")
     with pytest.raises(ValueError, match="already, by a CalibrationModule"):
-        ClampHooks(first.network, clamp, "stages.second")
+        ClampHooks(first.network, clamp, Spec(perturb_at="stages.second"))
     # Without a perturbation there is nothing to add.
     CalibrationModule(network, Clamp(), perturb_at="stages.second")
 
