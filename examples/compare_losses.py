@@ -8,15 +8,15 @@
 The digits of scikit-learn need no download and take a few minutes without a GPU: a convnet learns 200 of them by heart,
 its last weights are measured, and 700 other images calibrate.
 
-CIFAR-10 follows Tables 2 and A2 of "Too Sharp, Too Sure" (arXiv 2604.20614), and its numbers are printed beside: ResNet-20,
-45,000 images, 10,000 steps of 128, the weights of the step with the lowest validation loss. Where the paper is silent:
-momentum 0.9 for SGD, PyTorch's defaults for AdamW, a constant learning rate, no augmentation, 40 validations in a
-training, cross-entropy as the validation loss of every training, and the baselines' own options. The 5,000 images that
-choose the step also calibrate. The images are torchvision's folder, or a file of NumPy arrays x_train, y_train, x_test
-and y_test (uint8, N×32×32×3).
+CIFAR-10 follows Tables 2 and A2 of "Too Sharp, Too Sure" (arXiv 2604.20614), whose numbers are printed beside:
+ResNet-20, 45,000 images, 10,000 steps of 128, the weights of the step with the lowest validation loss. Where the paper
+is silent: momentum 0.9 for SGD, PyTorch's defaults for AdamW, a constant learning rate, no augmentation, 40 validations
+in a training, cross-entropy as the validation loss of every training, and the baselines' own options. The 5,000 images
+that choose the step also calibrate. The images are torchvision's folder, or a file of NumPy arrays x_train, y_train,
+x_test and y_test (uint8, N×32×32×3).
 
-On a GPU the steps are recorded and replayed, see cuda_graph.py. ``--minutes`` starts no training after that time: those
-of the paper come first, and the table holds what was done.
+On a GPU the steps are recorded and replayed, see cuda_graph.py. ``--minutes`` starts no other training after that
+time: those of the paper come first, and the table holds what was done.
 
 All losses have the options that the package gives them, and a seed means the same initial weights and order of the data
 for each of them. Metrics are those of test images that nothing else has seen. The seconds are those of training without
@@ -91,9 +91,9 @@ class LitClassifier(LightningModule):
         """Logits."""
         return self.network(x)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Cross-entropy."""
-        x, y = batch
+    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Cross-entropy; the third part of a batch is the images' index, for losses that keep something for each."""
+        x, y, _ = batch
         return F.cross_entropy(self(x), y)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -118,11 +118,19 @@ def trained_with(mixin: type[LossMixin]) -> type[LitClassifier]:
 
 
 class Loss(NamedTuple):
-    """A row of the table: its name there, the module, and the options of its mixin."""
+    """A row of the table.
+
+    Attributes:
+        label: Its name there.
+        module: What is trained.
+        options: Of its mixin.
+        learns: Whether the loss changes while it trains, so that its steps cannot be recorded.
+    """
 
     label: str
     module: type[LitClassifier]
     options: Mapping[str, Any] = {}
+    learns: bool = False
 
 
 LitCalMO = trained_with(MarginAwareMixin)
@@ -298,7 +306,7 @@ class Plan(NamedTuple):
         optimizer: ``"sgd"`` or ``"adamw"``.
         steps: Optimizer steps of a training.
         accelerator: As in ``Trainer(accelerator=...)``.
-        minutes: No training starts later.
+        minutes: No training but the first starts later.
     """
 
     names: Sequence[str]
@@ -315,15 +323,15 @@ def compare(task: Task, plan: Plan) -> Iterator[Results]:
     started = time.monotonic()
     # Seed by seed, so that a run that is stopped has seen every loss.
     for seed in range(plan.seeds):
-        for label, module, options in (LOSSES[name] for name in plan.names):
-            if time.monotonic() - started > 60 * plan.minutes:
+        for label, module, options, learns in (LOSSES[name] for name in plan.names):
+            if results and time.monotonic() - started > 60 * plan.minutes:
                 print(f"{plan.minutes:g} minutes are over: {label} of seed {seed} and what follows is left out.")
                 return
             if issubclass(module, MarginAwareMixin):
                 # Its radius is one of images in [0, 1]: it has to know how they were normalised.
                 options = {**options, "margin_mean": task.mean, "margin_std": task.std}
             torch.manual_seed(seed)
-            trained, clamped = run(module(task.network(), plan.optimizer, **options), task, plan)
+            trained, clamped = run(module(task.network(), plan.optimizer, **options), task, plan, learns)
             results.setdefault(label, []).append((trained, clamped))
             print(
                 f"seed {seed}  {label:<16} {trained['seconds']:7.1f} s   accuracy {trained['accuracy']:.2%}"
@@ -333,11 +341,12 @@ def compare(task: Task, plan: Plan) -> Iterator[Results]:
             yield results
 
 
-def run(model: LitClassifier, task: Task, plan: Plan) -> tuple[Scores, Scores]:
+def run(model: LitClassifier, task: Task, plan: Plan, learns: bool) -> tuple[Scores, Scores]:
     """Train and calibrate once; returns the scores on the test images as trained, and then clamped."""
     on_gpu = plan.accelerator == "cuda"
     device = torch.device("cuda:0" if on_gpu else "cpu")
-    train = Batches(task.train, task.batch_size, device, shuffle=True)
+    indexed = TensorDataset(*task.train.tensors, torch.arange(len(task.train)))
+    train = Batches(indexed, task.batch_size, device, shuffle=True)
     held_out, test = (Batches(data, 500, device) for data in (task.held_out, task.test))
     clamping = NeuralClamping(held_out, weights=task.weights, on_error="raise")
     timer = Timer()
@@ -346,7 +355,7 @@ def run(model: LitClassifier, task: Task, plan: Plan) -> tuple[Scores, Scores]:
         trainer = Trainer(
             accelerator=plan.accelerator,
             devices=1,
-            strategy=RecordedSteps(device) if on_gpu else "auto",
+            strategy=RecordedSteps(device) if on_gpu and not learns else "auto",
             benchmark=on_gpu,
             max_steps=plan.steps,
             val_check_interval=max(1, plan.steps // 40),
@@ -494,7 +503,7 @@ def parsed() -> argparse.Namespace:
         "--steps", type=positive, help="the same in optimizer steps (400 for digits, 10,000 for cifar10)"
     )
     parser.add_argument("--accelerator", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="start no training later than this")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start no other training later than this")
     parser.add_argument("--out", type=Path, default=Path("compare_losses"))
     arguments = parser.parse_args()
     if arguments.dataset == "cifar10" and arguments.data is None:

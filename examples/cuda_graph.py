@@ -5,7 +5,8 @@
 The LightningModule stays as it is, with the loss that it has. Its first step is recorded, loss and gradient, and then
 replayed for every batch of that size; other batches take the ordinary way. Losses with gradients of gradients can be
 recorded too, which ``torch.compile`` cannot compile. A step that reads a number on the CPU, as ``float(loss)`` does, or
-takes other paths from one batch to the next, cannot be recorded.
+takes other paths from one batch to the next, cannot be recorded; nor can one whose loss learns, since a recorded step
+goes on with what the loss was then.
 """
 
 from typing import Any

@@ -78,6 +78,18 @@ def test_losses_are_compared(ran, tmp_path):
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
 
 
+@pytest.mark.filterwarnings("ignore:The outputs say next to nothing")
+def test_losses_are_compared_with_the_paper_for_a_given_time(ran, tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {f"x_{part}": rng.integers(256, size=(110, 32, 32, 3), dtype=np.uint8) for part in ("train", "test")}
+    np.savez(tmp_path / "cifar.npz", **arrays, y_train=np.arange(110) % 10, y_test=np.arange(110) % 10)
+    options = ("--data", tmp_path / "cifar.npz", "--steps", "2", "--minutes", "0", "--out", tmp_path)
+    printed = ran("compare_losses.py", "--dataset", "cifar10", "--losses", "ce", "rob", *options)
+    assert "0 minutes are over: CalMO, Rob. of seed 0 and what follows is left out" in printed
+    assert printed.count("then clamped") == 1
+    assert "75.2 ± 1.2, .081 ± .021 |" in (tmp_path / "comparison.md").read_text()
+
+
 def test_segmentation_is_compared(ran, tmp_path):
     options = ("--epochs", "1", "--size", "16", "--losses", "bce", "aslp", "--out", tmp_path)
     assert ran("segmentation.py", *options).count("+ clamp") == 2
@@ -124,6 +136,16 @@ def test_the_benchmarks_judge_output_maps_on_saved_logits(ran, tmp_path):
     assert "4 calibration sets of 2 networks and data" in printed
     assert "| default against temperature | 2 / 0 of 4 |" in printed
     assert "| biased-shifted | 250 |" in printed
+
+
+def test_the_benchmarks_time_a_device_without_data(ran, tmp_path):
+    options = ("--parts", "resnet", "maps", "loader", "--out", tmp_path)
+    printed = ran("benchmarks", "--smoke", "--only", "device", *options)
+    assert '| bf16-mixed | `method="temperature"` |' in printed
+    assert "1 + 0 (`result.passes`: 1)" in printed
+    assert "| 200 × 10 |" in printed
+    assert "| kept in memory (default) |" in printed
+    assert "failed" not in printed
 
 
 SCRIPTS = [

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from precision import InPrecision
+from speed import slow_loader_report
 from synthetic import Stream, overconfident, set_batch_statistics
 from timing import FORWARD, GRADIENT, Counted, chosen, clocked, fitted, forward_pass, gradient_pass, summed, table
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ class Plan(NamedTuple):
         seconds: For all fits of the ResNet-50.
         classes: Of the ResNet-50.
         logits: Numbers of rows and classes of the logits that output maps are fitted to.
-        cpu_seconds: For one fit of these on the CPU.
+        cpu_seconds: For one fit of these on the CPU, which is run twice.
         loader_batches: Of the slow loader.
     """
 
@@ -51,9 +52,9 @@ class Plan(NamedTuple):
     loader_batches: int
 
 
-FULL = Plan(25_000, 224, 250, 150, 1000, ((5000, 10), (5000, 100), (5000, 1000), (25_000, 1000)), 30, 100)
+FULL = Plan(25_000, 224, 250, 110, 1000, ((5000, 10), (5000, 100), (5000, 1000), (25_000, 1000)), 15, 50)
 SMALL = FULL._replace(images=2500, loader_batches=20)
-SMOKE = Plan(24, 32, 12, 5, 10, ((200, 10),), 5, 1)
+SMOKE = Plan(24, 32, 12, 60, 10, ((200, 10),), 5, 1)
 
 
 def report(device: str, plan: Plan, parts: list[str]) -> Iterator[str]:
@@ -188,54 +189,11 @@ def _twice(logits: Tensor, target: Tensor, device: str) -> tuple[CalibrationResu
     return fitted(nn.Identity(), batches)
 
 
-# 3. A slow loader
-
-
-class _Slow:
-    """A loader that works for 20 ms on each batch."""
-
-    def __init__(self, batches: list[tuple[Tensor, Tensor]]) -> None:
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in self.batches:
-            time.sleep(0.02)
-            yield batch
-
-
-# What is kept of the loader's batches, as the table says it, and the options of the fit.
-_CACHES: dict[str, dict[str, Any]] = {
-    "logits up to 256 MB (default)": {},
-    "nothing": {"cache_bytes": 0},
-}
+# 3. What other files measure
 
 
 def _of_a_slow_loader(device: str, plan: Plan) -> Iterator[str]:
-    network = nn.Sequential(
-        nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(256, 10)
-    )
-    network.to(device).eval().requires_grad_(False)
-    stream = Stream(network, plan.loader_batches * 100, (3, 32, 32), batch=100, device=device)
-    batches = [(images.cpu(), target.cpu()) for images, target in stream]
-    rows = []
-    for kept, options in _CACHES.items():
-        fitted(network, batches[:2], **options)
-        result, seconds = fitted(network, _Slow(batches), **options)
-        loading = 0.02 * len(batches) * result.passes
-        rows.append([kept, result.passes, *_seconds([loading, seconds]), chosen(result)])
-    head = "kept | passes | of them loading, at most, s | fit, s | chosen"
-    yield f"""## A loader that takes 20 ms a batch
-
-The default fit of a network of one convolution, {len(batches)} batches of 100 images of 32 × 32 from the CPU.
-
-{table(head, rows)}
-"""
-
-
-# 4. Metrics and losses
+    yield slow_loader_report(device, batches=plan.loader_batches)
 
 
 def _of_metrics(device: str, plan: Plan) -> Iterator[str]:

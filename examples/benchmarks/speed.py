@@ -10,12 +10,12 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import peers
 import torch
@@ -46,6 +46,7 @@ def report(data: Path, full: bool) -> Iterator[str]:
     yield _temperature_alone(full)
     yield _cost_against_size(full)
     yield _memory_against_size(full)
+    yield slow_loader_report("cuda" if torch.cuda.is_available() else "cpu")
 
 
 # 1. A fit against the passes it makes
@@ -344,3 +345,55 @@ def _peak_memory(n: int) -> float:
     stream = Stream(network, n, _SHAPE)
     fitted(network, stream, grids=(2,), output_maps=("temperature",), max_passes=3, cache_bytes=2**20)
     return held("VmHWM") - before
+
+
+# 5. A loader that takes its time
+
+
+class _Slow:
+    """Batches that take their time each, as decoding images does; counts how often they are read."""
+
+    def __init__(self, batches: list[Sequence[Tensor]], seconds: float) -> None:
+        self.batches = batches
+        self.seconds = seconds
+        self.reads = 0
+
+    def __iter__(self) -> Iterator[Sequence[Tensor]]:
+        self.reads += 1
+        for batch in self.batches:
+            time.sleep(self.seconds)
+            yield batch
+
+
+def slow_loader_report(device: str, *, batches: int = 20, seconds: float = 0.02) -> str:
+    """A fit with the batches kept in memory, and with every pass reading them again.
+
+    Args:
+        device: Of the network; the loader's batches are on the CPU.
+        batches: How many, of 100 images each.
+        seconds: That the loader takes over each.
+    """
+    network = _small_network(10)
+    stream = list(Stream(network, 100 * batches, (3, 32, 32), batch=100))
+    network.to(device)
+    # The first calls choose kernels.
+    fitted(network, stream[:2], grids=(1,), output_maps=("temperature",))
+    rows = []
+    kept: dict[str, dict[str, Any]] = {
+        "kept in memory (default)": {},
+        "read in every pass (`cache_bytes=2**20`)": {"cache_bytes": 2**20},
+    }
+    for name, options in kept.items():
+        loader = _Slow(stream, seconds)
+        result, took = fitted(network, loader, **options)
+        rows.append(
+            [name, loader.reads, result.passes, f"{took:.2f}", f"{took - loader.reads * batches * seconds:.2f}"]
+        )
+    head = "batches | reads of the loader | passes | fit, s | without the loader's time, s"
+    return f"""## A slow loader, on {device}
+
+{batches} batches of 100 images of 3 × 32 × 32; the loader takes {1000 * seconds:.0f} ms over each. Two convolutions,
+the default fit.
+
+{table(head, rows)}
+"""
