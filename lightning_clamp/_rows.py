@@ -56,9 +56,9 @@ class Rows(NamedTuple):
         """Without the rows whose target is ``ignore_index``; all of them if it is None."""
         if ignore_index is None:
             return self
-        keep = self.target != ignore_index
-        label = None if self.label is None else self.label[keep]
-        return Rows(self.logits[keep], self.target[keep], self.item[keep], self.n_items, label)
+        kept = _kept(self.target, ignore_index)
+        label = None if self.label is None else self.label[kept]
+        return Rows(self.logits[kept], self.target[kept], self.item[kept], self.n_items, label)
 
 
 class Block(NamedTuple):
@@ -66,7 +66,7 @@ class Block(NamedTuple):
 
     Attributes:
         logits: Shape ``(m, C)``.
-        target: Shape ``(m,)``.
+        target: Shape ``(m,)``; where it came as floats, these: nobody has looked whether they are 0 and 1.
         label: Shape ``(m,)``; None unless ``task="multilabel"``.
     """
 
@@ -97,7 +97,10 @@ def as_rows(logits: Tensor, target: Tensor, *, task: Task = "multiclass", ignore
         TypeError: If either is no tensor, or the target's dtype cannot hold class indices.
         ValueError: If the shapes do not fit together, or there is one class only.
     """
-    return _flat(*_checked(logits, target, task), task).kept(ignore_index)
+    logits, target = _checked(logits, target, task)
+    check_hard(target)
+    rows = _in_items(logits, target, task).kept(ignore_index)
+    return rows._replace(target=rows.target.long())
 
 
 def row_blocks(
@@ -110,18 +113,25 @@ def row_blocks(
     """
     logits, target = _checked(logits, target, task)
     for part, labels in [(logits, target)] if is_one_block(logits) else _parts(logits, target, _block_elements(logits)):
-        rows = _flat(part, labels, task).kept(ignore_index)
-        yield Block(rows.logits, rows.target, rows.label)
+        block = _flat(part, labels, task)
+        if ignore_index is not None:
+            kept = _kept(block.target, ignore_index)
+            label = None if block.label is None else block.label[kept]
+            block = Block(block.logits[kept], block.target[kept], label)
+        yield block
 
 
 def item_blocks(
     logits: Tensor, target: Tensor, *, task: Task = "multiclass", ignore_index: int | None = None
 ) -> Iterator[Rows]:
-    """:func:`as_rows` of a batch in parts of about the size of :func:`row_blocks`, but of whole items."""
-    _checked(logits, target, task)
+    """:func:`as_rows` of a batch in parts of about the size of :func:`row_blocks`, but of whole items.
+
+    As in a :class:`Block`, nobody has looked at targets that came as floats.
+    """
+    logits, target = _checked(logits, target, task)
     size = max(1, _block_elements(logits) * len(logits) // max(1, logits.numel()))
     for part, labels in zip(torch.split(logits, size), torch.split(target, size), strict=True):
-        yield as_rows(part, labels, task=task, ignore_index=ignore_index)
+        yield _in_items(part, labels, task).kept(ignore_index)
 
 
 def merged(parts: Iterable[Rows]) -> Iterator[Rows]:
@@ -159,6 +169,8 @@ def _block_elements(logits: Tensor) -> int:
 
 def _parts(logits: Tensor, target: Tensor, elements: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Split ``(N, C, S)`` and ``(N, S)``, or twice ``(N, K, S)``: by items, and by positions where one is large."""
+    if logits.ndim == 2:
+        logits, target = logits[..., None], target[..., None]
     classes, positions = logits.shape[1:]
     items = max(1, elements // max(1, classes * positions))
     for part, labels in zip(torch.split(logits, items), torch.split(target, items), strict=True):
@@ -221,27 +233,38 @@ def _checked(logits: Tensor, target: Tensor, task: Task) -> tuple[Tensor, Tensor
     Several labels per item are ``(N, K, S)``, both.
     """
     target = checked_target(logits, target, task)
-    if task != "multiclass":
-        check_hard(target)
     if task == "binary":
         return logits[..., None].flatten(1)[:, None], target[..., None].flatten(1)
-    if task == "multilabel":
-        return logits[..., None].flatten(2), target[..., None].flatten(2)
-    return logits[..., None].flatten(2), target[..., None].flatten(1)
+    if logits.ndim == 2:
+        # No views, which on an accelerator take as long as what is computed.
+        return logits, target
+    return logits.flatten(2), target.flatten(1 if task == "multiclass" else 2)
 
 
-def _flat(logits: Tensor, target: Tensor, task: Task) -> Rows:
+def _flat(logits: Tensor, target: Tensor, task: Task) -> Block:
     """All rows of logits and targets as :func:`_checked` gives them."""
-    n, labels = len(logits), None
+    target = target.flatten()
+    target = target if target.is_floating_point() else target.long()
     if task == "multiclass":
-        flat = logits.movedim(1, -1).flatten(0, -2)
-    else:
-        positive = logits.flatten()
-        flat = torch.stack([torch.zeros_like(positive), positive], 1)
+        return Block(logits if logits.ndim == 2 else logits.movedim(1, -1).flatten(0, -2), target, None)
+    labels = None
     if task == "multilabel":
-        labels = torch.arange(logits.shape[1], device=logits.device)[:, None].expand(logits.shape).flatten()
-    item = torch.arange(n, device=logits.device).repeat_interleave(len(flat) // max(n, 1))
-    return Rows(flat, target.flatten().long(), item, n, labels)
+        numbers = torch.arange(logits.shape[1], device=logits.device)
+        labels = (numbers if logits.ndim == 2 else numbers[:, None]).expand(logits.shape).flatten()
+    positive = logits.flatten()
+    return Block(torch.stack([torch.zeros_like(positive), positive], 1), target, labels)
+
+
+def _in_items(logits: Tensor, target: Tensor, task: Task) -> Rows:
+    """The same, with the item of each."""
+    block, n = _flat(logits, target, task), len(logits)
+    item = torch.arange(n, device=logits.device).repeat_interleave(len(block.logits) // max(n, 1))
+    return Rows(block.logits, block.target, item, n, block.label)
+
+
+def _kept(target: Tensor, ignore_index: int) -> Tensor:
+    """Which rows are scored: their numbers, for which an accelerator is waited once; a mask is counted at every use."""
+    return (target != ignore_index).nonzero()[:, 0]
 
 
 def _class_indices(logits: Tensor, target: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ single values of the confidence.
 """
 
 import math
+from functools import lru_cache
 from numbers import Integral
 
 import torch
@@ -30,9 +31,14 @@ def cell_count(n_bins: int) -> int:
 
 def bin_index(confidence: Tensor, n_bins: int) -> Tensor:
     """Bin of each confidence (float64). Bins are ``(i/n, (i+1)/n]``; 0 falls in the first, 1 in the last."""
+    return torch.bucketize(confidence.contiguous(), _bin_edges(n_bins, confidence.device))
+
+
+# Kept, since to make them takes an accelerator as long as to use them.
+@lru_cache(maxsize=32)
+def _bin_edges(n_bins: int, device: torch.device) -> Tensor:
     # Divided by n in float64 (as i / n is): a linspace is off by an ulp at some edges, and would move edge values.
-    edges = torch.arange(1, n_bins, dtype=torch.float64, device=confidence.device) / n_bins
-    return torch.bucketize(confidence.contiguous(), edges)
+    return (torch.arange(1, n_bins, dtype=torch.float64) / n_bins).to(device)
 
 
 def no_sums(n_groups: int, device: torch.device) -> Tensor:
@@ -40,30 +46,38 @@ def no_sums(n_groups: int, device: torch.device) -> Tensor:
     return torch.zeros(3, n_groups, dtype=torch.float64, device=device)
 
 
-def add_to_groups(sums: Tensor, index: Tensor, confidence: Tensor, correct: Tensor) -> Tensor:
-    """Add float64 confidences and their correctness to the sums of their groups, ``(M,)`` each, in place."""
-    return sums.index_add_(1, index, torch.stack([torch.ones_like(confidence), confidence, correct.double()]))
+def addends(confidence: Tensor, correct: Tensor) -> Tensor:
+    """What a sample adds to the sums of its group, ``(3, M)`` float64: 1, its confidence, and whether it is right."""
+    added = confidence.new_ones(3, len(confidence), dtype=torch.float64)
+    _, of_confidence, of_correct = added.unbind()
+    of_confidence.copy_(confidence)
+    of_correct.copy_(correct)
+    return added
 
 
 def bin_sums(confidence: Tensor, correct: Tensor, n_bins: int) -> Tensor:
     """Sums per equal-width bin, ``(3, n_bins)``."""
-    return add_to_groups(no_sums(n_bins, confidence.device), bin_index(confidence, n_bins), confidence, correct)
+    added = addends(confidence, correct)
+    return no_sums(n_bins, confidence.device).index_add_(1, bin_index(added[1], n_bins), added)
 
 
 def value_sums(confidence: Tensor, correct: Tensor) -> Tensor:
     """Sums per value of the confidence, ``(3, values)``: equal confidences are one group, so order plays no part."""
     values, index = torch.unique(confidence, return_inverse=True)
-    return add_to_groups(no_sums(len(values), values.device), index, values[index], correct)
+    return no_sums(len(values), values.device).index_add_(1, index, addends(values[index], correct))
 
 
-def add_to_cells(sums: Tensor, confidence: Tensor, correct: Tensor, n_bins: int) -> Tensor:
-    r"""Add to the sums of the fine histogram, ``(3, cell_count(n_bins))``, in place.
+def cell_index(confidence: Tensor, n_bins: int) -> Tensor:
+    r"""Cell of each confidence (float64) in a fine histogram of ``cell_count(n_bins)`` cells; nan is in any.
 
     Cells are equal steps of :math:`\arcsin\sqrt{c}`: 0.0001 wide in the middle and 0.00000001 at 0 and 1, where
     accurate networks put most of their confidences and even cells would throw them together. The bin is added to the
     step, so that an edge of the bins, which falls inside a step, divides it into two cells.
     """
-    return add_to_groups(sums, _step(confidence).add_(bin_index(confidence, n_bins)), confidence, correct)
+    if confidence.device.type == "cpu":
+        return _step(confidence).add_(bin_index(confidence, n_bins))
+    # A search takes a processor longer than the arcsine; an accelerator needs one launch for it instead of eight.
+    return torch.bucketize(confidence, _cell_edges(n_bins, confidence.device))
 
 
 def _step(confidence: Tensor) -> Tensor:
@@ -71,9 +85,17 @@ def _step(confidence: Tensor) -> Tensor:
     return confidence.sqrt().asin_().mul_(2 * _STEPS / math.pi).long().clamp_(0, _STEPS)
 
 
+@lru_cache(maxsize=32)
+def _cell_edges(n_bins: int, device: torch.device) -> Tensor:
+    steps = (torch.arange(1, _STEPS + 1, dtype=torch.float64) * (math.pi / (2 * _STEPS))).sin().square()
+    # A step begins at its lower edge, and a bin just above it: the largest number below stands for that.
+    steps = torch.nextafter(steps, torch.zeros_like(steps))
+    return torch.cat([steps, _bin_edges(n_bins, torch.device("cpu"))]).sort().values.to(device)
+
+
 def merged(cells: Tensor, n_bins: int) -> Tensor:
     """Sums per equal-width bin, ``(3, n_bins)``, from those of its cells; exact."""
-    edges = torch.arange(1, n_bins, dtype=torch.float64) / n_bins
+    edges = _bin_edges(n_bins, torch.device("cpu"))
     first = _step(edges) + torch.arange(1, n_bins)
     index = torch.bucketize(torch.arange(cells.shape[1]), first, right=True).to(cells.device)
     return no_sums(n_bins, cells.device).index_add_(1, index, cells)

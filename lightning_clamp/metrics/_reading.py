@@ -9,7 +9,16 @@ from torch import Tensor
 from torchmetrics.utilities import rank_zero_warn
 
 from lightning_clamp._checks import check_choice, check_range
-from lightning_clamp._rows import TASKS, Rows, Task, class_axis_is_unclear, item_blocks, row_blocks, unclear_axis
+from lightning_clamp._rows import (
+    TASKS,
+    Rows,
+    Task,
+    check_hard,
+    class_axis_is_unclear,
+    item_blocks,
+    row_blocks,
+    unclear_axis,
+)
 
 # Rounding of half-precision probabilities may move the sum of a row by this much.
 _SUM_TOLERANCE = 0.01
@@ -22,10 +31,12 @@ class Reader:
 
     Args:
         name: Of the metric or the function, for warnings.
-        task: ``"multiclass"``, or ``"binary"`` for one logit (or one probability) per position.
+        task: ``"multiclass"``, ``"binary"`` for one logit (or one probability) per position, or ``"multilabel"`` for
+            one per label.
         ignore_index: Target value of positions to leave out.
         probs: Whether predictions are probabilities. By default they are logits; it is never guessed.
         validate_args: Whether to look for nan, labels out of range and rows that are no probabilities.
+        num_labels: Labels that an item must have; None for any number.
 
     Raises:
         ValueError: If ``task`` is unknown.
@@ -39,6 +50,7 @@ class Reader:
         ignore_index: int | None = None,
         probs: bool = False,
         validate_args: bool = True,
+        num_labels: int | None = None,
     ) -> None:
         check_choice("task", task, TASKS)
         self.name = name
@@ -46,6 +58,9 @@ class Reader:
         self.ignore_index = ignore_index
         self.probs = probs
         self.validate_args = validate_args
+        self.num_labels = num_labels
+        # Of a reader of one label at a time: which had any entry, instead of a warning.
+        self.scored: list[bool] | None = None
         self._told_kind = False
         self._doubtful_rows = 0
         # What to say of the class axis: "" once a batch has told which it is, None before any batch.
@@ -59,8 +74,9 @@ class Reader:
                 together.
             TypeError: If preds are not float, or the target holds no class indices.
         """
-        for logits, labels, _ in row_blocks(preds, target, task=self.task, ignore_index=self.ignore_index):
-            yield self.rows(logits, labels, device)
+        self._check_labels(preds)
+        for logits, labels, label in row_blocks(preds, target, task=self.task, ignore_index=self.ignore_index):
+            yield self.rows(logits, labels, device, label)
         self._look_at_axes(preds, target)
 
     def item_blocks(self, preds: Tensor, target: Tensor) -> Iterator[Rows]:
@@ -68,15 +84,24 @@ class Reader:
         yield from item_blocks(preds, target, task=self.task, ignore_index=self.ignore_index)
         self._look_at_axes(preds, target)
 
-    def rows(self, preds: Tensor, target: Tensor, device: torch.device | None = None) -> "PredictedRows":
-        """Checked rows, of preds ``(m, C)`` and target ``(m,)`` as :mod:`lightning_clamp._rows` lays them out."""
+    def rows(
+        self, preds: Tensor, target: Tensor, device: torch.device | None = None, label: Tensor | None = None
+    ) -> "PredictedRows":
+        """Rows, of preds ``(m, C)``, target and label ``(m,)`` as :mod:`lightning_clamp._rows` lays them out."""
         device = preds.device if device is None else device
-        preds, target = preds.detach().to(device, torch.promote_types(preds.dtype, torch.float32)), target.to(device)
-        if self.probs and self.task == "binary":
+        preds = preds.detach() if preds.requires_grad else preds
+        preds, target = preds.to(device, torch.promote_types(preds.dtype, torch.float32)), target.to(device)
+        if self.probs and self.task != "multiclass":
             preds = torch.stack([1 - preds[:, 1], preds[:, 1]], 1)
-        if self.validate_args:
-            self._check(preds, target)
-        return PredictedRows(preds, target, self)
+        # Not looked at before something was computed of it: a label out of range must not end a process on CUDA.
+        inside = target.clamp(0, preds.shape[1] - 1) if self.validate_args else target
+        return PredictedRows(preds, inside.long(), target, self, None if label is None else label.to(device))
+
+    def of_one_label(self) -> "Reader":
+        """The same for one label, ``(N,)`` or dense ``(N, ...)``; it notes in ``scored`` what had no entries."""
+        reader = Reader(self.name, task="binary", ignore_index=self.ignore_index, probs=self.probs)
+        reader.scored = []
+        return reader
 
     def zero_target(self, preds: Tensor) -> Tensor:
         """A target of zeros that fits preds, for what needs none.
@@ -88,7 +113,7 @@ class Reader:
             raise ValueError(f"ignore_index={self.ignore_index} leaves positions out by their target: pass a target.")
         if not isinstance(preds, Tensor):
             return torch.zeros(0, dtype=torch.int64)  # preds are refused when they are read
-        shape = preds.shape if self.task == "binary" else preds.shape[:1] + preds.shape[2:]
+        shape = preds.shape if self.task != "multiclass" else preds.shape[:1] + preds.shape[2:]
         return torch.zeros(shape, dtype=torch.int64, device=preds.device)
 
     def warn_unless(self, scored: bool) -> None:
@@ -96,11 +121,20 @@ class Reader:
         if self._unclear_axis:
             rank_zero_warn(f"{self.name} took axis 1 for the classes. {self._unclear_axis}", UserWarning)
             self._unclear_axis = ""
-        if not scored:
+        if self.scored is not None:
+            self.scored.append(scored)
+        elif not scored:
             rank_zero_warn(
                 f"{self.name} is nan: no position was scored, since batches were empty or all targets were "
                 f"ignore_index={self.ignore_index}.",
                 UserWarning,
+            )
+
+    def _check_labels(self, preds: Tensor) -> None:
+        if self.num_labels is not None and isinstance(preds, Tensor) and preds.shape[1:2] != (self.num_labels,):
+            raise ValueError(
+                f"`num_labels` is {self.num_labels}, but preds have the shape {tuple(preds.shape)}: the labels are on "
+                "axis 1."
             )
 
     def _look_at_axes(self, preds: Tensor, target: Tensor) -> None:
@@ -108,25 +142,39 @@ class Reader:
             unclear = class_axis_is_unclear(preds, target, self.task)
             self._unclear_axis = unclear_axis(preds, target) if unclear else ""
 
-    def _check(self, preds: Tensor, target: Tensor) -> None:
+    def refuse(self, preds: Tensor, target: Tensor) -> None:
+        """Say what is wrong with rows.
+
+        Raises:
+            ValueError: If anything is.
+        """
+        check_hard(target)
         check_range(
             target, preds.shape[1], " Labels start at 0. Positions that have no label are left out with ignore_index."
         )
-        if not self.probs:
-            if len(preds) and not self._told_kind:
-                self._warn_of_probabilities(preds)
-        elif not _are_probs(preds):
+        if self.probs and not bool(_are_probs(preds).all()):
             raise ValueError(
                 "With probs=True `preds` must be probabilities, non-negative and adding up to 1 over the classes; for "
                 "logits leave probs=True out."
             )
+        unusable = int((~preds.amax(1).isfinite()).sum())
+        raise ValueError(f"`preds` holds nan or inf in {unusable} of {len(preds)} rows.")
 
-    def _warn_of_probabilities(self, preds: Tensor) -> None:
-        values_between = self.task == "binary" and bool(((preds >= 0) & (preds <= 1)).all())
-        if not (values_between or _are_probs(preds)):
+    @property
+    def wonders(self) -> bool:
+        """Whether logits may still turn out to be probabilities that nobody said to be any."""
+        return not (self.probs or self._told_kind)
+
+    def seem_probs(self, preds: Tensor) -> Tensor:
+        """Whether all values of logits ``(m, C)`` could be probabilities, a bool."""
+        return _are_probs(preds).all() if self.task == "multiclass" else ((preds >= 0) & (preds <= 1)).all()
+
+    def learn(self, rows: int, *, seem_probs: bool) -> None:
+        """Warn, once, of logits that look like probabilities; some that do not settle it."""
+        if not seem_probs:
             self._told_kind = True
             return
-        self._doubtful_rows += len(preds)
+        self._doubtful_rows += rows
         if self._doubtful_rows >= _TELLING_ROWS:
             self._told_kind = True
             rank_zero_warn(
@@ -142,13 +190,22 @@ class PredictedRows:
 
     Attributes:
         preds: Logits or probabilities, ``(m, C)``, float32 or float64.
-        target: Class indices, ``(m,)``, int64.
+        target: Class indices, ``(m,)``, int64; in range, unless nobody is to look.
+        given: The same as they came, int64 or float.
         reader: Says which of the two preds are.
+        label: Which label of its item each row is, ``(m,)``, int64; None unless ``task="multilabel"``.
     """
 
     preds: Tensor
     target: Tensor
+    given: Tensor
     reader: Reader
+    label: Tensor | None = None
+
+    def by_label(self, values: Tensor, num_labels: int) -> Tensor:
+        """Sums of ``values``, one per row and shape ``(m, ...)``, over each label's rows: ``(num_labels, ...)``."""
+        assert self.label is not None
+        return values.new_zeros(num_labels, *values.shape[1:]).index_add_(0, self.label, values)
 
     def log_probs(self) -> Tensor:
         """Log-probabilities, ``(m, C)``."""
@@ -162,23 +219,42 @@ class PredictedRows:
         """Confidence and correctness of the top label, ``(m,)`` each; of tied classes the first is the top one."""
         return (_top_probability if self.reader.probs else _top_label)(self.preds, self.target)
 
-    def checked(self, derived: Tensor) -> Tensor:
-        """What was derived from the rows, or an error if nan or inf in them has made it nan.
+    def check(self, derived: Tensor) -> None:
+        """Refuse the rows if they cannot be used; an accelerator is waited for once, for all that there is to know.
 
-        Asked of few numbers per row, in place of a look at every logit.
+        Args:
+            derived: What was derived from the rows, or its sum: nan or inf in them has made it nan. Asked of few
+                numbers per row, in place of a look at every logit.
+
+        Raises:
+            ValueError: If there is nan or inf, a label out of range, or no probability where there should be.
         """
-        if self.reader.validate_args and math.isnan(float(derived.sum())):
-            unusable = int((~self.preds.amax(1).isfinite()).sum())
-            raise ValueError(f"`preds` holds nan or inf in {unusable} of {len(self.preds)} rows.")
-        return derived
+        reader = self.reader
+        if not reader.validate_args or not len(self.preds):
+            return
+        right = self.given == self.target
+        if reader.probs:
+            right &= _are_probs(self.preds)
+        total = derived.sum() if derived.ndim else derived
+        total = torch.where(right.all(), total, torch.nan)
+        if not reader.wonders:
+            number = float(total)
+        else:
+            number, seem_probs = torch.stack([total, reader.seem_probs(self.preds).to(total.dtype)]).tolist()
+            if not math.isnan(number):
+                reader.learn(len(self.preds), seem_probs=bool(seem_probs))
+        if math.isnan(number):
+            reader.refuse(self.preds, self.given)
 
 
-def _are_probs(rows: Tensor) -> bool:
-    """Whether rows are non-negative and add up to 1; nan are not."""
-    return not len(rows) or bool(((rows.sum(1) - 1).abs() <= _SUM_TOLERANCE).all() and (rows >= 0).all())
+def _are_probs(rows: Tensor) -> Tensor:
+    """Which rows ``(m, C)`` are non-negative and add up to 1, ``(m,)`` bool; nan are not."""
+    return ((rows.sum(1) - 1).abs() <= _SUM_TOLERANCE) & (rows.amin(1) >= 0)
 
 
 def _top_label(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    if logits.device.type != "cpu":
+        return _top_label_at_once(logits, target)
     top = logits.amax(1, keepdim=True)
     # 1 / sum exp(z - max) rather than the largest softmax: no rounding can lift it above 1.
     confidence = (logits - top).exp_().sum(1).reciprocal_()
@@ -189,6 +265,11 @@ def _top_label(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     if len(tied):
         correct[tied] = logits[tied].max(1).indices == target[tied]
     return confidence, correct
+
+
+def _top_label_at_once(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The same in few launches, and without waiting for the number of ties: what counts on an accelerator."""
+    return logits.softmax(1).amax(1), logits.max(1).indices == target
 
 
 def _top_probability(probs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

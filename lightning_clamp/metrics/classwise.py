@@ -8,10 +8,13 @@ from torch import Tensor
 
 from lightning_clamp._rows import Task
 from lightning_clamp.metrics._base import RowMetric
-from lightning_clamp.metrics._binning import bin_index, checked_bins
+from lightning_clamp.metrics._binning import addends, bin_index, checked_bins
 from lightning_clamp.metrics._reading import PredictedRows, Reader
 
 Average: TypeAlias = Literal["macro", "none"]
+
+# Probabilities at work at once on an accelerator, which takes 24 bytes for each.
+_AT_ONCE_DEVICE = 2**24
 
 
 def classwise_calibration_error(
@@ -52,6 +55,7 @@ def classwise_calibration_error(
         temperature scaling", NeurIPS 2019 (classwise-ECE).
     """
     n_bins, average = checked_bins(n_bins), _checked(average)
+    _refuse_labels(task)
     reader = Reader("classwise_calibration_error", probs=probs, task=task, ignore_index=ignore_index)
     blocks = reader.blocks(preds, target)
     first = next(blocks)
@@ -76,6 +80,7 @@ class ClasswiseCalibrationError(RowMetric):
     plot_legend_name = "Class"
 
     def __init__(self, num_classes: int, n_bins: int = 15, *, average: Average = "macro", **kwargs: Any) -> None:
+        _refuse_labels(kwargs.get("task", "multiclass"))
         super().__init__(**kwargs)
         if num_classes < 2:
             raise ValueError(f"`num_classes` must be at least 2, got {num_classes}.")
@@ -90,10 +95,9 @@ class ClasswiseCalibrationError(RowMetric):
             raise ValueError(f"`num_classes` is {self.num_classes}, but preds have {rows.preds.shape[1]} classes.")
         _add(self.sums, rows)
 
-    def compute(self) -> Tensor:
-        """The error over all rows seen, nan before the first."""
-        self.warn_unless(self.sums[0])
-        return _error(self.sums, self.average)
+    def value(self, sums: Tensor) -> Tensor:
+        """The error."""
+        return _error(sums, self.average)
 
 
 def _checked(average: Average) -> Average:
@@ -102,24 +106,53 @@ def _checked(average: Average) -> Average:
     return average
 
 
-def _add(sums: Tensor, rows: PredictedRows) -> None:
-    """Add to the count, summed probability and occurrences per class and bin, ``(3, C, n_bins)`` float64, in place.
+def _refuse_labels(task: Task) -> None:
+    if task == "multilabel":
+        raise ValueError(
+            "The class-wise error is over the classes of a softmax: for the error of every label take "
+            'ExpectedCalibrationError or its function with task="multilabel", confidence="positive", average="none".'
+        )
 
-    In a row at most ``n_bins`` probabilities lie above the first bin. Only these are sorted into bins; the first gets
-    what is then missing in the totals.
+
+def _add(sums: Tensor, rows: PredictedRows) -> None:
+    """Add to the count, summed probability and occurrences per class and bin, ``(3, C, n_bins)`` float64, in place."""
+    probs = rows.class_probs()
+    summed = probs.sum(0, dtype=torch.float64)
+    rows.check(summed)
+    if probs.device.type == "cpu":
+        _add_chosen(sums, probs, rows.target, summed)
+    else:
+        _add_all(sums, probs, rows.target)
+
+
+def _add_chosen(sums: Tensor, probs: Tensor, target: Tensor, summed: Tensor) -> None:
+    """In a row at most ``n_bins`` probabilities lie above the first bin.
+
+    Only these are sorted into bins; the first gets what is then missing in the totals.
     """
-    probs, target = rows.class_probs(), rows.target
-    rows.checked(probs.sum(0))
     _, classes, n_bins = sums.shape
     # A shade below the edge, which float32 may not hit: the exact comparison is made in float64 by `bin_index`.
     row, column = (probs > (1 - 1e-6) / n_bins).nonzero(as_tuple=True)
-    chosen = probs[row, column].double()
-    values = torch.stack([torch.ones_like(chosen), chosen, (target[row] == column).double()])
+    added = addends(probs[row, column], target[row] == column)
     occurrences = torch.bincount(target, minlength=classes).double()
-    totals = torch.stack([torch.full_like(occurrences, len(probs)), probs.sum(0, dtype=torch.float64), occurrences])
+    totals = torch.stack([torch.full_like(occurrences, len(probs)), summed, occurrences])
     # Labels out of range, where nobody looked for them, have failed by now: the sums are changed last.
-    sums[:, :, 0] += totals.index_add(1, column, values, alpha=-1)
-    sums.view(3, -1).index_add_(1, column * n_bins + bin_index(chosen, n_bins), values)
+    sums[:, :, 0] += totals.index_add(1, column, added, alpha=-1)
+    sums.view(3, -1).index_add_(1, column * n_bins + bin_index(added[1], n_bins), added)
+
+
+def _add_all(sums: Tensor, probs: Tensor, target: Tensor) -> None:
+    """All of them, in a few launches, and without waiting for a number of those above the first bin."""
+    count, confidence, _ = sums.transpose(1, 2).unbind()
+    correct = sums[2].view(-1)
+    size = max(1, _AT_ONCE_DEVICE // probs.shape[1])
+    for part, labels in zip(probs.double().split(size), target.split(size), strict=True):
+        index = bin_index(part, len(count))
+        one = part.new_ones(()).expand_as(part)
+        count.scatter_add_(0, index, one)
+        confidence.scatter_add_(0, index, part)
+        of_target = labels * len(count) + index.gather(1, labels[:, None])[:, 0]
+        correct.index_add_(0, of_target, one[:, 0])
 
 
 def _error(sums: Tensor, average: Average) -> Tensor:

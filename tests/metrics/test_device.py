@@ -1,0 +1,144 @@
+"""On an accelerator a metric waits for nothing, or for one number: tensors without values (meta) stand for one."""
+
+from contextlib import suppress
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_clamp.metrics import BootstrapSums, BrierScore, ClasswiseCalibrationError, ExpectedCalibrationError
+from lightning_clamp.metrics._binning import _cell_edges, bin_index, cell_count, cell_index, merged
+from lightning_clamp.metrics._reading import _top_label, _top_label_at_once
+from lightning_clamp.metrics.classwise import _add_all
+from tests.metrics.test_metrics import METRICS, POOLED, make
+from tests.scenarios import calibrated_logits
+
+# What gives a number to Python, or a shape that depends on values.
+WAITING = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "bincount", "_unique2", "masked_select"}
+KINDS = {
+    "logits": ({}, (40, 5), (40,)),
+    "probabilities": ({"probs": True}, (40, 5), (40,)),
+    "pixels": ({}, (4, 5, 3, 3), (4, 3, 3)),
+    "one logit": ({"task": "binary"}, (40,), (40,)),
+    "one probability": ({"task": "binary", "probs": True}, (40, 1), (40,)),
+    "labels": ({"task": "multilabel", "num_labels": 3}, (40, 3), (40, 3)),
+    "labels of pixels": ({"task": "multilabel", "average": "micro"}, (4, 3, 5), (4, 3, 5)),
+}
+
+
+class Waits(TorchDispatchMode):
+    """Counts what an accelerator would be waited for; every number that is read is 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name, kwargs = function.overloadpacket.__name__, kwargs or {}
+        devices = {str(one.device) for one in args if isinstance(one, torch.Tensor)}
+        devices.add(str(kwargs.get("device")))
+        moved = name in ("copy_", "_to_copy") and len(devices - {"None"}) > 1
+        masks = [one for one in (args[1] if name == "index" else []) if one is not None and one.dtype == torch.bool]
+        if name in WAITING or masks or moved:
+            self.found.append(name)
+            if name == "_to_copy":
+                return torch.zeros(args[0].shape, dtype=kwargs.get("dtype", args[0].dtype))
+            if name == "_local_scalar_dense":
+                return 0.0
+        return function(*args, **kwargs)
+
+
+def waits(metric, *batch):
+    with Waits() as seen:
+        metric.update(*batch)
+    return seen.found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("metric_class", METRICS)
+@pytest.mark.parametrize("validate", [False, True])
+def test_no_update_waits_for_the_device_or_for_one_number_if_it_is_to_check(metric_class, kind, validate):
+    options, shape, labels = KINDS[kind]
+    if options.get("task") == "multilabel":
+        if metric_class is ClasswiseCalibrationError:
+            return
+        if metric_class in POOLED:
+            options = {"task": "multilabel"}
+    metric = make(metric_class, 2 if "task" in options else 5, validate_args=validate, **options).to("meta")
+    batch = torch.empty(shape, device="meta"), torch.empty(labels, device="meta", dtype=torch.int64)
+    for _ in range(2):  # the tables that are kept are made in the first
+        found = waits(metric, *batch)
+    assert len(found) == validate, found
+
+
+@pytest.mark.parametrize("task", ["binary", "multilabel"])
+@pytest.mark.parametrize("validate", [False, True])
+def test_float_targets_are_looked_at_with_the_rest(task, validate):
+    options = {"average": "micro"} if task == "multilabel" else {}
+    for metric_class in (BrierScore, BootstrapSums):
+        metric = metric_class(task=task, validate_args=validate, **options).to("meta")
+        assert len(waits(metric, torch.empty(9, 2, device="meta"), torch.empty(9, 2, device="meta"))) == validate
+
+
+def test_leaving_positions_out_costs_one_wait():
+    metric = ExpectedCalibrationError(ignore_index=255, validate_args=False).to("meta")
+    with Waits() as seen, suppress(NotImplementedError):
+        metric.update(torch.empty(4, 5, 3, device="meta"), torch.empty(4, 3, device="meta", dtype=torch.int64))
+    assert seen.found == ["nonzero"]
+
+
+@pytest.mark.parametrize(
+    "waiting",
+    [
+        lambda x: float(x.sum()),
+        lambda x: x[x > 0],
+        lambda x: (x > 0).nonzero(),
+        lambda x: x.sum(0).tolist(),
+        lambda x: x.copy_(torch.ones(3)),
+        lambda x: torch.ones(3).to(x),
+    ],
+)
+def test_the_count_sees_what_waits(waiting):
+    # There is no shape that depends on values without values.
+    with Waits() as seen, suppress(NotImplementedError):
+        waiting(torch.empty(3, device="meta"))
+    assert seen.found
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_the_top_label_in_few_launches_is_the_one_that_suits_a_processor(dtype):
+    """With ties, and with differences that the rounding of a softmax would take for some."""
+    logits = torch.cat([torch.randint(3, (200, 5)), 1e-5 * torch.randn(200, 5)]).to(dtype).float()
+    target = torch.randint(5, (400,))
+    for actual, expected in zip(_top_label_at_once(logits, target), _top_label(logits, target), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("n_bins", [1, 10, 15, 100, 20_000])
+def test_the_cell_that_is_searched_for_is_the_one_that_is_computed(n_bins):
+    """Up to the rounding at the edge of two cells; never at the edge of two bins."""
+    edges = torch.arange(n_bins + 1, dtype=torch.float64) / n_bins
+    beside = [edges, edges.nextafter(edges - 1), edges.nextafter(edges + 1), torch.rand(10_000).double()]
+    confidence = torch.cat([*beside, torch.logspace(-9, 0, 1000).double(), 1 - torch.logspace(-9, -1, 1000).double()])
+    confidence = confidence.clamp(0, 1)
+    searched = torch.bucketize(confidence, _cell_edges(n_bins, torch.device("cpu")))
+    computed_ = cell_index(confidence, n_bins)
+    assert (searched - computed_).abs().max() <= 1
+    assert (searched == computed_).double().mean() > 0.99
+    assert searched[confidence == 1].unique().tolist() == [cell_count(n_bins) - 1]
+    for index in (searched, computed_):
+        cells = torch.zeros(3, cell_count(n_bins), dtype=torch.float64)
+        cells[0] = torch.bincount(index, minlength=cell_count(n_bins))
+        counts = torch.bincount(bin_index(confidence, n_bins), minlength=n_bins).double()
+        assert torch.equal(merged(cells, n_bins)[0], counts)
+    assert 0 <= int(torch.bucketize(torch.tensor(torch.nan), _cell_edges(n_bins, torch.device("cpu")))) < cells.shape[1]
+
+
+def test_class_wise_sums_without_waiting_are_the_same(monkeypatch):
+    logits, target = calibrated_logits(300)
+    metric = make(ClasswiseCalibrationError)
+    metric.update(logits, target)
+    monkeypatch.setattr("lightning_clamp.metrics.classwise._AT_ONCE_DEVICE", 200)
+    sums = torch.zeros_like(metric.sums)
+    _add_all(sums, logits.softmax(1), target)
+    torch.testing.assert_close(sums, metric.sums)
