@@ -117,7 +117,8 @@ def row_blocks(
         block = _flat(part, labels, task)
         if ignore_index is not None:
             kept = _kept(block.target, ignore_index)
-            block = Block(*(None if column is None else column[kept] for column in block))
+            label = None if block.label is None else block.label[kept]
+            block = Block(block.logits[kept], block.target[kept], label)
         yield block
 
 

@@ -89,8 +89,9 @@ class Spec:
 
     @property
     def of_metrics(self) -> dict[str, Any]:
-        """The keywords that metrics take: task and ignore_index."""
-        return {"task": self.task, "ignore_index": self.ignore_index}
+        """The keywords that metrics take: task and ignore_index; of several labels all entries make one value."""
+        average = {"average": "micro"} if self.task == "multilabel" else {}
+        return {"task": self.task, "ignore_index": self.ignore_index, **average}
 
     def pair(self, batch: Any) -> tuple[Inputs, Tensor]:
         """Input and target of a batch; see :func:`~._batch.as_pair`."""

@@ -46,10 +46,10 @@ def fit_clamp(
 
     Args:
         network: Callable from a batch of inputs, ``(N, *shape)``, to logits: ``(N, C)``, dense ``(N, C, ...)``, or one
-            logit per position for ``task="binary"``; or to an object with ``.logits``, or a mapping with ``"logits"``
-            or ``"out"``. An ``nn.Module`` is put in eval mode and frozen meanwhile, its
-            flags, buffers and the random state are restored, and batches are moved to its device. Pass the module (or
-            one of its methods) and not a lambda around it: what is inside a function cannot be frozen.
+            logit per position for ``task="binary"`` and per label for ``task="multilabel"``; or to an object with
+            ``.logits``, or a mapping with ``"logits"`` or ``"out"``. An ``nn.Module`` is put in eval mode and frozen
+            meanwhile, its flags, buffers and the random state are restored, and batches are moved to its device. Pass
+            the module (or one of its methods) and not a lambda around it: what is inside a function cannot be frozen.
         dataloader: Re-iterable of pairs ``(inputs, target)``, such as a DataLoader (or see ``batch_keys``); held-out
             data, not augmented. Read once, if there is room for the batches.
         method: ``"clamp"`` (smooth perturbations by Fisher scoring and output maps, chosen by a criterion),

@@ -25,10 +25,10 @@ class ClampOptions:
             alone.
         output_maps: Output maps to consider: ``"bias"``, ``"vector"`` (a scale and a bias for each class) and
             ``"matrix"`` (each class's logit also counts for the others; up to 30 classes). The temperature always takes
-            part. With one logit both are ``"bias"``, with two classes a matrix is a vector.
+            part. With one logit both are ``"bias"``; with two classes, or several labels, a matrix is a vector.
         uniform_share: Whether the probabilities may be mixed with a share of the uniform distribution, which takes on
-            rows with a wrong label that the network is sure of. Without it, ``output_maps=("temperature",)`` is plain
-            Neural Clamping.
+            rows with a wrong label that the network is sure of; not of several labels. Without it,
+            ``output_maps=("temperature",)`` is plain Neural Clamping.
         max_passes: Most passes spent on one grid, at least 1.
     """
 

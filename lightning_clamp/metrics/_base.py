@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_clamp._rows import Task, is_one_block
+from lightning_clamp.metrics._labels import AVERAGES, LabelAverage, averaged, checked_average, checked_labels
 from lightning_clamp.metrics._reading import PredictedRows, Reader
 
 if TYPE_CHECKING:
@@ -21,14 +22,22 @@ class RowMetric(Metric):
 
     ``preds`` are logits, or probabilities where the metric was told so: ``(N, C)``, dense ``(N, C, ...)``, or one value
     per position for ``task="binary"``; any float dtype, computed in float32 at least and summed in float64. ``target``
-    holds class indices. A subclass registers its state by :meth:`add_sums` and defines :meth:`add`.
+    holds class indices. A subclass registers its state by :meth:`add_sums` and defines :meth:`add` and :meth:`value`.
+
+    For ``task="multilabel"`` preds are one logit (or probability) per label, ``(N, K)`` or dense ``(N, K, ...)``, and
+    the target is 0 or 1 in the same shape, int, bool or float. Each label is read as ``task="binary"`` reads one logit.
 
     Args:
-        task: ``"multiclass"``, or ``"binary"`` for one logit (or one probability) per position.
-        ignore_index: Target value of positions to leave out.
+        task: ``"multiclass"``; ``"binary"`` for one logit (or one probability) per position; or ``"multilabel"`` for
+            one per label.
+        ignore_index: Target value of positions, or of single labels of an item, to leave out.
         probs: Whether preds are probabilities. By default they are logits; it is never guessed.
         validate_args: Whether to look for nan, labels out of range and rows that are no probabilities. It costs little
-            on a CPU, and a synchronisation per batch on an accelerator.
+            on a CPU; an accelerator is waited for once per batch, and without it not at all (``ignore_index`` costs
+            one wait either way).
+        num_labels: Number of labels, K, for ``task="multilabel"``; not needed if ``average`` is ``"micro"``.
+        average: For ``task="multilabel"``: ``"macro"``, the mean over the labels of which an entry was scored;
+            ``"none"``, the value of each label; or ``"micro"``, the value of all entries taken as one label.
         **kwargs: Options of :class:`torchmetrics.Metric`.
 
     Raises:
@@ -39,6 +48,8 @@ class RowMetric(Metric):
     is_differentiable = False
     full_state_update = False
     plot_lower_bound: float | None = 0.0
+    # How it can average over labels, the default first.
+    averages: ClassVar[tuple[LabelAverage, ...]] = AVERAGES
     # TorchScript compiles all other properties of a metric that a scripted module holds.
     __jit_unused_properties__: ClassVar[list[str]] = [*Metric.__jit_unused_properties__, "sums"]
 
@@ -49,16 +60,26 @@ class RowMetric(Metric):
         ignore_index: int | None = None,
         probs: bool = False,
         validate_args: bool = True,
+        num_labels: int | None = None,
+        average: LabelAverage | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        name = type(self).__name__
+        self.label_average = checked_average(average, self.averages, task)
+        self.num_labels = checked_labels(num_labels, self.label_average, task, name)
         self.reader = Reader(
-            type(self).__name__, task=task, ignore_index=ignore_index, probs=probs, validate_args=validate_args
+            name,
+            task=task,
+            ignore_index=ignore_index,
+            probs=probs,
+            validate_args=validate_args,
+            num_labels=self.num_labels,
         )
         self._state_name = ""
 
     def add_sums(self, name: str, *shape: int) -> None:
-        """Register the state: float64 sums over samples.
+        """Register the state: float64 sums over samples, with a leading axis of the labels if there are several.
 
         The state is named after what it sums and every option that shapes it. A ``MetricCollection`` merges metrics
         whose states have equal names and equal values *at the first batch*; a telling name keeps those apart that are
@@ -66,6 +87,9 @@ class RowMetric(Metric):
         """
         kind = "probs" if self.reader.probs else "logits"
         self._state_name = f"{name}_{self.reader.task}_{kind}_ignoring_{self.reader.ignore_index}"
+        if self.num_labels is not None:
+            self._state_name += f"_of_{self.num_labels}_labels"
+            shape = (self.num_labels, *shape)
         self.add_state(self._state_name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
 
     @property
@@ -109,6 +133,22 @@ class RowMetric(Metric):
     def add(self, rows: PredictedRows) -> None:
         """Add rows to :attr:`sums`, in place."""
         raise NotImplementedError
+
+    def value(self, sums: Tensor) -> Any:
+        """The value of sums of the shape that was registered."""
+        raise NotImplementedError
+
+    def compute(self) -> Any:
+        """The value over all rows seen, nan before the first."""
+        sums = self.sums
+        self.warn_unless(sums)
+        if self.num_labels is None:
+            return self.value(sums)
+        return self.over_labels([self.value(of_label) for of_label in sums], sums.flatten(1).any(1))
+
+    def over_labels(self, values: list[Any], scored: Tensor) -> Any:
+        """What is made of the values of the labels; ``scored``, ``(K,)``, says which had entries."""
+        return averaged(values, scored, self.label_average)
 
     def warn_unless(self, scored: Tensor) -> None:
         """Warn if nothing was counted, though there were updates (without any, torchmetrics itself warns)."""

@@ -1,6 +1,6 @@
 """Which confidence is meant, and the histogram of it that a family of metrics shares."""
 
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -41,10 +41,10 @@ def _of_rows(rows: PredictedRows, confidence: Confidence) -> tuple[Tensor, Tenso
 def _check(confidence: Confidence, task: Task) -> None:
     if confidence not in ("top", "positive"):
         raise ValueError(f"`confidence` must be 'top' or 'positive', got {confidence!r}.")
-    if confidence == "positive" and task != "binary":
+    if confidence == "positive" and task == "multiclass":
         raise ValueError(
-            'confidence="positive" is the probability of class 1 and needs task="binary"; for every class of '
-            "several see ClasswiseCalibrationError."
+            'confidence="positive" is the probability of class 1 and needs task="binary" (or "multilabel"); for every '
+            "class of several see ClasswiseCalibrationError."
         )
 
 
@@ -52,18 +52,17 @@ class ConfidenceMetric(RowMetric):
     """A metric of how confidence and accuracy agree; its state is a fine histogram of the confidence.
 
     The state is three float64 sums (count, confidence, number right) in each of some 15,400 cells that divide the bins:
-    369 KB for 15 bins, whatever the number of samples. Everything binned, equal-mass or smoothed is computed from it,
-    so that a ``MetricCollection`` of them keeps one state and updates once.
+    369 KB for 15 bins, and as much for each of several labels, whatever the number of samples. Everything binned,
+    equal-mass or smoothed is computed from it, so that a ``MetricCollection`` of them keeps one state and updates once.
 
     Args:
         n_bins: Number of equal-width bins, at least 1.
         confidence: ``"top"``, the probability of the predicted class against how often it is right; or ``"positive"``
-            (``task="binary"`` only), the probability of class 1 against how often class 1 occurs.
+            (not for ``task="multiclass"``), the probability of class 1 against how often class 1 occurs.
         **kwargs: Further arguments of :class:`~._base.RowMetric`.
     """
 
     higher_is_better = False
-    __jit_unused_properties__: ClassVar[list[str]] = [*RowMetric.__jit_unused_properties__, "cells", "bins"]
 
     def __init__(self, n_bins: int = 15, *, confidence: Confidence = "top", **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -75,15 +74,16 @@ class ConfidenceMetric(RowMetric):
     def add(self, rows: PredictedRows) -> None:
         """Add rows to the histogram."""
         added = addends(*_of_rows(rows, self.confidence))
-        self.sums.index_add_(1, cell_index(added[1], self.n_bins), added)
+        index = cell_index(added[1], self.n_bins)
+        if self.num_labels is None:
+            self.sums.index_add_(1, index, added)
+            return
+        assert rows.label is not None
+        cells = self.sums.shape[-1]
+        kinds = torch.arange(3, device=index.device)[:, None]
+        places = (3 * rows.label + kinds) * cells + index
+        self.sums.view(-1).index_add_(0, places.flatten(), added.flatten())
 
-    @property
-    def cells(self) -> Tensor:
-        """Sums per cell; warns if there are none."""
-        self.warn_unless(self.sums[0])
-        return self.sums
-
-    @property
-    def bins(self) -> Tensor:
-        """Sums per equal-width bin, ``(3, n_bins)``."""
-        return merged(self.cells, self.n_bins)
+    def bins(self, cells: Tensor) -> Tensor:
+        """Sums per equal-width bin, ``(3, n_bins)``, from those per cell."""
+        return merged(cells, self.n_bins)

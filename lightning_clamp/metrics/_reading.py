@@ -31,10 +31,12 @@ class Reader:
 
     Args:
         name: Of the metric or the function, for warnings.
-        task: ``"multiclass"``, or ``"binary"`` for one logit (or one probability) per position.
+        task: ``"multiclass"``, ``"binary"`` for one logit (or one probability) per position, or ``"multilabel"`` for
+            one per label.
         ignore_index: Target value of positions to leave out.
         probs: Whether predictions are probabilities. By default they are logits; it is never guessed.
         validate_args: Whether to look for nan, labels out of range and rows that are no probabilities.
+        num_labels: Labels that an item must have; None for any number.
 
     Raises:
         ValueError: If ``task`` is unknown.
@@ -48,6 +50,7 @@ class Reader:
         ignore_index: int | None = None,
         probs: bool = False,
         validate_args: bool = True,
+        num_labels: int | None = None,
     ) -> None:
         check_choice("task", task, TASKS)
         self.name = name
@@ -55,6 +58,9 @@ class Reader:
         self.ignore_index = ignore_index
         self.probs = probs
         self.validate_args = validate_args
+        self.num_labels = num_labels
+        # Of a reader of one label at a time: which had any entry, instead of a warning.
+        self.scored: list[bool] | None = None
         self._told_kind = False
         self._doubtful_rows = 0
         # What to say of the class axis: "" once a batch has told which it is, None before any batch.
@@ -68,8 +74,9 @@ class Reader:
                 together.
             TypeError: If preds are not float, or the target holds no class indices.
         """
-        for logits, labels, _ in row_blocks(preds, target, task=self.task, ignore_index=self.ignore_index):
-            yield self.rows(logits, labels, device)
+        self._check_labels(preds)
+        for logits, labels, label in row_blocks(preds, target, task=self.task, ignore_index=self.ignore_index):
+            yield self.rows(logits, labels, device, label)
         self._look_at_axes(preds, target)
 
     def item_blocks(self, preds: Tensor, target: Tensor) -> Iterator[Rows]:
@@ -77,16 +84,24 @@ class Reader:
         yield from item_blocks(preds, target, task=self.task, ignore_index=self.ignore_index)
         self._look_at_axes(preds, target)
 
-    def rows(self, preds: Tensor, target: Tensor, device: torch.device | None = None) -> "PredictedRows":
-        """Rows, of preds ``(m, C)`` and target ``(m,)`` as :mod:`lightning_clamp._rows` lays them out."""
+    def rows(
+        self, preds: Tensor, target: Tensor, device: torch.device | None = None, label: Tensor | None = None
+    ) -> "PredictedRows":
+        """Rows, of preds ``(m, C)``, target and label ``(m,)`` as :mod:`lightning_clamp._rows` lays them out."""
         device = preds.device if device is None else device
         preds = preds.detach() if preds.requires_grad else preds
         preds, target = preds.to(device, torch.promote_types(preds.dtype, torch.float32)), target.to(device)
-        if self.probs and self.task == "binary":
+        if self.probs and self.task != "multiclass":
             preds = torch.stack([1 - preds[:, 1], preds[:, 1]], 1)
         # Not looked at before something was computed of it: a label out of range must not end a process on CUDA.
         inside = target.clamp(0, preds.shape[1] - 1) if self.validate_args else target
-        return PredictedRows(preds, inside.long(), target, self)
+        return PredictedRows(preds, inside.long(), target, self, None if label is None else label.to(device))
+
+    def of_one_label(self) -> "Reader":
+        """The same for one label, ``(N,)`` or dense ``(N, ...)``; it notes in ``scored`` what had no entries."""
+        reader = Reader(self.name, task="binary", ignore_index=self.ignore_index, probs=self.probs)
+        reader.scored = []
+        return reader
 
     def zero_target(self, preds: Tensor) -> Tensor:
         """A target of zeros that fits preds, for what needs none.
@@ -98,7 +113,7 @@ class Reader:
             raise ValueError(f"ignore_index={self.ignore_index} leaves positions out by their target: pass a target.")
         if not isinstance(preds, Tensor):
             return torch.zeros(0, dtype=torch.int64)  # preds are refused when they are read
-        shape = preds.shape if self.task == "binary" else preds.shape[:1] + preds.shape[2:]
+        shape = preds.shape if self.task != "multiclass" else preds.shape[:1] + preds.shape[2:]
         return torch.zeros(shape, dtype=torch.int64, device=preds.device)
 
     def warn_unless(self, scored: bool) -> None:
@@ -106,11 +121,20 @@ class Reader:
         if self._unclear_axis:
             rank_zero_warn(f"{self.name} took axis 1 for the classes. {self._unclear_axis}", UserWarning)
             self._unclear_axis = ""
-        if not scored:
+        if self.scored is not None:
+            self.scored.append(scored)
+        elif not scored:
             rank_zero_warn(
                 f"{self.name} is nan: no position was scored, since batches were empty or all targets were "
                 f"ignore_index={self.ignore_index}.",
                 UserWarning,
+            )
+
+    def _check_labels(self, preds: Tensor) -> None:
+        if self.num_labels is not None and isinstance(preds, Tensor) and preds.shape[1:2] != (self.num_labels,):
+            raise ValueError(
+                f"`num_labels` is {self.num_labels}, but preds have the shape {tuple(preds.shape)}: the labels are on "
+                "axis 1."
             )
 
     def _look_at_axes(self, preds: Tensor, target: Tensor) -> None:
@@ -143,7 +167,7 @@ class Reader:
 
     def seem_probs(self, preds: Tensor) -> Tensor:
         """Whether all values of logits ``(m, C)`` could be probabilities, a bool."""
-        return ((preds >= 0) & (preds <= 1)).all() if self.task == "binary" else _are_probs(preds).all()
+        return _are_probs(preds).all() if self.task == "multiclass" else ((preds >= 0) & (preds <= 1)).all()
 
     def learn(self, rows: int, *, seem_probs: bool) -> None:
         """Warn, once, of logits that look like probabilities; some that do not settle it."""
@@ -169,12 +193,19 @@ class PredictedRows:
         target: Class indices, ``(m,)``, int64; in range, unless nobody is to look.
         given: The same as they came, int64 or float.
         reader: Says which of the two preds are.
+        label: Which label of its item each row is, ``(m,)``, int64; None unless ``task="multilabel"``.
     """
 
     preds: Tensor
     target: Tensor
     given: Tensor
     reader: Reader
+    label: Tensor | None = None
+
+    def by_label(self, values: Tensor, num_labels: int) -> Tensor:
+        """Sums of ``values``, one per row and shape ``(m, ...)``, over each label's rows: ``(num_labels, ...)``."""
+        assert self.label is not None
+        return values.new_zeros(num_labels, *values.shape[1:]).index_add_(0, self.label, values)
 
     def log_probs(self) -> Tensor:
         """Log-probabilities, ``(m, C)``."""

@@ -1,11 +1,12 @@
 """When to abstain: the area under the risk-coverage curve, and its points that an application asks for."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
 from lightning_clamp._rows import Task
 from lightning_clamp.metrics._confidence import ConfidenceMetric
+from lightning_clamp.metrics._labels import LabelAverage, over_labels
 from lightning_clamp.metrics._reading import Reader
 from lightning_clamp.metrics.risk_coverage import RiskCoverageCurve, check_share, curve_of
 
@@ -19,6 +20,7 @@ def area_under_risk_coverage(
     probs: bool = False,
     task: Task = "multiclass",
     ignore_index: int | None = None,
+    average: LabelAverage = "macro",
 ) -> Tensor:
     r"""Area under the risk-coverage curve (AURC): the error rate of the surest k of N rows, averaged over all k.
 
@@ -35,8 +37,9 @@ def area_under_risk_coverage(
         generalized: Divide :math:`e_k` by N instead of k (AUGRC): the share of rows that are answered and wrong. The
             surest rows, over which the AURC divides by small k, then weigh no more than others.
         probs: Whether preds are probabilities; it is never guessed.
-        task: ``"multiclass"`` or ``"binary"``.
+        task: ``"multiclass"``, ``"binary"`` or ``"multilabel"``; see :class:`~._base.RowMetric`.
         ignore_index: Target value of positions to leave out.
+        average: For ``task="multilabel"``; see :class:`~._base.RowMetric`.
 
     Returns:
         Scalar float64 in ``[0, 1]`` (a fraction, not percent); nan without rows.
@@ -58,7 +61,9 @@ def area_under_risk_coverage(
         NeurIPS 2024.
     """
     reader = Reader("area_under_risk_coverage", probs=probs, task=task, ignore_index=ignore_index)
-    return curve_of(preds, target, reader).area(excess=excess, generalized=generalized)
+    return over_labels(
+        lambda *batch: curve_of(*batch).area(excess=excess, generalized=generalized), preds, target, reader, average
+    )
 
 
 def accuracy_at_coverage(
@@ -69,6 +74,7 @@ def accuracy_at_coverage(
     probs: bool = False,
     task: Task = "multiclass",
     ignore_index: int | None = None,
+    average: LabelAverage = "macro",
 ) -> Tensor:
     """Accuracy of the surest part of the rows: what is right if the network abstains on the others.
 
@@ -82,13 +88,14 @@ def accuracy_at_coverage(
         probs: Whether preds are probabilities.
         task: Kind of output.
         ignore_index: Target value to leave out.
+        average: Over labels.
 
     Reference:
         Geifman and El-Yaniv, "SelectiveNet: A Deep Neural Network with an Integrated Reject Option", ICML 2019.
     """
     check_share("coverage", coverage)
     reader = Reader("accuracy_at_coverage", probs=probs, task=task, ignore_index=ignore_index)
-    return curve_of(preds, target, reader).accuracy_at(coverage)
+    return over_labels(lambda *batch: curve_of(*batch).accuracy_at(coverage), preds, target, reader, average)
 
 
 def coverage_at_accuracy(
@@ -99,6 +106,7 @@ def coverage_at_accuracy(
     probs: bool = False,
     task: Task = "multiclass",
     ignore_index: int | None = None,
+    average: LabelAverage = "macro",
 ) -> Tensor:
     """The largest share of the rows that can be answered with this accuracy, by a threshold on the confidence.
 
@@ -112,13 +120,14 @@ def coverage_at_accuracy(
         probs: Whether preds are probabilities.
         task: Kind of output.
         ignore_index: Target value to leave out.
+        average: Over labels.
 
     Reference:
         Geifman and El-Yaniv, "Selective Classification for Deep Neural Networks", NeurIPS 2017.
     """
     check_share("accuracy", accuracy)
     reader = Reader("coverage_at_accuracy", probs=probs, task=task, ignore_index=ignore_index)
-    return curve_of(preds, target, reader).coverage_at(accuracy)
+    return over_labels(lambda *batch: curve_of(*batch).coverage_at(accuracy), preds, target, reader, average)
 
 
 class SelectiveMetric(ConfidenceMetric):
@@ -132,8 +141,6 @@ class SelectiveMetric(ConfidenceMetric):
         **kwargs: Further arguments of :class:`~._base.RowMetric`.
     """
 
-    __jit_unused_properties__: ClassVar[list[str]] = [*ConfidenceMetric.__jit_unused_properties__, "curve"]
-
     def __init__(self, *, n_bins: int = 15, **kwargs: Any) -> None:
         super().__init__(n_bins, **kwargs)
         if self.confidence != "top":
@@ -142,10 +149,9 @@ class SelectiveMetric(ConfidenceMetric):
                 f"{type(self).__name__} knows confidence='top' only, got {self.confidence!r}."
             )
 
-    @property
-    def curve(self) -> RiskCoverageCurve:
-        """The curve over all rows seen."""
-        return RiskCoverageCurve.from_sums(self.cells)
+    def curve(self, sums: Tensor) -> RiskCoverageCurve:
+        """The curve of sums per cell."""
+        return RiskCoverageCurve.from_sums(sums)
 
 
 class AreaUnderRiskCoverage(SelectiveMetric):
@@ -160,9 +166,9 @@ class AreaUnderRiskCoverage(SelectiveMetric):
         self.excess = excess
         self.generalized = generalized
 
-    def compute(self) -> Tensor:
-        """The area over all rows seen, nan before the first."""
-        return self.curve.area(excess=self.excess, generalized=self.generalized)
+    def value(self, sums: Tensor) -> Tensor:
+        """The area."""
+        return self.curve(sums).area(excess=self.excess, generalized=self.generalized)
 
 
 class AccuracyAtCoverage(SelectiveMetric):
@@ -175,9 +181,9 @@ class AccuracyAtCoverage(SelectiveMetric):
         check_share("coverage", coverage)
         self.coverage = coverage
 
-    def compute(self) -> Tensor:
-        """The accuracy over all rows seen, nan before the first."""
-        return self.curve.accuracy_at(self.coverage)
+    def value(self, sums: Tensor) -> Tensor:
+        """The accuracy."""
+        return self.curve(sums).accuracy_at(self.coverage)
 
 
 class CoverageAtAccuracy(SelectiveMetric):
@@ -193,6 +199,6 @@ class CoverageAtAccuracy(SelectiveMetric):
         check_share("accuracy", accuracy)
         self.accuracy = accuracy
 
-    def compute(self) -> Tensor:
-        """The coverage over all rows seen, nan before the first."""
-        return self.curve.coverage_at(self.accuracy)
+    def value(self, sums: Tensor) -> Tensor:
+        """The coverage."""
+        return self.curve(sums).coverage_at(self.accuracy)

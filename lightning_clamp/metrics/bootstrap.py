@@ -1,7 +1,7 @@
 """Confidence intervals for what calibration changed: the same samples before and after, resampled together."""
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,11 +9,9 @@ from torch import Tensor
 from lightning_clamp._rows import Rows
 from lightning_clamp.metrics._base import RowMetric
 from lightning_clamp.metrics._binning import bin_index, checked_bins
+from lightning_clamp.metrics._labels import LabelAverage
 from lightning_clamp.metrics.reliability import ReliabilityCurve
 from lightning_clamp.metrics.scoring_rules import nll_per_row
-
-if TYPE_CHECKING:
-    pass
 
 
 class Interval(NamedTuple):
@@ -67,6 +65,8 @@ class BootstrapSums(RowMetric):
         **kwargs: Further arguments of :class:`~._base.RowMetric`.
     """
 
+    # Of several labels, whose entries are correlated within an item, all entries.
+    averages: ClassVar[tuple[LabelAverage, ...]] = ("micro",)
     # The block of an item depends on how many there were before.
     full_state_update = True
 

@@ -1,5 +1,6 @@
 """Calibration errors of the confidence, binned: expected, maximum, root-mean-square, overconfidence, equal-mass."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from lightning_clamp._rows import Task
 from lightning_clamp.metrics._binning import checked_bins, equal_mass_sums, value_sums
 from lightning_clamp.metrics._confidence import Confidence, ConfidenceMetric, confidences
+from lightning_clamp.metrics._labels import LabelAverage, over_labels
 from lightning_clamp.metrics._reading import Reader
 from lightning_clamp.metrics.reliability import Norm, ReliabilityCurve, binned_curve, check_norm
 
@@ -21,6 +23,7 @@ def expected_calibration_error(
     probs: bool = False,
     task: Task = "multiclass",
     ignore_index: int | None = None,
+    average: LabelAverage = "macro",
 ) -> Tensor:
     r"""Expected calibration error (ECE): the mean gap between confidence and accuracy over equal-width bins.
 
@@ -33,8 +36,9 @@ def expected_calibration_error(
         n_bins: Number of bins, at least 1.
         confidence: See :func:`~.reliability.reliability_curve`.
         probs: Whether preds are probabilities; it is never guessed.
-        task: ``"multiclass"`` or ``"binary"``.
+        task: ``"multiclass"``, ``"binary"`` or ``"multilabel"``; see :class:`~._base.RowMetric`.
         ignore_index: Target value of positions to leave out.
+        average: For ``task="multilabel"``; see :class:`~._base.RowMetric`.
 
     Returns:
         Scalar float64 in ``[0, 1]`` (a fraction, not percent); nan without rows.
@@ -54,7 +58,7 @@ def expected_calibration_error(
         Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, eq. 3.
     """
     reader = Reader("expected_calibration_error", probs=probs, task=task, ignore_index=ignore_index)
-    return binned_curve(preds, target, n_bins, confidence, reader).calibration_error()
+    return _over_bins(ReliabilityCurve.calibration_error, preds, target, n_bins, confidence, reader, average)
 
 
 def maximum_calibration_error(
@@ -66,6 +70,7 @@ def maximum_calibration_error(
     probs: bool = False,
     task: Task = "multiclass",
     ignore_index: int | None = None,
+    average: LabelAverage = "macro",
 ) -> Tensor:
     """Maximum calibration error (MCE): the largest gap of any bin, however few rows it has.
 
@@ -75,7 +80,7 @@ def maximum_calibration_error(
         Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
     """
     reader = Reader("maximum_calibration_error", probs=probs, task=task, ignore_index=ignore_index)
-    return binned_curve(preds, target, n_bins, confidence, reader).calibration_error("max")
+    return _over_bins(lambda curve: curve.calibration_error("max"), preds, target, n_bins, confidence, reader, average)
 
 
 def root_mean_square_calibration_error(
@@ -88,6 +93,7 @@ def root_mean_square_calibration_error(
     probs: bool = False,
     task: Task = "multiclass",
     ignore_index: int | None = None,
+    average: LabelAverage = "macro",
 ) -> Tensor:
     """Root-mean-square calibration error: the root of the mean squared gap over equal-width bins.
 
@@ -103,12 +109,15 @@ def root_mean_square_calibration_error(
         probs: Whether preds are probabilities.
         task: Kind of output.
         ignore_index: Target value to leave out.
+        average: Over labels.
 
     Reference:
         Kumar, Liang and Ma, "Verified Uncertainty Calibration", NeurIPS 2019.
     """
     reader = Reader("root_mean_square_calibration_error", probs=probs, task=task, ignore_index=ignore_index)
-    return binned_curve(preds, target, n_bins, confidence, reader).calibration_error("l2", debias=debias)
+    return _over_bins(
+        lambda curve: curve.calibration_error("l2", debias=debias), preds, target, n_bins, confidence, reader, average
+    )
 
 
 def overconfidence_error(
@@ -120,6 +129,7 @@ def overconfidence_error(
     probs: bool = False,
     task: Task = "multiclass",
     ignore_index: int | None = None,
+    average: LabelAverage = "macro",
 ) -> Tensor:
     r"""Overconfidence error: gaps of bins that are too sure, weighted by their confidence.
 
@@ -130,7 +140,7 @@ def overconfidence_error(
         Thulasidasan et al., "On Mixup Training: Improved Calibration and Predictive Uncertainty", NeurIPS 2019.
     """
     reader = Reader("overconfidence_error", probs=probs, task=task, ignore_index=ignore_index)
-    return _overconfidence(binned_curve(preds, target, n_bins, confidence, reader))
+    return _over_bins(_overconfidence, preds, target, n_bins, confidence, reader, average)
 
 
 def adaptive_calibration_error(
@@ -144,6 +154,7 @@ def adaptive_calibration_error(
     probs: bool = False,
     task: Task = "multiclass",
     ignore_index: int | None = None,
+    average: LabelAverage = "macro",
 ) -> Tensor:
     """Adaptive calibration error: the mean gap over bins of equal mass.
 
@@ -162,6 +173,7 @@ def adaptive_calibration_error(
         probs: Whether preds are probabilities.
         task: Kind of output.
         ignore_index: Target value to leave out.
+        average: Over labels.
 
     Reference:
         Nguyen and O'Connor, "Posterior calibration and exploratory analysis for NLP models", EMNLP 2015; Nixon et al.,
@@ -170,24 +182,28 @@ def adaptive_calibration_error(
     check_norm(norm, debias=debias)
     n_bins = checked_bins(n_bins)
     reader = Reader("adaptive_calibration_error", probs=probs, task=task, ignore_index=ignore_index)
-    sums = value_sums(*confidences(preds, target, confidence, reader))
-    return _equal_mass_curve(sums, n_bins).calibration_error(norm, debias=debias)
+
+    def error(preds: Tensor, target: Tensor, reader: Reader) -> Tensor:
+        sums = value_sums(*confidences(preds, target, confidence, reader))
+        return _equal_mass_curve(sums, n_bins).calibration_error(norm, debias=debias)
+
+    return over_labels(error, preds, target, reader, average)
 
 
 class ExpectedCalibrationError(ConfidenceMetric):
     """Streaming :func:`expected_calibration_error`, exact."""
 
-    def compute(self) -> Tensor:
-        """The error over all rows seen, nan before the first."""
-        return ReliabilityCurve.from_sums(self.bins).calibration_error()
+    def value(self, sums: Tensor) -> Tensor:
+        """The error."""
+        return ReliabilityCurve.from_sums(self.bins(sums)).calibration_error()
 
 
 class MaximumCalibrationError(ConfidenceMetric):
     """Streaming :func:`maximum_calibration_error`, exact."""
 
-    def compute(self) -> Tensor:
-        """The error over all rows seen, nan before the first."""
-        return ReliabilityCurve.from_sums(self.bins).calibration_error("max")
+    def value(self, sums: Tensor) -> Tensor:
+        """The error."""
+        return ReliabilityCurve.from_sums(self.bins(sums)).calibration_error("max")
 
 
 class RootMeanSquareCalibrationError(ConfidenceMetric):
@@ -197,17 +213,17 @@ class RootMeanSquareCalibrationError(ConfidenceMetric):
         super().__init__(n_bins, **kwargs)
         self.debias = debias
 
-    def compute(self) -> Tensor:
-        """The error over all rows seen, nan before the first."""
-        return ReliabilityCurve.from_sums(self.bins).calibration_error("l2", debias=self.debias)
+    def value(self, sums: Tensor) -> Tensor:
+        """The error."""
+        return ReliabilityCurve.from_sums(self.bins(sums)).calibration_error("l2", debias=self.debias)
 
 
 class OverconfidenceError(ConfidenceMetric):
     """Streaming :func:`overconfidence_error`, exact."""
 
-    def compute(self) -> Tensor:
-        """The error over all rows seen, nan before the first."""
-        return _overconfidence(ReliabilityCurve.from_sums(self.bins))
+    def value(self, sums: Tensor) -> Tensor:
+        """The error."""
+        return _overconfidence(ReliabilityCurve.from_sums(self.bins(sums)))
 
 
 class AdaptiveCalibrationError(ConfidenceMetric):
@@ -224,9 +240,24 @@ class AdaptiveCalibrationError(ConfidenceMetric):
         self.norm: Norm = norm
         self.debias = debias
 
-    def compute(self) -> Tensor:
-        """The error over all rows seen, nan before the first."""
-        return _equal_mass_curve(self.cells, self.n_bins).calibration_error(self.norm, debias=self.debias)
+    def value(self, sums: Tensor) -> Tensor:
+        """The error."""
+        return _equal_mass_curve(sums, self.n_bins).calibration_error(self.norm, debias=self.debias)
+
+
+def _over_bins(
+    error: Callable[[ReliabilityCurve], Tensor],
+    preds: Tensor,
+    target: Tensor,
+    n_bins: int,
+    confidence: Confidence,
+    reader: Reader,
+    average: LabelAverage,
+) -> Tensor:
+    def of_batch(preds: Tensor, target: Tensor, reader: Reader) -> Tensor:
+        return error(binned_curve(preds, target, n_bins, confidence, reader))
+
+    return over_labels(of_batch, preds, target, reader, average)
 
 
 def _overconfidence(curve: ReliabilityCurve) -> Tensor:

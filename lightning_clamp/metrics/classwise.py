@@ -55,6 +55,7 @@ def classwise_calibration_error(
         temperature scaling", NeurIPS 2019 (classwise-ECE).
     """
     n_bins, average = checked_bins(n_bins), _checked(average)
+    _refuse_labels(task)
     reader = Reader("classwise_calibration_error", probs=probs, task=task, ignore_index=ignore_index)
     blocks = reader.blocks(preds, target)
     first = next(blocks)
@@ -79,6 +80,7 @@ class ClasswiseCalibrationError(RowMetric):
     plot_legend_name = "Class"
 
     def __init__(self, num_classes: int, n_bins: int = 15, *, average: Average = "macro", **kwargs: Any) -> None:
+        _refuse_labels(kwargs.get("task", "multiclass"))
         super().__init__(**kwargs)
         if num_classes < 2:
             raise ValueError(f"`num_classes` must be at least 2, got {num_classes}.")
@@ -93,16 +95,23 @@ class ClasswiseCalibrationError(RowMetric):
             raise ValueError(f"`num_classes` is {self.num_classes}, but preds have {rows.preds.shape[1]} classes.")
         _add(self.sums, rows)
 
-    def compute(self) -> Tensor:
-        """The error over all rows seen, nan before the first."""
-        self.warn_unless(self.sums[0])
-        return _error(self.sums, self.average)
+    def value(self, sums: Tensor) -> Tensor:
+        """The error."""
+        return _error(sums, self.average)
 
 
 def _checked(average: Average) -> Average:
     if average not in ("macro", "none"):
         raise ValueError(f"`average` must be 'macro' or 'none', got {average!r}.")
     return average
+
+
+def _refuse_labels(task: Task) -> None:
+    if task == "multilabel":
+        raise ValueError(
+            "The class-wise error is over the classes of a softmax: for the error of every label take "
+            'ExpectedCalibrationError or its function with task="multilabel", confidence="positive", average="none".'
+        )
 
 
 def _add(sums: Tensor, rows: PredictedRows) -> None:

@@ -1,8 +1,11 @@
 """Metrics that are a picture: the reliability diagram, and the risk-coverage curve."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor
 
 from lightning_clamp.metrics._confidence import ConfidenceMetric
+from lightning_clamp.metrics._labels import LabelAverage
 from lightning_clamp.metrics.abstention import SelectiveMetric
 from lightning_clamp.metrics.picture import Curves, plot_reliability
 from lightning_clamp.metrics.reliability import ReliabilityCurve, curve_of
@@ -15,11 +18,20 @@ if TYPE_CHECKING:
 
 
 class ReliabilityDiagram(ConfidenceMetric):
-    """Streaming :func:`reliability_curve`, with a picture. Of a single bin, torchmetrics makes the fields scalars."""
+    """Streaming :func:`reliability_curve`, with a picture. Of a single bin, torchmetrics makes the fields scalars.
 
-    def compute(self) -> ReliabilityCurve:
-        """The curve over all rows seen."""
-        return curve_of(self.bins, self.confidence)
+    For ``task="multilabel"`` it is the curve of all entries; with ``average="none"`` a dict of the labels' curves.
+    """
+
+    averages: ClassVar[tuple[LabelAverage, ...]] = ("micro", "none")
+
+    def value(self, sums: Tensor) -> ReliabilityCurve:
+        """The curve."""
+        return curve_of(self.bins(sums), self.confidence)
+
+    def over_labels(self, values: list[ReliabilityCurve], scored: Tensor) -> dict[str, ReliabilityCurve]:
+        """The curve of each label, by name."""
+        return {f"label {k}": curve for k, curve in enumerate(values)}
 
     def plot(self, val: Curves | None = None, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
         """Draw the diagram.
@@ -40,9 +52,15 @@ class RiskCoverageDiagram(SelectiveMetric):
     Of a single point, torchmetrics makes the fields scalars.
     """
 
-    def compute(self) -> RiskCoverageCurve:
-        """The curve over all rows seen."""
-        return self.curve
+    averages: ClassVar[tuple[LabelAverage, ...]] = ("micro", "none")
+
+    def value(self, sums: Tensor) -> RiskCoverageCurve:
+        """The curve."""
+        return self.curve(sums)
+
+    def over_labels(self, values: list[RiskCoverageCurve], scored: Tensor) -> dict[str, RiskCoverageCurve]:
+        """The curve of each label, by name."""
+        return {f"label {k}": curve for k, curve in enumerate(values)}
 
     def plot(self, val: RiskCurves | None = None, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
         """Draw the diagram.

@@ -1,10 +1,13 @@
 """The margin of a classifier and its exponential tail, which bounds the calibration error."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from lightning_clamp._checks import check_range
 from lightning_clamp._rows import Task, checked_target
+from lightning_clamp.metrics._labels import LabelAverage, over_labels
 from lightning_clamp.metrics._reading import PredictedRows, Reader
 from lightning_clamp.metrics.scoring_rules import MeanMetric, mean_over_rows
 
@@ -43,6 +46,7 @@ def exponential_margin_tail(
     probs: bool = False,
     task: Task = "multiclass",
     ignore_index: int | None = None,
+    average: LabelAverage = "macro",
 ) -> Tensor:
     r"""Mean of :math:`e^{-m}` over the rows, m the true margin: a sum dominated by the rows that are most wrong.
 
@@ -58,7 +62,7 @@ def exponential_margin_tail(
         Morosini et al., "Too Sharp, Too Sure", 2026 (arXiv 2604.20614), theorem 4.1.
     """
     reader = Reader("exponential_margin_tail", probs=probs, task=task, ignore_index=ignore_index)
-    return mean_over_rows(_tails, preds, target, reader)
+    return over_labels(partial(mean_over_rows, _tails), preds, target, reader, average)
 
 
 class ExponentialMarginTail(MeanMetric):

@@ -1,5 +1,6 @@
 """The negative log-likelihood that the best temperature leaves, and that temperature, from sums of a constant size."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torchmetrics.utilities import rank_zero_warn
 
 from lightning_clamp._rows import Task
 from lightning_clamp.metrics._base import RowMetric
+from lightning_clamp.metrics._labels import LabelAverage, over_labels
 from lightning_clamp.metrics._reading import PredictedRows, Reader
 
 # The ladder: temperatures from 1/16 to 16, six to a doubling. With a thousand classes the loss may bend within a tenth
@@ -31,6 +33,7 @@ def refined_negative_log_likelihood(
     probs: bool = False,
     task: Task = "multiclass",
     ignore_index: int | None = None,
+    average: LabelAverage = "macro",
 ) -> Tensor:
     r"""The mean negative log-likelihood (NLL) that is left after the best temperature.
 
@@ -47,8 +50,9 @@ def refined_negative_log_likelihood(
             ``task="binary"``; float.
         target: True class indices, ``(N,)`` or dense ``(N, ...)``, int64, in ``[0, C)``.
         probs: Whether preds are probabilities; it is never guessed.
-        task: ``"multiclass"`` or ``"binary"``.
+        task: ``"multiclass"``, ``"binary"`` or ``"multilabel"``; see :class:`~._base.RowMetric`.
         ignore_index: Target value of positions to leave out.
+        average: For ``task="multilabel"``; see :class:`~._base.RowMetric`.
 
     Returns:
         Scalar float64, in nats; nan without rows.
@@ -63,7 +67,7 @@ def refined_negative_log_likelihood(
         (arXiv 2501.19195).
     """
     reader = Reader("refined_negative_log_likelihood", probs=probs, task=task, ignore_index=ignore_index)
-    return _minimum(_sums_of(preds, target, reader), reader)[0]
+    return over_labels(partial(_of_batch, 0), preds, target, reader, average)
 
 
 def best_temperature(
@@ -73,6 +77,7 @@ def best_temperature(
     probs: bool = False,
     task: Task = "multiclass",
     ignore_index: int | None = None,
+    average: LabelAverage = "macro",
 ) -> Tensor:
     """The temperature at which the mean negative log-likelihood is least.
 
@@ -83,7 +88,7 @@ def best_temperature(
         Scalar float64 in ``[1/16, 16]``, to 0.1 %; nan without rows.
     """
     reader = Reader("best_temperature", probs=probs, task=task, ignore_index=ignore_index)
-    return _minimum(_sums_of(preds, target, reader), reader)[1]
+    return over_labels(partial(_of_batch, 1), preds, target, reader, average)
 
 
 class _LadderMetric(RowMetric):
@@ -98,11 +103,8 @@ class _LadderMetric(RowMetric):
 
     def add(self, rows: PredictedRows) -> None:
         """Add the loss of rows at every temperature."""
-        self.sums.add_(_ladder_sums(rows))
-
-    def minimum(self) -> tuple[Tensor, Tensor]:
-        """The least loss, and where it is."""
-        return _minimum(self.sums, self.reader, warn=bool(self.update_called))
+        values = _ladder_values(rows)
+        self.sums.add_(values.sum(0) if self.num_labels is None else rows.by_label(values, self.num_labels))
 
 
 class RefinedNegativeLogLikelihood(_LadderMetric):
@@ -110,9 +112,9 @@ class RefinedNegativeLogLikelihood(_LadderMetric):
 
     higher_is_better = False
 
-    def compute(self) -> Tensor:
-        """The least loss over all rows seen, nan before the first."""
-        return self.minimum()[0]
+    def value(self, sums: Tensor) -> Tensor:
+        """The least loss."""
+        return _minimum(sums, self.reader.name)[0]
 
 
 class BestTemperature(_LadderMetric):
@@ -120,13 +122,16 @@ class BestTemperature(_LadderMetric):
 
     higher_is_better = None
 
-    def compute(self) -> Tensor:
-        """The best temperature for all rows seen, nan before the first."""
-        return self.minimum()[1]
+    def value(self, sums: Tensor) -> Tensor:
+        """The best temperature."""
+        return _minimum(sums, self.reader.name)[1]
 
 
-def _sums_of(preds: Tensor, target: Tensor, reader: Reader) -> Tensor:
-    return torch.stack([_ladder_sums(rows) for rows in reader.blocks(preds, target)]).sum(0)
+def _of_batch(which: int, preds: Tensor, target: Tensor, reader: Reader) -> Tensor:
+    """The least loss (0) of a batch, or where it is (1)."""
+    sums = torch.stack([_ladder_values(rows).sum(0) for rows in reader.blocks(preds, target)]).sum(0)
+    reader.warn_unless(bool(sums[0]))
+    return _minimum(sums, reader.name)[which]
 
 
 def _inverse_temperatures(rungs: Tensor) -> Tensor:
@@ -134,8 +139,8 @@ def _inverse_temperatures(rungs: Tensor) -> Tensor:
     return torch.exp2(rungs / _PER_DOUBLING - _DOUBLINGS)
 
 
-def _ladder_sums(rows: PredictedRows) -> Tensor:
-    r"""Count, summed distance of the target's logit from the largest, and summed loss at every rung without it.
+def _ladder_values(rows: PredictedRows) -> Tensor:
+    r"""1, the distance of the target's logit from the largest, and the loss at every rung without it; ``(m, 51)``.
 
     With :math:`m = \max_k z_k` the loss of a row at :math:`\beta = 1/T` is
     :math:`\log \sum_k e^{\beta (z_k - m)} + \beta (m - z_y)`; the second part is known at every β from one sum.
@@ -146,18 +151,14 @@ def _ladder_sums(rows: PredictedRows) -> Tensor:
     at_once = _AT_ONCE if below.device.type == "cpu" else _AT_ONCE_DEVICE
     parts = torch.split(below, max(1, at_once // (_N_RUNGS * below.shape[1])))
     log_sums = torch.cat([(part[:, None] * beta).clamp_(_NEGLIGIBLE).exp_().sum(2).log_() for part in parts])
-    distance = -below.gather(1, rows.target[:, None]).sum(dtype=torch.float64)
-    summed = log_sums.sum(0, dtype=torch.float64)
-    rows.check(summed[0])
-    count = distance.new_full((), len(below))
-    return torch.cat([torch.stack([count, distance]), summed])
+    rows.check(log_sums[:, 0])
+    distance = -below.gather(1, rows.target[:, None])
+    return torch.cat([torch.ones_like(distance), distance, log_sums], 1).double()
 
 
-def _minimum(sums: Tensor, reader: Reader, *, warn: bool = True) -> tuple[Tensor, Tensor]:
+def _minimum(sums: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """The least mean loss, and its temperature; on a polynomial through the rungs around the lowest."""
     (count, distance), log_sums = sums[:2], sums[2:]
-    if warn:
-        reader.warn_unless(bool(count))
     rungs = torch.arange(_N_RUNGS, dtype=torch.float64, device=sums.device)
     lowest = int((log_sums + _inverse_temperatures(rungs) * distance).argmin())
     first = min(max(lowest - _WINDOW // 2, 0), _N_RUNGS - _WINDOW)
@@ -171,7 +172,7 @@ def _minimum(sums: Tensor, reader: Reader, *, warn: bool = True) -> tuple[Tensor
     # The polynomial may dip below 0 where nothing is left.
     nll = (loss[at] / count).clamp(min=0)
     if float(fine[at]) in (0.0, _N_RUNGS - 1.0) and bool(nll.isfinite()):
-        _warn_of_the_end(reader.name, float(temperature))
+        _warn_of_the_end(name, float(temperature))
     return nll, torch.where(nll.isnan(), nll, temperature)
 
 

@@ -1,12 +1,13 @@
 """Does it still hold? Tests whether probabilities are calibrated, from labelled data alone."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lightning_clamp._rows import Rows, Task, item_blocks
 from lightning_clamp.metrics._base import RowMetric
+from lightning_clamp.metrics._labels import LabelAverage
 from lightning_clamp.metrics._reading import PredictedRows, Reader
 from lightning_clamp.metrics._tails import holm, p_of_independent, p_of_items
 from lightning_clamp.metrics.evidence import CalibrationEvidence
@@ -71,9 +72,12 @@ class CalibrationTest(RowMetric):
     """Streaming :func:`calibration_test`; its state takes 32 KB for C = 1,000: four sums per class, no matrix.
 
     Args:
-        num_classes: Number of classes; 2 for ``task="binary"``.
+        num_classes: Number of classes; 2 for ``task="binary"`` and ``"multilabel"``.
         **kwargs: Further arguments of :class:`~._base.RowMetric`.
     """
+
+    # Of several labels, whose entries are correlated within an item, all entries.
+    averages: ClassVar[tuple[LabelAverage, ...]] = ("micro",)
 
     def __init__(self, num_classes: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -91,10 +95,9 @@ class CalibrationTest(RowMetric):
                 raise ValueError(f"`num_classes` is {self.num_classes}, but preds have {rows.preds.shape[1]} classes.")
             self.sums.add_(_sums(batch._replace(item=batch.item.to(device)), rows))
 
-    def compute(self) -> CalibrationEvidence:
-        """The evidence of all rows seen."""
-        self.warn_unless(self.sums[0])
-        return _evidence(self.sums)
+    def value(self, sums: Tensor) -> CalibrationEvidence:
+        """The evidence."""
+        return _evidence(sums)
 
     def numbers(self, value: CalibrationEvidence) -> dict[str, Tensor]:
         """The p-values."""

@@ -1,6 +1,7 @@
 """Means over rows: the proper scores, accuracy, and the entropy of the predictions."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from lightning_clamp._rows import Task
 from lightning_clamp.metrics._base import RowMetric
+from lightning_clamp.metrics._labels import LabelAverage, over_labels
 from lightning_clamp.metrics._reading import PredictedRows, Reader
 
 
@@ -18,6 +20,7 @@ def negative_log_likelihood(
     probs: bool = False,
     task: Task = "multiclass",
     ignore_index: int | None = None,
+    average: LabelAverage = "macro",
 ) -> Tensor:
     """Mean negative log-likelihood.
 
@@ -26,8 +29,9 @@ def negative_log_likelihood(
             ``task="binary"``; float.
         target: True class indices, ``(N,)`` or dense ``(N, ...)``, int64, in ``[0, C)``.
         probs: Whether preds are probabilities; it is never guessed.
-        task: ``"multiclass"`` or ``"binary"``.
+        task: ``"multiclass"``, ``"binary"`` or ``"multilabel"``; see :class:`~._base.RowMetric`.
         ignore_index: Target value of positions to leave out.
+        average: For ``task="multilabel"``; see :class:`~._base.RowMetric`.
 
     Returns:
         Scalar float64, in nats; nan without rows.
@@ -38,7 +42,7 @@ def negative_log_likelihood(
         TypeError: If preds are not float, or the target holds no class indices.
     """
     reader = Reader("negative_log_likelihood", probs=probs, task=task, ignore_index=ignore_index)
-    return mean_over_rows(nll_per_row, preds, target, reader)
+    return over_labels(partial(mean_over_rows, nll_per_row), preds, target, reader, average)
 
 
 def brier_score(
@@ -48,6 +52,7 @@ def brier_score(
     probs: bool = False,
     task: Task = "multiclass",
     ignore_index: int | None = None,
+    average: LabelAverage = "macro",
 ) -> Tensor:
     r"""Mean Brier score, :math:`\sum_k (p_k - 1[y = k])^2`; for ``task="binary"`` :math:`(p - y)^2`, half of that.
 
@@ -61,7 +66,7 @@ def brier_score(
         Brier, "Verification of forecasts expressed in terms of probability", Monthly Weather Review 1950.
     """
     reader = Reader("brier_score", probs=probs, task=task, ignore_index=ignore_index)
-    return mean_over_rows(_squared_errors, preds, target, reader)
+    return over_labels(partial(mean_over_rows, _squared_errors), preds, target, reader, average)
 
 
 def predictive_entropy(
@@ -71,6 +76,7 @@ def predictive_entropy(
     probs: bool = False,
     task: Task = "multiclass",
     ignore_index: int | None = None,
+    average: LabelAverage = "macro",
 ) -> Tensor:
     """Mean entropy of the predicted distributions.
 
@@ -80,7 +86,13 @@ def predictive_entropy(
         Scalar float64 in ``[0, log C]``, in nats; nan without rows.
     """
     reader = Reader("predictive_entropy", probs=probs, task=task, ignore_index=ignore_index)
-    return mean_over_rows(_entropies, preds, reader.zero_target(preds) if target is None else target, reader)
+    return over_labels(
+        partial(mean_over_rows, _entropies),
+        preds,
+        reader.zero_target(preds) if target is None else target,
+        reader,
+        average,
+    )
 
 
 def accuracy(
@@ -90,6 +102,7 @@ def accuracy(
     probs: bool = False,
     task: Task = "multiclass",
     ignore_index: int | None = None,
+    average: LabelAverage = "macro",
 ) -> Tensor:
     """Fraction of rows whose largest value is at the target; of tied values the first counts.
 
@@ -99,7 +112,7 @@ def accuracy(
         Scalar float64 in ``[0, 1]``; nan without rows.
     """
     reader = Reader("accuracy", probs=probs, task=task, ignore_index=ignore_index)
-    return mean_over_rows(_hits, preds, target, reader)
+    return over_labels(partial(mean_over_rows, _hits), preds, target, reader, average)
 
 
 class MeanMetric(RowMetric):
@@ -118,16 +131,19 @@ class MeanMetric(RowMetric):
     def add(self, rows: PredictedRows) -> None:
         """Add sum and count."""
         values = self.values(rows)
+        if self.num_labels is not None:
+            rows.check(values)
+            self.sums.add_(rows.by_label(torch.stack([values, torch.ones_like(values)], 1).double(), self.num_labels))
+            return
         added = values.sum(dtype=torch.float64)
         rows.check(added)
         total, count = self.sums.unbind()
         total += added
         count += len(values)
 
-    def compute(self) -> Tensor:
-        """The mean over all rows seen, nan before the first."""
-        total, count = self.sums.unbind()
-        self.warn_unless(count)
+    def value(self, sums: Tensor) -> Tensor:
+        """The mean."""
+        total, count = sums.unbind()
         return total / count
 
 
@@ -194,7 +210,7 @@ def _squared_errors(rows: PredictedRows) -> Tensor:
     error = probs.scatter_add(1, rows.target[:, None], -torch.ones_like(probs[:, :1]))
     squared = error.square().sum(1, dtype=torch.float64)
     # One of the two equal terms.
-    return squared / 2 if rows.reader.task == "binary" else squared
+    return squared if rows.reader.task == "multiclass" else squared / 2
 
 
 def _entropies(rows: PredictedRows) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_clamp._rows import Task
 from lightning_clamp.metrics._binning import value_sums
 from lightning_clamp.metrics._confidence import Confidence, ConfidenceMetric, confidences
+from lightning_clamp.metrics._labels import LabelAverage, over_labels
 from lightning_clamp.metrics._reading import Reader
 
 # Intervals of the mesh on [0, 1]: sixteen to the finest bandwidth.
@@ -26,6 +27,7 @@ def smooth_calibration_error(
     probs: bool = False,
     task: Task = "multiclass",
     ignore_index: int | None = None,
+    average: LabelAverage = "macro",
 ) -> Tensor:
     r"""Smooth calibration error (smECE): residuals smoothed over the confidence, instead of binned.
 
@@ -40,8 +42,9 @@ def smooth_calibration_error(
         bandwidth: A fixed σ in [1/1024, 1] instead.
         confidence: See :func:`~.reliability.reliability_curve`.
         probs: Whether preds are probabilities; it is never guessed.
-        task: ``"multiclass"`` or ``"binary"``.
+        task: ``"multiclass"``, ``"binary"`` or ``"multilabel"``; see :class:`~._base.RowMetric`.
         ignore_index: Target value of positions to leave out.
+        average: For ``task="multilabel"``; see :class:`~._base.RowMetric`.
 
     Returns:
         Scalar float64 in ``[0, 1]``; nan without rows.
@@ -56,7 +59,11 @@ def smooth_calibration_error(
     """
     bandwidth = _checked(bandwidth)
     reader = Reader("smooth_calibration_error", probs=probs, task=task, ignore_index=ignore_index)
-    return _smooth_error(value_sums(*confidences(preds, target, confidence, reader)), bandwidth)
+
+    def error(preds: Tensor, target: Tensor, reader: Reader) -> Tensor:
+        return _smooth_error(value_sums(*confidences(preds, target, confidence, reader)), bandwidth)
+
+    return over_labels(error, preds, target, reader, average)
 
 
 class SmoothCalibrationError(ConfidenceMetric):
@@ -69,9 +76,9 @@ class SmoothCalibrationError(ConfidenceMetric):
         super().__init__(n_bins, **kwargs)
         self.bandwidth = _checked(bandwidth)
 
-    def compute(self) -> Tensor:
-        """The error over all rows seen, nan before the first."""
-        return _smooth_error(self.cells, self.bandwidth)
+    def value(self, sums: Tensor) -> Tensor:
+        """The error."""
+        return _smooth_error(sums, self.bandwidth)
 
 
 def _checked(bandwidth: float | None) -> float | None:

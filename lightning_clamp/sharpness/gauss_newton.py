@@ -33,7 +33,7 @@ def gauss_newton_sharpness(
         network: Maps inputs to logits, or to an output that has them as ``.logits``; differentiable twice.
         batches: Pairs ``(inputs, target)`` on the network's device, read once per iteration; the inputs may be a dict
             of the arguments of its forward, and of the target only the ignored positions matter.
-        task: ``"multiclass"`` or ``"binary"``.
+        task: ``"multiclass"``, ``"binary"`` or ``"multilabel"``.
         ignore_index: Target value of positions to leave out.
         max_iterations: At least 1.
         tolerance: Relative change of the estimate at which to stop.

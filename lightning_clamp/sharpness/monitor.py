@@ -39,7 +39,7 @@ class SharpnessMonitor(Callback):
             and gone through some dozen times: a few hundred samples, not shuffled, are enough.
         name: What the logged names begin with.
         every_n_epochs: How often, at least 1.
-        task: ``"multiclass"`` or ``"binary"``.
+        task: ``"multiclass"``, ``"binary"`` or ``"multilabel"``.
         ignore_index: Target value of positions to leave out.
         batch_keys: Input and target of a batch: their keys, names or positions, where a batch is no pair. The input may
             be a list of names of the arguments of ``forward``.

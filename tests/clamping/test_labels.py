@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -156,3 +157,67 @@ def test_labels_of_every_pixel_are_charged_by_image():
     ours, theirs = dense.candidates[-1], alone.candidates[-1]
     assert ours.effective_parameters / 16 == pytest.approx(theirs.effective_parameters, rel=0.15)
     assert ours.expected_change == pytest.approx(theirs.expected_change, rel=0.1)
+
+
+@pytest.mark.slow
+def test_the_expected_change_is_that_of_new_data_though_labels_are_correlated():
+    gaps, errors = [], []
+    for seed in range(5):
+        logits, target = drawn(3300, 6, seed=seed, shared=0.5)
+        z = 1.5 * (logits + torch.linspace(-0.6, 0.6, 6))
+        candidates = fit_clamp(IDENTITY, [(z[:300], target[:300])], task="multilabel", grids=()).candidates
+        held = [
+            F.binary_cross_entropy_with_logits(one.clamp.scale(z[300:]), target[300:].double()) for one in candidates
+        ]
+        gaps.append(float(held[-1] - held[0]) - candidates[-1].expected_change + candidates[0].expected_change)
+        errors.append(candidates[-1].standard_error)
+    gap, error = torch.tensor(gaps), torch.tensor(errors).mean()
+    assert abs(float(gap.mean())) < float(error)
+    assert float((gap**2).mean().sqrt()) < 1.5 * float(error)
+
+
+def tagged_digits() -> tuple[Tensor, Tensor]:
+    """Logits of an over-trained network for what is true of a digit, and whether it is; held-out images."""
+    images, digits = load_digits(return_X_y=True)
+    true_of = [(0, 2, 4, 6, 8), (5, 6, 7, 8, 9), (2, 3, 5, 7), (0, 6, 8, 9), (8,), (0, 1, 4, 9), (1, 4, 7), (3, 6, 9)]
+    target = torch.stack([torch.isin(torch.tensor(digits), torch.tensor(those)) for those in true_of], 1).float()
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(target), generator=generator)
+    x, target = (
+        (torch.tensor(images / 16).float() + 0.5 * torch.randn(images.shape, generator=generator))[order],
+        target[order],
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.01)
+    for _ in range(25):
+        for part in range(0, 500, 50):
+            optimizer.zero_grad()
+            logits = network(x[part : part + 50])
+            F.binary_cross_entropy_with_logits(
+                logits, target[part : part + 50], pos_weight=torch.tensor(3.0)
+            ).backward()
+            optimizer.step()
+    with torch.no_grad():
+        return network(x[500:]).double(), target[500:]
+
+
+@pytest.mark.slow
+def test_labels_of_digits_are_better_off_together():
+    z, target = tagged_digits()
+    n = 400
+
+    def held_out(clamps):
+        mapped = torch.cat([clamp.scale(z[n:, one]) for clamp, one in clamps], 1)
+        return float(F.binary_cross_entropy_with_logits(mapped, target[n:].double()))
+
+    def fitted(one=slice(None), **options):
+        return fit_clamp(IDENTITY, [(z[:n, one], target[:n, one])], **options).clamp, one
+
+    together = held_out([fitted(task="multilabel", grids=())])
+    temperature = held_out([fitted(task="multilabel", method="temperature")])
+    one_map = held_out([fitted(task="binary", grids=(), uniform_share=False)])
+    each = held_out([fitted(slice(k, k + 1), task="binary", grids=(), uniform_share=False) for k in range(8)])
+    assert together < min(temperature, one_map, each)
+    assert temperature - together > 0.003

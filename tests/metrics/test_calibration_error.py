@@ -502,10 +502,7 @@ def test_debiasing_keeps_bins_of_two_rows():
         (lambda p, y: smooth_calibration_error(p, y, bandwidth=0), r"`bandwidth` must lie in \[1/1024, 1\], got 0"),
         (lambda p, y: expected_calibration_error(p, y, confidence="positive"), 'needs task="binary"'),
         (lambda p, y: expected_calibration_error(p, y, confidence="max"), "`confidence` must be 'top' or 'positive'"),
-        (
-            lambda p, y: accuracy(p, y, task="regression"),
-            r"`task` must be one of \('multiclass', 'binary', 'multilabel'\)",
-        ),
+        (lambda p, y: accuracy(p, y, task="labels"), r"`task` must be one of \('multiclass', 'binary', 'multilabel'\)"),
     ],
 )
 def test_bad_arguments_are_named(call, message):

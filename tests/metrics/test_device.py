@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_clamp.metrics import ClasswiseCalibrationError
+from lightning_clamp.metrics import BootstrapSums, BrierScore, ClasswiseCalibrationError, ExpectedCalibrationError
 from lightning_clamp.metrics._binning import _cell_edges, bin_index, cell_count, cell_index, merged
 from lightning_clamp.metrics._reading import _top_label, _top_label_at_once
 from lightning_clamp.metrics.classwise import _add_all
-from tests.metrics.test_metrics import METRICS, make
+from tests.metrics.test_metrics import METRICS, POOLED, make
 from tests.scenarios import calibrated_logits
 
 # What gives a number to Python, or a shape that depends on values.
@@ -21,6 +21,8 @@ KINDS = {
     "pixels": ({}, (4, 5, 3, 3), (4, 3, 3)),
     "one logit": ({"task": "binary"}, (40,), (40,)),
     "one probability": ({"task": "binary", "probs": True}, (40, 1), (40,)),
+    "labels": ({"task": "multilabel", "num_labels": 3}, (40, 3), (40, 3)),
+    "labels of pixels": ({"task": "multilabel", "average": "micro"}, (4, 3, 5), (4, 3, 5)),
 }
 
 
@@ -57,11 +59,32 @@ def waits(metric, *batch):
 @pytest.mark.parametrize("validate", [False, True])
 def test_no_update_waits_for_the_device_or_for_one_number_if_it_is_to_check(metric_class, kind, validate):
     options, shape, labels = KINDS[kind]
+    if options.get("task") == "multilabel":
+        if metric_class is ClasswiseCalibrationError:
+            return
+        if metric_class in POOLED:
+            options = {"task": "multilabel"}
     metric = make(metric_class, 2 if "task" in options else 5, validate_args=validate, **options).to("meta")
     batch = torch.empty(shape, device="meta"), torch.empty(labels, device="meta", dtype=torch.int64)
     for _ in range(2):  # the tables that are kept are made in the first
         found = waits(metric, *batch)
     assert len(found) == validate, found
+
+
+@pytest.mark.parametrize("task", ["binary", "multilabel"])
+@pytest.mark.parametrize("validate", [False, True])
+def test_float_targets_are_looked_at_with_the_rest(task, validate):
+    options = {"average": "micro"} if task == "multilabel" else {}
+    for metric_class in (BrierScore, BootstrapSums):
+        metric = metric_class(task=task, validate_args=validate, **options).to("meta")
+        assert len(waits(metric, torch.empty(9, 2, device="meta"), torch.empty(9, 2, device="meta"))) == validate
+
+
+def test_leaving_positions_out_costs_one_wait():
+    metric = ExpectedCalibrationError(ignore_index=255, validate_args=False).to("meta")
+    with Waits() as seen, suppress(NotImplementedError):
+        metric.update(torch.empty(4, 5, 3, device="meta"), torch.empty(4, 3, device="meta", dtype=torch.int64))
+    assert seen.found == ["nonzero"]
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,8 @@ CONFIDENCE = [
 MEANS = [Accuracy, BrierScore, ExponentialMarginTail, NegativeLogLikelihood, PredictiveEntropy]
 LADDER = [BestTemperature, RefinedNegativeLogLikelihood]
 BY_CLASS = [CalibrationTest, ClasswiseCalibrationError]
+# Of several labels they give what belongs to all entries.
+POOLED = [BootstrapSums, CalibrationTest]
 METRICS = [*CONFIDENCE, *MEANS, *LADDER, BootstrapSums, *BY_CLASS]
 # Labels that were drawn without regard to the logits have no best temperature, which those two say.
 pytestmark = pytest.mark.filterwarnings("ignore:.*where the outputs say nothing of the labels")
