@@ -124,6 +124,13 @@ def test_the_benchmarks_print_their_tables(ran, tmp_path):
     assert "no saved logits" in printed
 
 
+def test_the_time_of_an_update_is_printed_for_a_device(ran):
+    """Of which a CPU is one."""
+    printed = ran("benchmarks/metrics.py", "--device", "cpu", "--scale", "0.001")
+    assert printed.count("ExpectedCalibrationError") == printed.count("NegativeLogLikelihood") == 3
+    assert "| 100 x 100 | ExpectedCalibrationError | " in printed
+
+
 def test_the_benchmarks_judge_output_maps_on_saved_logits(ran, tmp_path):
     """Four classes of which each needs a bias, and again without anything but a temperature."""
     rng = np.random.default_rng(0)

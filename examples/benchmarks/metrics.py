@@ -2,6 +2,7 @@
 
     python examples/benchmarks/metrics.py                     # all cases, about ten minutes
     python examples/benchmarks/metrics.py --case rows --scale 0.1
+    python examples/benchmarks/metrics.py --device cuda       # only the time of an update on an accelerator
 
 Other libraries take part when they are installed (pip install -e . --group peers) and are named as missing when not.
 Logits are twice those that the labels were drawn from, so that every network is over-confident alike. Batches are made
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -252,6 +253,64 @@ def _reset_peak() -> float:
     return held("VmRSS")
 
 
+# Rows and classes of one batch, as of a classifier, of a large batch of it, and of pixels.
+DEVICE_SIZES = ((256, 1000), (4096, 1000), (100_000, 100))
+# What is timed: its columns are ours, ours without checks, and torchmetrics' update, which checks nothing.
+DEVICE_METRICS = (
+    "ExpectedCalibrationError",
+    "ReliabilityDiagram",
+    "ClasswiseCalibrationError",
+    "NegativeLogLikelihood",
+)
+
+
+def device_report(device: str = "cuda", sizes: Sequence[tuple[int, int]] = DEVICE_SIZES) -> Iterator[str]:
+    """Microseconds per update on a device, in Markdown, line by line."""
+    yield "| batch | metric | lightning_clamp | without checks | torchmetrics | ratio, ratio without checks |"
+    yield "|---|---|---|---|---|---|"
+    for n, classes in sizes:
+        generator = torch.Generator().manual_seed(0)
+        batch = (2 * torch.randn(n, classes, generator=generator)).to(device)
+        labels = torch.randint(classes, (n,), generator=generator).to(device)
+        for name in DEVICE_METRICS:
+            pair = [of_a_device(name, classes, device, validate_args=checked) for checked in (True, False)]
+            theirs = of_torchmetrics("l1", classes).to(device)
+            checked, unchecked, peer = in_turns([*pair, theirs], batch, labels)
+            numbers = f"{checked:.0f} | {unchecked:.0f} | {peer:.0f} | {checked / peer:.2f}, {unchecked / peer:.2f}"
+            yield f"| {n:,} x {classes:,} | {name} | {numbers} |"
+
+
+def of_a_device(name: str, classes: int, device: str, *, validate_args: bool) -> Any:
+    """One of this library's metrics on a device."""
+    from lightning_clamp import metrics
+
+    first = (classes,) if name == "ClasswiseCalibrationError" else ()
+    return getattr(metrics, name)(*first, validate_args=validate_args).to(device)
+
+
+def in_turns(members: list[Any], preds: Tensor, target: Tensor, rounds: int = 5, updates: int = 50) -> list[float]:
+    """Microseconds per update of each, the best of several rounds in which all take part in turn."""
+    best = [float("inf")] * len(members)
+    for metric in members:
+        metric.update(preds, target)
+    for _ in range(rounds):
+        for index, metric in enumerate(members):
+            metric.reset()
+            wait(preds)
+            started = time.perf_counter()
+            for _ in range(updates):
+                metric.update(preds, target)
+            wait(preds)
+            best[index] = min(best[index], (time.perf_counter() - started) / updates * 1e6)
+    return best
+
+
+def wait(tensor: Tensor) -> None:
+    """Until what was asked of the tensor's device is done."""
+    if tensor.device.type != "cpu":
+        torch.accelerator.synchronize(tensor.device)
+
+
 def main() -> None:
     """Print the table, one process per line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -259,7 +318,14 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="fraction of the rows or images (default 1)")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--line", nargs=3, metavar=("CASE", "METRIC", "LIBRARY"), help=argparse.SUPPRESS)
+    parser.add_argument("--device", help="the time of an update there, such as cuda, instead of all else")
     options = parser.parse_args()
+    if options.device:
+        print(f"torch {torch.__version__}, Python {sys.version.split()[0]}, {options.device}\n")
+        sizes = [(max(1, round(n * options.scale)), classes) for n, classes in DEVICE_SIZES]
+        for row in device_report(options.device, sizes):
+            print(row, flush=True)
+        return
     if options.line:
         print(json.dumps(measure(*options.line, options.scale, options.repeats)))
         return
