@@ -17,6 +17,10 @@ from lightning_clamp.losses._targets import (
 
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
 _REDUCTIONS: tuple[Reduction, ...] = ("mean", "sum", "none")
+_LABELS_ONLY = (
+    "This loss needs one label for each position, and a target of probabilities names none: pass labels, or train with "
+    "a loss that takes probabilities, such as acls_loss or focal_loss."
+)
 _NOTHING_TO_IGNORE = (
     "A target of probabilities has no label that `ignore_index` could name: leave `ignore_index` out, or take "
     'reduction="none" and leave positions out of the mean yourself.'
@@ -132,8 +136,16 @@ class Positions(NamedTuple):
         """The same without the weights, which penalties have not."""
         return self._replace(weight=None)
 
-    def reduced(self, values: Tensor, reduction: Reduction) -> Tensor:
-        """Reduce the loss of every position, with its weight."""
+    def reduced(
+        self,
+        values: Tensor,
+        reduction: Reduction,
+        log_terms: dict[str, Tensor] | None = None,
+        log_probs: Tensor | None = None,
+        **named: Tensor,
+    ) -> Tensor:
+        """Reduce the loss of every position, with its weight, and :meth:`note` the terms."""
+        self.note(log_terms, log_probs, **named)
         if reduction == "mean":
             return self.weighted_mean(values)
         return self.kept(values).sum() if reduction == "sum" else self.kept(values).reshape(self.shape)
@@ -173,7 +185,7 @@ def as_positions(
     ignore_index: int | None,
     reduction: Reduction,
     weight: Tensor | None = None,
-    why_hard: str = "",
+    why_hard: str = _LABELS_ONLY,
 ) -> Positions:
     """Check and lay out a batch.
 
@@ -186,7 +198,7 @@ def as_positions(
         ignore_index: Target value of positions to leave out.
         reduction: Checked only.
         weight: Of each class, ``(C,)``.
-        why_hard: Why the loss takes no probabilities, and what to do; empty if it does.
+        why_hard: Why the loss takes no probabilities, and what to do; empty if it takes them.
 
     Raises:
         TypeError: If either is no tensor, or the target's dtype cannot hold class indices.

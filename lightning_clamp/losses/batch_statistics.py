@@ -55,7 +55,9 @@ def mdca_loss(
         Hebbalaguppe et al., "A Stitch in Time Saves Nine", CVPR 2022.
     """
     check_at_least("beta", beta, 0)
-    positions = as_positions(logits, target, task=task, ignore_index=ignore_index, reduction=reduction, weight=weight)
+    positions = as_positions(
+        logits, target, task=task, ignore_index=ignore_index, reduction=reduction, weight=weight, why_hard=""
+    )
     log_probs = positions.log_probs()
     probs = log_probs.exp()
     if positions.keep is not None:
@@ -100,7 +102,9 @@ def dca_loss(
         Classification", 2020.
     """
     check_at_least("beta", beta, 0)
-    positions = as_positions(logits, target, task=task, ignore_index=ignore_index, reduction=reduction, weight=weight)
+    positions = as_positions(
+        logits, target, task=task, ignore_index=ignore_index, reduction=reduction, weight=weight, why_hard=""
+    )
     log_probs = positions.log_probs()
     top = log_probs.max(1).values
     gap = positions.mean(top.exp() - positions.accuracy(log_probs, top)).abs()

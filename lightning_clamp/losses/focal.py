@@ -47,11 +47,13 @@ def focal_loss(
         Lin et al., ICCV 2017; Mukhoti et al., "Calibrating Deep Neural Networks using Focal Loss", NeurIPS 2020.
     """
     check_at_least("gamma", gamma, 0)
-    positions = as_positions(logits, target, task=task, ignore_index=ignore_index, reduction=reduction, weight=weight)
+    positions = as_positions(
+        logits, target, task=task, ignore_index=ignore_index, reduction=reduction, weight=weight, why_hard=""
+    )
     log_probs = positions.log_probs()
     nll = positions.nll(log_probs)
-    positions.note(log_terms, log_probs)
-    return positions.reduced(positions.expected(_focal(nll, 1 - torch.exp(-nll), gamma)), reduction)
+    loss = _focal(nll, 1 - torch.exp(-nll), gamma)
+    return positions.reduced(positions.expected(loss), reduction, log_terms, log_probs)
 
 
 def flsd_loss(
@@ -88,13 +90,14 @@ def flsd_loss(
         Mukhoti et al., "Calibrating Deep Neural Networks using Focal Loss", NeurIPS 2020.
     """
     check_at_least("gamma", gamma, 0)
-    positions = as_positions(logits, target, task=task, ignore_index=ignore_index, reduction=reduction, weight=weight)
+    positions = as_positions(
+        logits, target, task=task, ignore_index=ignore_index, reduction=reduction, weight=weight, why_hard=""
+    )
     log_probs = positions.log_probs()
     nll = positions.nll(log_probs)
     prob = torch.exp(-nll)
-    positions.note(log_terms, log_probs)
     loss = _focal(nll, 1 - prob, gamma, _exponent(prob.detach(), gamma))
-    return positions.reduced(positions.expected(loss), reduction)
+    return positions.reduced(positions.expected(loss), reduction, log_terms, log_probs)
 
 
 def dual_focal_loss(
@@ -133,13 +136,14 @@ def dual_focal_loss(
         Tao, Dong and Xu, "Dual Focal Loss for Calibration", ICML 2023.
     """
     check_at_least("gamma", gamma, 0)
-    positions = as_positions(logits, target, task=task, ignore_index=ignore_index, reduction=reduction, weight=weight)
+    positions = as_positions(
+        logits, target, task=task, ignore_index=ignore_index, reduction=reduction, weight=weight, why_hard=""
+    )
     log_probs = positions.log_probs()
     nll = positions.nll(log_probs)
     lower = _next_lower(log_probs) if positions.soft else _largest_below(log_probs, -nll)
     doubt = 1 - torch.exp(-nll) + lower.exp()
-    positions.note(log_terms, log_probs)
-    return positions.reduced(positions.expected(_focal(nll, doubt, gamma)), reduction)
+    return positions.reduced(positions.expected(_focal(nll, doubt, gamma)), reduction, log_terms, log_probs)
 
 
 def brier_loss(
@@ -171,15 +175,14 @@ def brier_loss(
     Reference:
         Brier, 1950; as a loss in Mukhoti et al., NeurIPS 2020.
     """
-    positions = as_positions(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
+    positions = as_positions(logits, target, task=task, ignore_index=ignore_index, reduction=reduction, why_hard="")
     probs = F.softmax(positions.logits, 1)
     if positions.soft:
         score = (probs - positions.target).square().sum(1)
     else:
         of_target = probs.gather(1, positions.target.unsqueeze(1)).squeeze(1)
         score = probs.square().sum(1) - 2 * of_target + 1
-    positions.note(log_terms)
-    return positions.reduced(score, reduction)
+    return positions.reduced(score, reduction, log_terms)
 
 
 def _focal(nll: Tensor, doubt: Tensor, gamma: float, exponent: Tensor | None = None) -> Tensor:

@@ -102,8 +102,7 @@ def sc_bce_loss(
     if kind == "DM":
         other = other + _truncated_normal(other, generator)
     loss = F.binary_cross_entropy_with_logits(logit, torch.where(is_perturbed, other, label), reduction="none")
-    positions.note(log_terms, perturbed=is_perturbed.to(logit.dtype))
-    return positions.reduced(loss, reduction)
+    return positions.reduced(loss, reduction, log_terms, perturbed=is_perturbed.to(logit.dtype))
 
 
 def beta_of_kind(kind: Kind, beta: float | None) -> float:

@@ -132,8 +132,7 @@ def margin_aware_loss(
         loss = loss + lambda_r * terms["divergence"]
         robust_margin = class_margin(robust.logits, robust.target).detach()
         tails |= {"robust_margin": robust_margin, "robust_margin_tail": robust_margin.neg().exp()}
-    positions.note(log_terms, log_probs, **terms, **tails)
-    return positions.reduced(loss, reduction)
+    return positions.reduced(loss, reduction, log_terms, log_probs, **terms, **tails)
 
 
 def _squared_gradient(positions: Positions, margin: Tensor, inputs: Tensor, differentiable: bool) -> Tensor:

@@ -53,12 +53,13 @@ def label_smoothing_loss(
         Szegedy et al., "Rethinking the Inception Architecture", CVPR 2016; as in Liu et al. (MbLS), CVPR 2022.
     """
     check_between("alpha", alpha, 0, 1)
-    positions = as_positions(logits, target, task=task, ignore_index=ignore_index, reduction=reduction, weight=weight)
+    positions = as_positions(
+        logits, target, task=task, ignore_index=ignore_index, reduction=reduction, weight=weight, why_hard=""
+    )
     smoothed = F.cross_entropy(
         positions.logits, positions.target, positions.weight, reduction="none", label_smoothing=alpha
     )
-    positions.note(log_terms)
-    return positions.reduced(smoothed, reduction)
+    return positions.reduced(smoothed, reduction, log_terms)
 
 
 def entropy_penalty_loss(
@@ -99,7 +100,9 @@ def entropy_penalty_loss(
     """
     check_at_least("alpha", alpha, 0)
     check_choice("reference", reference, ("code", "paper"))
-    positions = as_positions(logits, target, task=task, ignore_index=ignore_index, reduction=reduction, weight=weight)
+    positions = as_positions(
+        logits, target, task=task, ignore_index=ignore_index, reduction=reduction, weight=weight, why_hard=""
+    )
     # A class that is masked by a logit of -inf has no part in the entropy, where 0 * inf would be nan.
     log_probs = positions.log_probs().clamp_min(torch.finfo(positions.logits.dtype).min)
     entropy = -(log_probs.exp() * log_probs).sum(1)
@@ -148,7 +151,9 @@ def mbls_loss(
     check_at_least("alpha", alpha, 0)
     check_at_least("margin", margin, 0)
 
-    positions = as_positions(logits, target, task=task, ignore_index=ignore_index, reduction=reduction, weight=weight)
+    positions = as_positions(
+        logits, target, task=task, ignore_index=ignore_index, reduction=reduction, weight=weight, why_hard=""
+    )
     return _penalised(positions, _Margins, (margin,), alpha, reduction, log_terms)
 
 
@@ -208,7 +213,9 @@ def acls_loss(
     for name, value in (("alpha", alpha), ("pos_lambda", pos_lambda), ("neg_lambda", neg_lambda), ("margin", margin)):
         check_at_least(name, value, 0)
     check_choice("reference", reference, ("code", "paper"))
-    positions = as_positions(logits, target, task=task, ignore_index=ignore_index, reduction=reduction, weight=weight)
+    positions = as_positions(
+        logits, target, task=task, ignore_index=ignore_index, reduction=reduction, weight=weight, why_hard=""
+    )
     classes = positions.logits.shape[1]
     weights = (pos_lambda, neg_lambda / (classes - 1)) if reference == "code" else (pos_lambda / 2, neg_lambda / 2)
     options = (*((classes * one) ** 0.5 for one in weights), margin, reference == "paper")
