@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import lightning_clamp
 
@@ -153,6 +154,17 @@ def test_the_benchmarks_time_a_device_without_data(ran, tmp_path):
     assert "| 200 × 10 |" in printed
     assert "| kept in memory (default) |" in printed
     assert "failed" not in printed
+
+
+def test_the_losses_are_timed_on_a_device(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples" / "benchmarks")
+    report = runpy.run_path(str(ROOT / "examples" / "benchmarks" / "losses.py"))["device_report"]
+    lines = list(report(torch.device("cpu"), shapes=[(4, 5), (2, 3, 2, 2)], compiled=(), budget=0.01))
+    assert lines[0] == "| eager | (4, 5) | (2, 3, 2, 2) |"
+    assert len(lines) == 3 + 12 + 1
+    numbers = [float(cell) for line in lines[2:-1] for cell in re.findall(r"[\d.]+(?= \|)", line)]
+    assert len(numbers) == 2 * 13
+    assert min(numbers) > 0
 
 
 SCRIPTS = [

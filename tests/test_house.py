@@ -86,7 +86,7 @@ def test_questions_go_downstairs_only():
 @pytest.mark.slow
 def test_what_is_plain_torch_needs_no_lightning():
     modules = ", ".join(f"lightning_clamp.{name}" for name in ("clamping", "metrics", "losses", "sharpness", "spec"))
-    functions = [name for name in losses.__all__ if name.endswith("_loss")] + ["LabelPerturbationRule"]
+    functions = [name for name in losses.__all__ if name.endswith(("_loss", "Loss"))] + ["LabelPerturbationRule"]
     code = (
         f"import sys, {modules}\n"
         f"from lightning_clamp.losses import {', '.join(functions)}\n"

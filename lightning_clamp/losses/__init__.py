@@ -1,9 +1,10 @@
-"""Losses that promise calibrated training: functions, and mixins that train a LightningModule with them.
+"""Losses that promise calibrated training: functions, modules, and mixins that train a LightningModule with them.
 
 Functions take ``(logits, target, *, ...)``: class outputs ``(N, C)``, dense ones ``(N, C, ...)``, or one-logit heads
-with ``task="binary"``. They leave out ``ignore_index`` and return the mean over the positions that count.
+with ``task="binary"``. They leave out ``ignore_index`` and return the mean over the positions that count. A module is
+made with the same options, ``ACLSLoss(margin=6.0)``, and called with logits and target.
 
-The functions need no Lightning; the mixins load on first use.
+Functions and modules need no Lightning; the mixins load on first use.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,21 @@ from lightning_clamp.losses.crl import crl_loss
 from lightning_clamp.losses.focal import brier_loss, dual_focal_loss, flsd_loss, focal_loss
 from lightning_clamp.losses.label_perturbation import LabelPerturbationRule, sc_bce_loss
 from lightning_clamp.losses.margin_aware import margin_aware_loss
+from lightning_clamp.losses.modules import (
+    ACLSLoss,
+    BrierLoss,
+    DCALoss,
+    DualFocalLoss,
+    EntropyPenaltyLoss,
+    FLSDLoss,
+    FocalLoss,
+    LabelSmoothingLoss,
+    MarginAwareLoss,
+    MbLSLoss,
+    MDCALoss,
+    MMCELoss,
+    SCBCELoss,
+)
 from lightning_clamp.losses.regularizers import acls_loss, entropy_penalty_loss, label_smoothing_loss, mbls_loss
 from lightning_clamp.losses.samples import Indexed
 
@@ -42,26 +58,39 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "ACLSLoss",
     "ACLSMixin",
     "ASLPMixin",
     "AdaFocalMixin",
+    "BrierLoss",
     "BrierMixin",
     "CALSMixin",
     "CPCMixin",
     "CRLMixin",
+    "DCALoss",
     "DCAMixin",
+    "DualFocalLoss",
     "DualFocalMixin",
+    "EntropyPenaltyLoss",
     "EntropyPenaltyMixin",
+    "FLSDLoss",
     "FLSDMixin",
+    "FocalLoss",
     "FocalMixin",
     "Indexed",
     "LabelPerturbationRule",
+    "LabelSmoothingLoss",
     "LabelSmoothingMixin",
     "LossMixin",
+    "MDCALoss",
     "MDCAMixin",
+    "MMCELoss",
     "MMCEMixin",
+    "MarginAwareLoss",
     "MarginAwareMixin",
+    "MbLSLoss",
     "MbLSMixin",
+    "SCBCELoss",
     "SCBCEMixin",
     "acls_loss",
     "adafocal_loss",

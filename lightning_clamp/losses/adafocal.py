@@ -60,9 +60,7 @@ def adafocal_loss(
         exponent = exponent[torch.bucketize(prob.detach(), edges.to(prob), right=True)]
     # The slope of a power below 1 is infinite at 0, hence the clamp.
     base = (1 - exponent.sign() * prob).clamp_min(torch.finfo(prob.dtype).tiny)
-    return positions.reduced(
-        base.pow(exponent.abs()) * cross_entropy, reduction, log_terms, cross_entropy=cross_entropy, gamma=exponent
-    )
+    return positions.reduced(base.pow(exponent.abs()) * cross_entropy, reduction, log_terms, gamma=exponent)
 
 
 def updated_gamma(gamma: Tensor, excess: Tensor, *, lambda_: float = 1.0) -> Tensor:

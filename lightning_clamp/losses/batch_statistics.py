@@ -5,9 +5,11 @@ The gap is one number for the batch that the loss sees; it is added to the loss 
 mostly noise, and more devices are no larger batch.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.autograd.function import once_differentiable
 
 from lightning_clamp._checks import check_at_least
 from lightning_clamp._rows import Task
@@ -22,6 +24,7 @@ def mdca_loss(
     target: Tensor,
     *,
     beta: float = 1.0,
+    weight: Tensor | None = None,
     task: Task = "multiclass",
     ignore_index: int | None = None,
     reduction: Reduction = "mean",
@@ -33,8 +36,9 @@ def mdca_loss(
 
     Args:
         logits: Shape ``(N, C)`` or ``(N, C, ...)``, float; for ``task="binary"`` one logit per position.
-        target: Class indices, shape ``(N,)`` or ``(N, ...)``, int64; for ``task="binary"`` 0 or 1 of any dtype.
+        target: Class indices or probabilities, as :func:`~lightning_clamp.losses.label_smoothing_loss`.
         beta: Weight of the gap, at least 0. The authors' scripts use 1, their command line defaults to 10.
+        weight: As :func:`~lightning_clamp.losses.label_smoothing_loss`.
         task: ``"multiclass"``, or ``"binary"`` for a one-logit (sigmoid) head.
         ignore_index: Target value of positions to leave out.
         reduction: ``"mean"`` over the positions that count (0 if there are none), ``"sum"``, or ``"none"``.
@@ -51,18 +55,16 @@ def mdca_loss(
         Hebbalaguppe et al., "A Stitch in Time Saves Nine", CVPR 2022.
     """
     check_at_least("beta", beta, 0)
-    positions = as_positions(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
-    log_probs = F.log_softmax(positions.logits, 1)
+    positions = as_positions(
+        logits, target, task=task, ignore_index=ignore_index, reduction=reduction, weight=weight, why_hard=""
+    )
+    log_probs = positions.log_probs()
     probs = log_probs.exp()
     if positions.keep is not None:
         probs = probs * positions.keep.unsqueeze(1)
-    count = positions.n_kept()
-    ones = positions.kept(torch.ones_like(positions.target, dtype=probs.dtype))
-    frequency = probs.new_zeros(positions.logits.shape[1]).index_add(0, positions.target.flatten(), ones.flatten())
-    gap = (probs.sum([0, *range(2, probs.ndim)]) - frequency).abs().sum() / (count * positions.logits.shape[1])
-    return _with_gap(
-        positions, F.nll_loss(log_probs, positions.target, reduction="none"), gap, beta, reduction, log_terms
-    )
+    excess = probs.sum([0, *range(2, probs.ndim)]) - positions.frequencies()
+    gap = torch.linalg.vector_norm(excess, 1) / (positions.n_kept() * len(excess))
+    return _with_gap(positions, log_probs, gap, beta, reduction, log_terms)
 
 
 def dca_loss(
@@ -70,6 +72,7 @@ def dca_loss(
     target: Tensor,
     *,
     beta: float = 10.0,
+    weight: Tensor | None = None,
     task: Task = "multiclass",
     ignore_index: int | None = None,
     reduction: Reduction = "mean",
@@ -79,8 +82,9 @@ def dca_loss(
 
     Args:
         logits: Shape ``(N, C)`` or ``(N, C, ...)``, float; for ``task="binary"`` one logit per position.
-        target: Class indices, shape ``(N,)`` or ``(N, ...)``, int64; for ``task="binary"`` 0 or 1 of any dtype.
+        target: Class indices or probabilities, as :func:`~lightning_clamp.losses.label_smoothing_loss`.
         beta: Weight of the gap, at least 0. 10 in the authors' code, 1 in the comparison of MDCA.
+        weight: As :func:`~lightning_clamp.losses.label_smoothing_loss`.
         task: ``"multiclass"``, or ``"binary"`` for a one-logit (sigmoid) head.
         ignore_index: Target value of positions to leave out.
         reduction: ``"mean"`` over the positions that count (0 if there are none), ``"sum"``, or ``"none"``.
@@ -98,12 +102,13 @@ def dca_loss(
         Classification", 2020.
     """
     check_at_least("beta", beta, 0)
-    positions = as_positions(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
-    log_probs = F.log_softmax(positions.logits, 1)
-    gap = positions.mean(log_probs.max(1).values.exp() - positions.correct().to(log_probs.dtype)).abs()
-    return _with_gap(
-        positions, F.nll_loss(log_probs, positions.target, reduction="none"), gap, beta, reduction, log_terms
+    positions = as_positions(
+        logits, target, task=task, ignore_index=ignore_index, reduction=reduction, weight=weight, why_hard=""
     )
+    log_probs = positions.log_probs()
+    top = log_probs.max(1).values
+    gap = positions.mean(top.exp() - positions.accuracy(log_probs, top)).abs()
+    return _with_gap(positions, log_probs, gap, beta, reduction, log_terms)
 
 
 def mmce_loss(
@@ -111,6 +116,7 @@ def mmce_loss(
     target: Tensor,
     *,
     lambda_: float = 1.0,
+    weight: Tensor | None = None,
     task: Task = "multiclass",
     ignore_index: int | None = None,
     reduction: Reduction = "mean",
@@ -128,6 +134,7 @@ def mmce_loss(
         logits: Shape ``(N, C)`` or ``(N, C, ...)``, float; for ``task="binary"`` one logit per position.
         target: Class indices, shape ``(N,)`` or ``(N, ...)``, int64; for ``task="binary"`` 0 or 1 of any dtype.
         lambda_: Weight of the error, at least 0.
+        weight: As :func:`~lightning_clamp.losses.label_smoothing_loss`.
         task: ``"multiclass"``, or ``"binary"`` for a one-logit (sigmoid) head.
         ignore_index: Target value of positions to leave out.
         reduction: ``"mean"`` over the positions that count (0 if there are none), ``"sum"``, or ``"none"``.
@@ -145,36 +152,64 @@ def mmce_loss(
         ICML 2018; the square, without a root, as in the codes.
     """
     check_at_least("lambda_", lambda_, 0)
-    positions = as_positions(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
-    log_probs = F.log_softmax(positions.logits, 1)
-    # Sums with changing signs over many positions: float64, which costs nothing beside the softmax.
-    confidence = log_probs.max(1).values.double().exp()
-    excess = positions.kept(positions.correct().double() - confidence)
-    error = _kernel_sum(excess.flatten(), confidence.flatten()) / positions.n_kept() ** 2
-    cross_entropy = F.nll_loss(log_probs, positions.target, reduction="none")
-    return _with_gap(positions, cross_entropy, error.to(log_probs.dtype), lambda_, reduction, log_terms)
+    positions = as_positions(
+        logits,
+        target,
+        task=task,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        weight=weight,
+        why_hard="mmce_loss compares what is right with what is sure, pair by pair, and a target of probabilities is "
+        "neither right nor wrong: pass labels, or train with mdca_loss, which takes probabilities.",
+    )
+    log_probs = positions.log_probs()
+    top = log_probs.max(1).values
+    error: Tensor = _KernelError.apply(top, positions.accuracy(log_probs, top), positions.keep, positions.n_kept())
+    return _with_gap(positions, log_probs, error, lambda_, reduction, log_terms)
 
 
-def _kernel_sum(weight: Tensor, place: Tensor) -> Tensor:
-    """Sum of ``w_i w_j exp(-|x_i - x_j| / 0.4)`` over all pairs, places x in [0, 1].
+class _KernelError(torch.autograd.Function):
+    """Sum of ``w_i w_j exp(-|r_i - r_j| / 0.4)`` over all pairs / n², w the correctness minus the confidence r.
 
-    In sorted order the kernel is a product of one factor of i and one of j, neither of them beyond ``exp(2.5)``.
+    It knows its gradient: autograd would sort and sum once more. In sorted order the kernel is a product of one factor
+    of i and one of j, neither of them beyond ``exp(2.5)``.
     """
-    order = place.detach().argsort()
-    weight, place = weight[order], place[order] / _WIDTH
-    rising = weight * place.exp()
-    return 2 * (weight * (-place).exp() * (rising.cumsum(0) - rising)).sum() + weight.square().sum()
+
+    @staticmethod
+    def forward(ctx: Any, log_confidence: Tensor, correct: Tensor, keep: Tensor | None, n: Tensor | int) -> Tensor:
+        # Sums with changing signs over many positions: float64, which costs nothing beside the softmax.
+        confidence, order = log_confidence.flatten().double().exp_().sort()
+        weight = correct.flatten()[order] - confidence
+        if keep is not None:
+            weight = weight * keep.flatten()[order]
+        rise = (confidence / _WIDTH).exp_()
+        fall = rise.reciprocal()
+        # Of each i: the sum over those up to it, and that over those beyond.
+        upto, beyond = (weight * rise).cumsum_(0).mul_(fall), (weight * fall).cumsum_(0)
+        beyond = (beyond[-1:] - beyond).mul_(rise)
+        pull = upto + beyond
+        slope = torch.addcmul(-pull, weight, beyond - upto + weight, value=1 / _WIDTH).mul_(confidence)
+        slope = torch.empty_like(slope).scatter_(0, order, slope).mul_(2 / n**2)
+        slope = slope.reshape(log_confidence.shape) if keep is None else slope.reshape(keep.shape) * keep
+        ctx.save_for_backward(slope.to(log_confidence.dtype))
+        return ((weight * pull).sum() / n**2).to(log_confidence.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (slope,) = ctx.saved_tensors
+        return slope * grads[0], None, None, None
 
 
 def _with_gap(
     positions: Positions,
-    cross_entropy: Tensor,
+    log_probs: Tensor,
     gap: Tensor,
     weight: float,
     reduction: Reduction,
     log_terms: dict[str, Tensor] | None,
 ) -> Tensor:
-    everywhere = gap.expand(cross_entropy.shape)
-    return positions.reduced(
-        cross_entropy + weight * everywhere, reduction, log_terms, cross_entropy=cross_entropy, regularizer=everywhere
-    )
+    """Cross-entropy, and ``weight`` times the gap at every position that counts."""
+    positions.note(log_terms, log_probs, regularizer=gap)
+    cross_entropy = positions.reduced_cross_entropy(log_probs, reduction)
+    return torch.add(cross_entropy, positions.reduced_gap(gap, reduction), alpha=weight)

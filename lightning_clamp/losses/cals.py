@@ -63,9 +63,7 @@ def cals_loss(
     cross_entropy = positions.cross_entropy()
     weights = [_per_class(name, value, positions.logits) for name, value in (("multiplier", multiplier), ("rho", rho))]
     penalty = _penalty(_distances(positions.logits, margin), *weights).mean(1)
-    return positions.reduced(
-        cross_entropy + penalty, reduction, log_terms, cross_entropy=cross_entropy, regularizer=penalty
-    )
+    return positions.reduced(cross_entropy + penalty, reduction, log_terms, regularizer=penalty)
 
 
 class Multipliers(NamedTuple):

@@ -59,14 +59,12 @@ def cpc_loss(
     cross_entropy = positions.cross_entropy()
     discrimination, exclusion = _discrimination(positions), _exclusion(positions)
     loss = cross_entropy + lambda_bdc * discrimination + lambda_bec * exclusion
-    return positions.reduced(
-        loss, reduction, log_terms, cross_entropy=cross_entropy, discrimination=discrimination, exclusion=exclusion
-    )
+    return positions.reduced(loss, reduction, log_terms, discrimination=discrimination, exclusion=exclusion)
 
 
 def _discrimination(positions: Positions) -> Tensor:
     """Mean over the other classes of their cross-entropy with the label's, shape of the target."""
-    lead = positions.of_target(positions.logits).unsqueeze(1) - positions.logits
+    lead = positions.logits.gather(1, positions.target.unsqueeze(1)) - positions.logits
     # The label's own distance is 0 and has no gradient: log(2) too much.
     return -(F.logsigmoid(lead).sum(1) + math.log(2)) / (lead.shape[1] - 1)
 

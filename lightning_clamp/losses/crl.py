@@ -68,9 +68,7 @@ def crl_loss(
     else:
         _check_items(positions, correctness)
         ranking = _ranking(positions, _confidence(positions.logits, confidence), correctness)
-    return positions.reduced(
-        cross_entropy + weight * ranking, reduction, log_terms, cross_entropy=cross_entropy, regularizer=ranking
-    )
+    return positions.reduced(cross_entropy + weight * ranking, reduction, log_terms, regularizer=ranking)
 
 
 def normalised_correctness(counts: Tensor, low: Tensor | float, epochs: Tensor | int) -> Tensor:

@@ -18,6 +18,7 @@ def focal_loss(
     target: Tensor,
     *,
     gamma: float = 3.0,
+    weight: Tensor | None = None,
     task: Task = "multiclass",
     ignore_index: int | None = None,
     reduction: Reduction = "mean",
@@ -27,8 +28,9 @@ def focal_loss(
 
     Args:
         logits: Shape ``(N, C)`` or ``(N, C, ...)``, float; for ``task="binary"`` one logit per position.
-        target: Class indices, shape ``(N,)`` or ``(N, ...)``, int64; for ``task="binary"`` 0 or 1 of any dtype.
+        target: Class indices or probabilities, as :func:`~lightning_clamp.losses.label_smoothing_loss`.
         gamma: At least 0; 0 is the cross-entropy.
+        weight: As :func:`~lightning_clamp.losses.label_smoothing_loss`.
         task: ``"multiclass"``, or ``"binary"`` for a one-logit (sigmoid) head.
         ignore_index: Target value of positions to leave out.
         reduction: The official codes sum (torrvision) or take the mean (MDCA).
@@ -45,11 +47,13 @@ def focal_loss(
         Lin et al., ICCV 2017; Mukhoti et al., "Calibrating Deep Neural Networks using Focal Loss", NeurIPS 2020.
     """
     check_at_least("gamma", gamma, 0)
-    positions = as_positions(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
-    cross_entropy = positions.cross_entropy()
-    return positions.reduced(
-        _focal(cross_entropy, 1 - torch.exp(-cross_entropy), gamma), reduction, log_terms, cross_entropy=cross_entropy
+    positions = as_positions(
+        logits, target, task=task, ignore_index=ignore_index, reduction=reduction, weight=weight, why_hard=""
     )
+    log_probs = positions.log_probs()
+    nll = positions.nll(log_probs)
+    loss = _focal(nll, 1 - torch.exp(-nll), gamma)
+    return positions.reduced(positions.expected(loss), reduction, log_terms, log_probs)
 
 
 def flsd_loss(
@@ -57,6 +61,7 @@ def flsd_loss(
     target: Tensor,
     *,
     gamma: float = 3.0,
+    weight: Tensor | None = None,
     task: Task = "multiclass",
     ignore_index: int | None = None,
     reduction: Reduction = "mean",
@@ -66,8 +71,9 @@ def flsd_loss(
 
     Args:
         logits: Shape ``(N, C)`` or ``(N, C, ...)``, float; for ``task="binary"`` one logit per position.
-        target: Class indices, shape ``(N,)`` or ``(N, ...)``, int64; for ``task="binary"`` 0 or 1 of any dtype.
+        target: Class indices or probabilities, as :func:`~lightning_clamp.losses.label_smoothing_loss`.
         gamma: Exponent where the network is right and sure, at least 0. 3 is FLSD-53.
+        weight: As :func:`~lightning_clamp.losses.label_smoothing_loss`.
         task: ``"multiclass"``, or ``"binary"`` for a one-logit (sigmoid) head.
         ignore_index: Target value of positions to leave out.
         reduction: ``"mean"`` over the positions that count (0 if there are none), ``"sum"``, or ``"none"``.
@@ -84,9 +90,14 @@ def flsd_loss(
         Mukhoti et al., "Calibrating Deep Neural Networks using Focal Loss", NeurIPS 2020.
     """
     check_at_least("gamma", gamma, 0)
-    positions = as_positions(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
-    cross_entropy = positions.cross_entropy()
-    return positions.reduced(_banded(cross_entropy, gamma), reduction, log_terms, cross_entropy=cross_entropy)
+    positions = as_positions(
+        logits, target, task=task, ignore_index=ignore_index, reduction=reduction, weight=weight, why_hard=""
+    )
+    log_probs = positions.log_probs()
+    nll = positions.nll(log_probs)
+    prob = torch.exp(-nll)
+    loss = _focal(nll, 1 - prob, gamma, _exponent(prob.detach(), gamma))
+    return positions.reduced(positions.expected(loss), reduction, log_terms, log_probs)
 
 
 def dual_focal_loss(
@@ -94,6 +105,7 @@ def dual_focal_loss(
     target: Tensor,
     *,
     gamma: float = 5.0,
+    weight: Tensor | None = None,
     task: Task = "multiclass",
     ignore_index: int | None = None,
     reduction: Reduction = "mean",
@@ -105,8 +117,9 @@ def dual_focal_loss(
 
     Args:
         logits: Shape ``(N, C)`` or ``(N, C, ...)``, float; for ``task="binary"`` one logit per position.
-        target: Class indices, shape ``(N,)`` or ``(N, ...)``, int64; for ``task="binary"`` 0 or 1 of any dtype.
+        target: Class indices or probabilities, as :func:`~lightning_clamp.losses.label_smoothing_loss`.
         gamma: At least 0; 0 is the cross-entropy, and the official code's default. 5 is our choice.
+        weight: As :func:`~lightning_clamp.losses.label_smoothing_loss`.
         task: ``"multiclass"``, or ``"binary"`` for a one-logit (sigmoid) head.
         ignore_index: Target value of positions to leave out.
         reduction: ``"mean"`` over the positions that count (0 if there are none), ``"sum"``, or ``"none"``.
@@ -123,13 +136,14 @@ def dual_focal_loss(
         Tao, Dong and Xu, "Dual Focal Loss for Calibration", ICML 2023.
     """
     check_at_least("gamma", gamma, 0)
-    positions = as_positions(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
-    log_probs = F.log_softmax(positions.logits, 1)
-    of_target = positions.of_target(log_probs)
-    lower = log_probs.masked_fill(log_probs >= of_target.unsqueeze(1), -torch.inf).max(1).values.exp()
-    return positions.reduced(
-        _focal(-of_target, 1 - of_target.exp() + lower, gamma), reduction, log_terms, cross_entropy=-of_target
+    positions = as_positions(
+        logits, target, task=task, ignore_index=ignore_index, reduction=reduction, weight=weight, why_hard=""
     )
+    log_probs = positions.log_probs()
+    nll = positions.nll(log_probs)
+    lower = _next_lower(log_probs) if positions.soft else _largest_below(log_probs, -nll)
+    doubt = 1 - torch.exp(-nll) + lower.exp()
+    return positions.reduced(positions.expected(_focal(nll, doubt, gamma)), reduction, log_terms, log_probs)
 
 
 def brier_loss(
@@ -145,7 +159,7 @@ def brier_loss(
 
     Args:
         logits: Shape ``(N, C)`` or ``(N, C, ...)``, float; for ``task="binary"`` one logit per position.
-        target: Class indices, shape ``(N,)`` or ``(N, ...)``, int64; for ``task="binary"`` 0 or 1 of any dtype.
+        target: Class indices or probabilities, as :func:`~lightning_clamp.losses.label_smoothing_loss`.
         task: ``"multiclass"``, or ``"binary"`` for a one-logit (sigmoid) head.
         ignore_index: Target value of positions to leave out.
         reduction: ``"mean"`` over the positions that count (0 if there are none), ``"sum"``, or ``"none"``.
@@ -161,21 +175,40 @@ def brier_loss(
     Reference:
         Brier, 1950; as a loss in Mukhoti et al., NeurIPS 2020.
     """
-    positions = as_positions(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
+    positions = as_positions(logits, target, task=task, ignore_index=ignore_index, reduction=reduction, why_hard="")
     probs = F.softmax(positions.logits, 1)
-    score = probs.square().sum(1) - 2 * positions.of_target(probs) + 1
-    terms = {} if log_terms is None else {"cross_entropy": positions.cross_entropy()}
-    return positions.reduced(score, reduction, log_terms, **terms)
+    if positions.soft:
+        score = (probs - positions.target).square().sum(1)
+    else:
+        of_target = probs.gather(1, positions.target.unsqueeze(1)).squeeze(1)
+        score = probs.square().sum(1) - 2 * of_target + 1
+    return positions.reduced(score, reduction, log_terms)
 
 
-def _focal(cross_entropy: Tensor, doubt: Tensor, gamma: float) -> Tensor:
-    """``doubt ** gamma * cross_entropy``; the slope of a power below 1 is infinite at doubt 0, hence the clamp."""
-    return doubt.clamp_min(torch.finfo(doubt.dtype).tiny).pow(gamma) * cross_entropy
+def _focal(nll: Tensor, doubt: Tensor, gamma: float, exponent: Tensor | None = None) -> Tensor:
+    """``doubt ** gamma * nll``; or of ``exponent``, one for each, of which ``gamma`` may be the least."""
+    if gamma < 2:
+        # The slope of a power below 1 is infinite at doubt 0, and so is the curvature of one below 2.
+        doubt = doubt.clamp_min(torch.finfo(doubt.dtype).tiny)
+    return doubt.pow(gamma if exponent is None else exponent) * nll
 
 
-def _banded(cross_entropy: Tensor, gamma: float) -> Tensor:
-    prob = torch.exp(-cross_entropy)
-    hardest, hard, easy = (
-        _focal(cross_entropy, 1 - prob, exponent) for exponent in (_HARDEST_GAMMA, _HARD_GAMMA, gamma)
-    )
-    return torch.where(prob < _HARDEST, hardest, torch.where(prob < _HARD, hard, easy))
+def _exponent(prob: Tensor, gamma: float) -> Tensor:
+    """FLSD's exponent, a constant in each band of the probability of the target."""
+    upper = torch.where(prob < _HARD, _HARD_GAMMA, torch.full_like(prob, gamma))
+    return torch.where(prob < _HARDEST, _HARDEST_GAMMA, upper)
+
+
+def _largest_below(log_probs: Tensor, of_target: Tensor) -> Tensor:
+    """The largest log-probability of each position below the target's, ``(N, ...)``; -inf if there is none."""
+    return log_probs.masked_fill(log_probs >= of_target.unsqueeze(1), -torch.inf).max(1).values
+
+
+def _next_lower(log_probs: Tensor) -> Tensor:
+    """The same for every class in the target's place, shape of ``log_probs``."""
+    ordered, order = log_probs.sort(1, descending=True)
+    follower = torch.cat([ordered[:, 1:], torch.full_like(ordered[:, :1], -torch.inf)], 1)
+    # Of classes that are equal only the last is followed by a lower one; it is the largest below them all.
+    follower = follower.masked_fill(follower >= ordered, -torch.inf)
+    lower = follower.flip(1).cummax(1).values.flip(1)
+    return torch.empty_like(lower).scatter(1, order, lower)

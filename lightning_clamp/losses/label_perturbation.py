@@ -23,6 +23,10 @@ _NOISE_CDF = (0.5 * (1 + math.erf(-_NOISE / math.sqrt(2))), 0.5 * (1 + math.erf(
 _LOGIT_CAP = math.log(1e7 - 1)
 # α stays this far below the amount at which the expected label would be 1/2.
 _BELOW_CAP = 0.01
+_WHY_HARD = (
+    "sc_bce_loss perturbs labels that are 0 or 1, and was given one between: pass labels, or train with another loss, "
+    'such as label_smoothing_loss(..., task="binary").'
+)
 
 
 def sc_bce_loss(
@@ -78,7 +82,9 @@ def sc_bce_loss(
         Perturbation", ICCV 2023 (arXiv 2307.13539), figure 2.
     """
     beta = beta_of_kind(kind, beta)
-    positions = as_positions(logits, target, task="binary", ignore_index=ignore_index, reduction=reduction)
+    positions = as_positions(
+        logits, target, task="binary", ignore_index=ignore_index, reduction=reduction, why_hard=_WHY_HARD
+    )
     chance = torch.as_tensor(alpha, dtype=positions.logits.dtype, device=positions.logits.device)
     if chance.ndim and chance.shape != positions.target.shape[:1]:
         raise OptionError(
@@ -96,12 +102,7 @@ def sc_bce_loss(
     if kind == "DM":
         other = other + _truncated_normal(other, generator)
     loss = F.binary_cross_entropy_with_logits(logit, torch.where(is_perturbed, other, label), reduction="none")
-    terms = (
-        {}
-        if log_terms is None
-        else {"cross_entropy": positions.cross_entropy(), "perturbed": is_perturbed.to(logit.dtype)}
-    )
-    return positions.reduced(loss, reduction, log_terms, **terms)
+    return positions.reduced(loss, reduction, log_terms, perturbed=is_perturbed.to(logit.dtype))
 
 
 def beta_of_kind(kind: Kind, beta: float | None) -> float:
@@ -208,7 +209,9 @@ def signed_logit(logits: Tensor, target: Tensor, *, ignore_index: int | None = N
         target: As for :func:`sc_bce_loss`.
         ignore_index: As for :func:`sc_bce_loss`.
     """
-    positions = as_positions(logits.detach(), target, task="binary", ignore_index=ignore_index, reduction="none")
+    positions = as_positions(
+        logits.detach(), target, task="binary", ignore_index=ignore_index, reduction="none", why_hard=_WHY_HARD
+    )
     logit = (positions.logits[:, 1] - positions.logits[:, 0]).clamp(-_LOGIT_CAP, _LOGIT_CAP)
     signed = positions.kept((2 * positions.target - 1) * logit)
     return signed.reshape(len(logit), -1).sum(1) / positions.n_positions()

@@ -5,7 +5,6 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lightning_clamp._checks import check_at_least
 from lightning_clamp._rows import Task
@@ -13,6 +12,11 @@ from lightning_clamp.losses._modes import Mode, differentiable_twice, in_mode
 from lightning_clamp.losses._positions import Positions, Reduction, as_positions
 from lightning_clamp.losses.attack import Attack, Norm
 from lightning_clamp.metrics.margin import class_margin
+
+_WHY_HARD = (
+    "margin_aware_loss measures the margin of one label, and a target of probabilities names none: pass labels, or "
+    "train with acls_loss or mbls_loss, whose margins are those of the prediction."
+)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # it sets the compiler's stance
@@ -104,7 +108,9 @@ def margin_aware_loss(
     def positions_of(x: Tensor) -> Positions:
         with differentiable_twice() if lambda_s else nullcontext():
             logits = network(x)
-        return as_positions(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
+        return as_positions(
+            logits, target, task=task, ignore_index=ignore_index, reduction=reduction, why_hard=_WHY_HARD
+        )
 
     moved = None
     if lambda_r:
@@ -114,19 +120,19 @@ def margin_aware_loss(
     with torch.set_grad_enabled(differentiable or bool(lambda_s)):
         positions = positions_of(clean)
         margin = class_margin(positions.logits, positions.target)
-        terms = {"cross_entropy": positions.cross_entropy()}
-        loss = terms["cross_entropy"]
+        log_probs = positions.log_probs()
+        loss, terms = positions.cross_entropy(log_probs), {}
         if lambda_s:
             terms["smoothness"] = _squared_gradient(positions, margin, clean, differentiable)
             loss = loss + lambda_s * terms["smoothness"]
     tails = {"margin": margin, "margin_tail": margin.detach().neg().exp()}
     if moved is not None:
         robust = positions_of(moved)
-        terms["divergence"] = _divergence(positions.logits, robust.logits)
+        terms["divergence"] = _divergence(log_probs, robust.log_probs())
         loss = loss + lambda_r * terms["divergence"]
         robust_margin = class_margin(robust.logits, robust.target).detach()
         tails |= {"robust_margin": robust_margin, "robust_margin_tail": robust_margin.neg().exp()}
-    return positions.reduced(loss, reduction, log_terms, **terms, **tails)
+    return positions.reduced(loss, reduction, log_terms, log_probs, **terms, **tails)
 
 
 def _squared_gradient(positions: Positions, margin: Tensor, inputs: Tensor, differentiable: bool) -> Tensor:
@@ -137,7 +143,6 @@ def _squared_gradient(positions: Positions, margin: Tensor, inputs: Tensor, diff
     return squared.reshape(-1, *[1] * (margin.ndim - 1)).expand(margin.shape)
 
 
-def _divergence(logits: Tensor, others: Tensor) -> Tensor:
-    """KL(p || q) of every position, p and q the softmax of ``logits`` and ``others``."""
-    log_p, log_q = F.log_softmax(logits, 1), F.log_softmax(others, 1)
+def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) of every position, of the log-probabilities."""
     return (log_p.exp() * (log_p - log_q)).sum(1)

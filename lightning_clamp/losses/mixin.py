@@ -200,7 +200,7 @@ class LossMixin(LightningModule):
         if self._calibrated_outputs_were_seen or not self.training:
             return
         self._calibrated_outputs_were_seen = True
-        binary = self.loss_task == "binary" or self._calibrated_loss_is_binary
+        binary = self.loss_task != "multiclass" or self._calibrated_loss_is_binary
         if complaint := complaint_of_probabilities(logits, binary):
             rank_zero_warn(f"{type(self).__name__} takes what the network returns as logits, and {complaint}.")
 

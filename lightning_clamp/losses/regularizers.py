@@ -1,6 +1,5 @@
 r"""Cross-entropy with a penalty on over-confident rows: smoothing, entropy, margins, ACLS."""
 
-from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -10,7 +9,7 @@ from torch.nn import functional as F
 
 from lightning_clamp._checks import check_at_least, check_between, check_choice
 from lightning_clamp._rows import Task
-from lightning_clamp.losses._positions import Reduction, as_positions
+from lightning_clamp.losses._positions import Positions, Reduction, as_positions
 
 Reference: TypeAlias = Literal["code", "paper"]
 
@@ -20,6 +19,7 @@ def label_smoothing_loss(
     target: Tensor,
     *,
     alpha: float = 0.05,
+    weight: Tensor | None = None,
     task: Task = "multiclass",
     ignore_index: int | None = None,
     reduction: Reduction = "mean",
@@ -31,8 +31,12 @@ def label_smoothing_loss(
 
     Args:
         logits: Shape ``(N, C)`` or ``(N, C, ...)``, float; for ``task="binary"`` one logit per position.
-        target: Class indices, shape ``(N,)`` or ``(N, ...)``, int64; for ``task="binary"`` 0 or 1 of any dtype.
+        target: Class indices, shape ``(N,)`` or ``(N, ...)``, int64, or probabilities of the classes, shape of the
+            logits, float, as mixup and CutMix make them; for ``task="binary"`` 0 or 1 of any dtype, or the probability
+            of 1.
         alpha: Weight of the uniform label, in [0, 1].
+        weight: Of each class in the cross-entropy, ``(C,)``, not negative, with the mean that torch takes of it: by
+            the weights of the labels, or of the positions if the target has probabilities. No penalty is weighted.
         task: ``"multiclass"``, or ``"binary"`` for a one-logit (sigmoid) head.
         ignore_index: Target value of positions to leave out.
         reduction: ``"mean"`` over the positions that count (0 if there are none), ``"sum"``, or ``"none"``.
@@ -49,9 +53,13 @@ def label_smoothing_loss(
         Szegedy et al., "Rethinking the Inception Architecture", CVPR 2016; as in Liu et al. (MbLS), CVPR 2022.
     """
     check_between("alpha", alpha, 0, 1)
-    positions = as_positions(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
-    terms = {} if log_terms is None else {"cross_entropy": positions.cross_entropy()}
-    return positions.reduced(positions.cross_entropy(label_smoothing=alpha), reduction, log_terms, **terms)
+    positions = as_positions(
+        logits, target, task=task, ignore_index=ignore_index, reduction=reduction, weight=weight, why_hard=""
+    )
+    smoothed = F.cross_entropy(
+        positions.logits, positions.target, positions.weight, reduction="none", label_smoothing=alpha
+    )
+    return positions.reduced(smoothed, reduction, log_terms)
 
 
 def entropy_penalty_loss(
@@ -60,6 +68,7 @@ def entropy_penalty_loss(
     *,
     alpha: float = 0.1,
     reference: Reference = "code",
+    weight: Tensor | None = None,
     task: Task = "multiclass",
     ignore_index: int | None = None,
     reduction: Reduction = "mean",
@@ -73,6 +82,7 @@ def entropy_penalty_loss(
         alpha: Weight of the entropy, at least 0.
         reference: ``"code"`` takes the *mean* of :math:`-p \log p` over the classes, as the code of Liu et al. (MbLS)
             does, so that ``alpha`` counts K times less than in the ``"paper"``, which takes the sum.
+        weight: As :func:`label_smoothing_loss`.
         task: As :func:`label_smoothing_loss`.
         ignore_index: As :func:`label_smoothing_loss`.
         reduction: As :func:`label_smoothing_loss`.
@@ -90,16 +100,17 @@ def entropy_penalty_loss(
     """
     check_at_least("alpha", alpha, 0)
     check_choice("reference", reference, ("code", "paper"))
-    positions = as_positions(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
+    positions = as_positions(
+        logits, target, task=task, ignore_index=ignore_index, reduction=reduction, weight=weight, why_hard=""
+    )
     # A class that is masked by a logit of -inf has no part in the entropy, where 0 * inf would be nan.
-    log_probs = F.log_softmax(positions.logits, 1).clamp_min(torch.finfo(positions.logits.dtype).min)
+    log_probs = positions.log_probs().clamp_min(torch.finfo(positions.logits.dtype).min)
     entropy = -(log_probs.exp() * log_probs).sum(1)
     if reference == "code":
         entropy = entropy / positions.logits.shape[1]
-    cross_entropy = F.nll_loss(log_probs, positions.target, reduction="none")
-    return positions.reduced(
-        cross_entropy - alpha * entropy, reduction, log_terms, cross_entropy=cross_entropy, entropy=entropy
-    )
+    positions.note(log_terms, log_probs, entropy=entropy)
+    cross_entropy = positions.reduced_cross_entropy(log_probs, reduction)
+    return torch.sub(cross_entropy, positions.unweighted().reduced(entropy, reduction), alpha=alpha)
 
 
 def mbls_loss(
@@ -108,6 +119,7 @@ def mbls_loss(
     *,
     alpha: float = 0.1,
     margin: float = 10.0,
+    weight: Tensor | None = None,
     task: Task = "multiclass",
     ignore_index: int | None = None,
     reduction: Reduction = "mean",
@@ -120,6 +132,7 @@ def mbls_loss(
         target: As :func:`label_smoothing_loss`.
         alpha: Weight of the penalty, at least 0. It is the mean over the classes, as in the code; the paper sums.
         margin: Distance to the largest logit that costs nothing, at least 0.
+        weight: As :func:`label_smoothing_loss`.
         task: As :func:`label_smoothing_loss`.
         ignore_index: As :func:`label_smoothing_loss`.
         reduction: As :func:`label_smoothing_loss`.
@@ -138,17 +151,10 @@ def mbls_loss(
     check_at_least("alpha", alpha, 0)
     check_at_least("margin", margin, 0)
 
-    def penalty(z: Tensor) -> tuple[Tensor, Tensor]:
-        top = z.amax(1, keepdim=True)
-        excess = (top - margin - z).clamp_min_(0)
-        value = excess.mean(1)
-        beyond = torch.gt(excess, 0, out=excess)
-        is_top = torch.eq(z, top, out=torch.empty_like(z))
-        # The gradient of the maximum is dealt out evenly over the largest logits, as torch does it.
-        share = beyond.sum(1, keepdim=True) / (z.shape[1] * is_top.sum(1, keepdim=True))
-        return value, beyond.mul_(-1 / z.shape[1]).addcmul_(is_top, share)
-
-    return _penalised(logits, target, penalty, alpha, task, ignore_index, reduction, log_terms)
+    positions = as_positions(
+        logits, target, task=task, ignore_index=ignore_index, reduction=reduction, weight=weight, why_hard=""
+    )
+    return _penalised(positions, _Margins, (margin,), alpha, reduction, log_terms)
 
 
 def acls_loss(
@@ -160,6 +166,7 @@ def acls_loss(
     neg_lambda: float = 0.1,
     margin: float = 10.0,
     reference: Reference = "code",
+    weight: Tensor | None = None,
     task: Task = "multiclass",
     ignore_index: int | None = None,
     reduction: Reduction = "mean",
@@ -187,6 +194,7 @@ def acls_loss(
         neg_lambda: Weight of the terms of the other classes, at least 0.
         margin: M, at least 0. The paper is said to use 6 for CIFAR-10 and 10 elsewhere.
         reference: ``"code"`` or ``"paper"``.
+        weight: As :func:`label_smoothing_loss`.
         task: As for :func:`label_smoothing_loss`; one logit z counts as (-z/2, z/2).
         ignore_index: As for :func:`label_smoothing_loss`; the penalty is masked too, unlike in the official code.
         reduction: As :func:`label_smoothing_loss`.
@@ -205,60 +213,83 @@ def acls_loss(
     for name, value in (("alpha", alpha), ("pos_lambda", pos_lambda), ("neg_lambda", neg_lambda), ("margin", margin)):
         check_at_least(name, value, 0)
     check_choice("reference", reference, ("code", "paper"))
-    is_code = reference == "code"
-
-    def penalty(z: Tensor) -> tuple[Tensor, Tensor]:
-        positive = pos_lambda if is_code else pos_lambda / 2
-        negative = neg_lambda / (z.shape[1] - 1) if is_code else neg_lambda / 2
-        top = z.amax(1, keepdim=True)
-        excess = (top - margin if is_code else top - z.amin(1, keepdim=True) - margin).clamp_min_(0)
-        # The gradient of the second term; the largest logits themselves are within the margin, and add nothing to it.
-        slope = torch.add(-2 * negative * (top - margin), z, alpha=2 * negative).clamp_max_(0)
-        ties = torch.eq(z, top, out=torch.empty_like(z)).sum(1)
-        value = positive * excess.squeeze(1).square() * ties
-        if negative:
-            value = value + slope.square().sum(1) / (4 * negative)
-        # Compared anew, by another operator: what has one use is fused by a compiler, which would store the mask else.
-        is_top = torch.ge(z, top, out=torch.empty_like(z))
-        return value, slope.addcmul_(is_top, 2 * positive * excess)
-
-    return _penalised(logits, target, penalty, alpha, task, ignore_index, reduction, log_terms)
+    positions = as_positions(
+        logits, target, task=task, ignore_index=ignore_index, reduction=reduction, weight=weight, why_hard=""
+    )
+    classes = positions.logits.shape[1]
+    weights = (pos_lambda, neg_lambda / (classes - 1)) if reference == "code" else (pos_lambda / 2, neg_lambda / 2)
+    options = (*((classes * one) ** 0.5 for one in weights), margin, reference == "paper")
+    return _penalised(positions, _AdaptiveMargins, options, alpha, reduction, log_terms)
 
 
-class _RowPenalty(torch.autograd.Function):
-    """A penalty per position that knows its gradient: half the passes over memory that autograd would make.
+# The penalties know their gradients, which take half the passes over memory that autograd would make, and are part of
+# the definition where a term stands still (the stop-gradient of ACLS). They are means over the classes, of each
+# position or of all of them. Comparisons are written into float tensors, which is three times faster than a mask of
+# bools and its use.
 
-    Comparisons are written into float tensors, which is three times faster than a mask of bools and its use. The
-    gradient is part of the definition where a term stands still (the stop-gradient of ACLS).
-    """
+
+class _Margins(torch.autograd.Function):
+    """The penalty of MbLS; of several largest logits the first is pulled down, as in the code."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, penalty: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
-        value, gradient = penalty(logits)
-        ctx.save_for_backward(gradient)
-        return value
+    def forward(ctx: Any, logits: Tensor, of_all: bool, margin: float) -> Tensor:
+        top, predicted = logits.max(1, keepdim=True)
+        excess = torch.sub(top - margin, logits).clamp_min_(0)
+        ctx.save_for_backward(excess, predicted)
+        return excess.mean() if of_all else excess.mean(1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grads[0].unsqueeze(1), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        excess, predicted = ctx.saved_tensors
+        slope = excess.sign().mul_(_shares(grads[0], excess, -1))
+        return slope.scatter_add_(1, predicted, -slope.sum(1, keepdim=True)), None, None
+
+
+class _AdaptiveMargins(torch.autograd.Function):
+    """The penalty of ACLS, as the mean over the classes of squares; the weights are the roots of theirs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, of_all: bool, positive: float, negative: float, margin: float, from_lowest: bool
+    ) -> Tensor:
+        top = logits.amax(1, keepdim=True)
+        floor = top - margin
+        over = (floor - logits.amin(1, keepdim=True) if from_lowest else floor).clamp_min(0)
+        # What is squared: negative for the second term, which is 0 at the largest logits, and positive for the first.
+        roots = torch.add(floor * -negative, logits, alpha=negative).clamp_max_(0)
+        roots.addcmul_(torch.eq(logits, top, out=torch.empty_like(logits)), over, value=positive)
+        ctx.save_for_backward(roots)
+        ctx.weights = positive, negative
+        squares = roots.square()
+        return squares.mean() if of_all else squares.mean(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        (roots,), (positive, negative) = ctx.saved_tensors, ctx.weights
+        halves = F.leaky_relu(roots, negative / positive) if positive else roots
+        slope = halves * _shares(grads[0], roots, 2 * (positive or negative))
+        return slope, None, None, None, None, None
+
+
+def _shares(grad: Tensor, logits: Tensor, factor: float) -> Tensor:
+    """``factor`` times what the gradient of a mean over the classes, or over all logits, is for each logit."""
+    return grad.unsqueeze(1) * (factor / logits.shape[1]) if grad.ndim else grad * (factor / logits.numel())
 
 
 def _penalised(
-    logits: Tensor,
-    target: Tensor,
-    penalty: Callable[[Tensor], tuple[Tensor, Tensor]],
+    positions: Positions,
+    penalty: type[torch.autograd.Function],
+    options: tuple[float, ...],
     alpha: float,
-    task: Task,
-    ignore_index: int | None,
     reduction: Reduction,
     log_terms: dict[str, Tensor] | None,
 ) -> Tensor:
-    """Cross-entropy plus ``alpha`` times ``penalty(logits)``, which gives ``(N, ...)`` and its gradient."""
-    positions = as_positions(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
-    cross_entropy = positions.cross_entropy()
-    regularizer: Tensor = _RowPenalty.apply(positions.logits, penalty)
-    return positions.reduced(
-        cross_entropy + alpha * regularizer, reduction, log_terms, cross_entropy=cross_entropy, regularizer=regularizer
-    )
+    """Cross-entropy plus ``alpha`` times the penalty of the logits."""
+    log_probs = positions.log_probs()
+    of_all = reduction == "mean" and positions.keep is None and positions.n_all > 0
+    added: Tensor = penalty.apply(positions.logits, of_all, *options)
+    positions.note(log_terms, log_probs, regularizer=added)
+    added = added if of_all else positions.unweighted().reduced(added, reduction)
+    return torch.add(positions.reduced_cross_entropy(log_probs, reduction), added, alpha=alpha)

@@ -81,7 +81,7 @@ def _product(
     count = 0
     for inputs, target in batches:
         logits = logits_of(call_network(network, inputs))
-        positions = as_positions(logits, target, task=task, ignore_index=ignore_index, reduction="mean")
+        positions = as_positions(logits, target, task=task, ignore_index=ignore_index, reduction="mean", why_hard="")
         for part, value in zip(total, _summed_product(positions, weights, direction), strict=True):
             part += value
         count += int(positions.counted().sum())

@@ -173,10 +173,10 @@ def test_several_largest_logits_are_all_predicted():
     assert value - cross_entropy == pytest.approx(8.5)
     pull = torch.tensor([[4.0, 4.0, -1.0]], dtype=torch.float64)
     torch.testing.assert_close(gradient, logits.softmax(1) - F.one_hot(target, 3) + pull)
-    # The maximum's gradient is dealt out evenly, as torch does it.
+    # The first is pulled down, as in the official code.
     _, ours = value_and_gradient(mbls_loss, logits, target, margin=3.0)
     _, torchs = value_and_gradient(
-        lambda z, y: F.cross_entropy(z, y) + 0.1 * F.relu(z.amax(1, keepdim=True) - z - 3).mean(), logits, target
+        lambda z, y: F.cross_entropy(z, y) + 0.1 * F.relu(z.max(1, keepdim=True).values - z - 3).mean(), logits, target
     )
     torch.testing.assert_close(ours, torchs)
 
@@ -341,7 +341,14 @@ BAD = {
     "reduction": ((X, Y), {"reduction": "average"}, ValueError, "`reduction` must be one of .* got 'average'"),
     "task": ((X, Y), {"task": "regression"}, ValueError, "`task` must be one of .* got 'regression'"),
     "binary labels": ((X[:, 0], Y + 2), {"task": "binary"}, ValueError, r"\[0, 1\], got 2"),
-    "soft binary labels": ((X[:, 0], Y + 0.3), {"task": "binary"}, ValueError, "must be 0 or 1"),
+    "no probability": (
+        (X[:, 0], Y + 1.5),
+        {"task": "binary"},
+        ValueError,
+        r"in \[0, 1\], got 1.5. Pass ignore",
+    ),
+    "weights": ((X, Y), {"weight": torch.ones(3)}, ValueError, r"one number per class, \(4,\), got \(3,\)"),
+    "negative weights": ((X, Y), {"weight": X[0] - 1}, ValueError, "`weight` must be at least 0, got -1"),
 }
 
 
@@ -349,6 +356,8 @@ BAD = {
 @every_loss
 def test_bad_input_gets_one_sentence(loss, case):
     tensors, options, error, sentence = BAD[case]
+    if "weight" in options and loss.func is losses.brier_loss:
+        error, sentence = TypeError, "unexpected keyword argument"
     with pytest.raises(error, match=sentence):
         loss(*tensors, **options)
 

@@ -38,7 +38,7 @@ OF_FUNCTION = {
     "mmce_loss": (losses.MMCEMixin, "mmce"),
     "sc_bce_loss": (losses.SCBCEMixin, "sc_bce"),
 }
-COMMON = {"task", "ignore_index", "reduction", "log_terms", "generator"}
+COMMON = {"task", "ignore_index", "weight", "reduction", "log_terms", "generator"}
 # With the defaults ACLS has nothing to do on logits as small as those of the tests.
 AT_WORK = {losses.ACLSMixin: {"acls_margin": 1.0, "acls_alpha": 1.0}}
 # Those that learn have tests of their own.
