@@ -87,8 +87,9 @@ def confidence_cells(
     """Sums of a batch by confidence, ``(3, K)`` float64, to be added up and given to :func:`equal_mass_bins`."""
     positions = as_positions(logits, target, task=task, ignore_index=ignore_index, reduction="none")
     keep = positions.counted()
-    confidence = positions.logits.double().softmax(1).amax(1)[keep]
-    return add_to_cells(no_sums(cell_count(n_bins), logits.device), confidence, positions.correct()[keep], n_bins)
+    confidence, predicted = positions.logits.double().softmax(1).max(1)
+    correct = predicted == positions.target
+    return add_to_cells(no_sums(cell_count(n_bins), logits.device), confidence[keep], correct[keep], n_bins)
 
 
 def equal_mass_bins(cells: Tensor, n_bins: int) -> tuple[Tensor, Tensor]:

@@ -66,7 +66,7 @@ def cpc_loss(
 
 def _discrimination(positions: Positions) -> Tensor:
     """Mean over the other classes of their cross-entropy with the label's, shape of the target."""
-    lead = positions.of_target(positions.logits).unsqueeze(1) - positions.logits
+    lead = positions.logits.gather(1, positions.target.unsqueeze(1)) - positions.logits
     # The label's own distance is 0 and has no gradient: log(2) too much.
     return -(F.logsigmoid(lead).sum(1) + math.log(2)) / (lead.shape[1] - 1)
 
