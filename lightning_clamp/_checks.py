@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
+from numbers import Real
 
 from torch import Tensor
 
@@ -54,15 +55,19 @@ def check_range(target: Tensor, classes: int, way_out: str = "") -> None:
 
 
 def check_at_least(name: str, value: float, least: float) -> None:
-    """Refuse an option below ``least`` or nan."""
-    if not value >= least:
-        raise OptionError(f"`{name}` must be at least {least}, got {value}.")
+    """Refuse an option below ``least``, nan, or no number."""
+    if not _is_number(value) or not value >= least:
+        raise OptionError(f"`{name}` must be at least {least}, got {value!r}.")
 
 
 def check_between(name: str, value: float, low: float, high: float) -> None:
-    """Refuse an option outside ``[low, high]``."""
-    if not low <= value <= high:
-        raise OptionError(f"`{name}` must lie in [{low}, {high}], got {value}.")
+    """Refuse an option outside ``[low, high]``, or no number."""
+    if not _is_number(value) or not low <= value <= high:
+        raise OptionError(f"`{name}` must lie in [{low}, {high}], got {value!r}.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real)
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

@@ -83,10 +83,6 @@ class Positions(NamedTuple):
         """Cross-entropy summed over the positions that count."""
         return self.kept(self.cross_entropy()).sum()
 
-    def correct(self) -> Tensor:
-        """Whether the label has the largest logit (in a tie: one of them), bool, ``(N, ...)``."""
-        return self.logits.gather(1, self.target.unsqueeze(1)).squeeze(1) == self.logits.amax(1)
-
     def accuracy(self, log_probs: Tensor, top: Tensor) -> Tensor:
         """Probability that the label is the prediction (where several logits are largest: one of them), ``(N, ...)``.
 

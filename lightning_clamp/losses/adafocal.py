@@ -85,9 +85,11 @@ def confidence_cells(
     """Sums of a batch by confidence, ``(3, K)`` float64, to be added up and given to :func:`equal_mass_bins`."""
     positions = as_positions(logits, target, task=task, ignore_index=ignore_index, reduction="none")
     keep = positions.counted()
-    confidence = positions.logits.double().softmax(1).amax(1)[keep]
+    confidence, predicted = positions.logits.double().softmax(1).max(1)
+    correct = predicted == positions.target
+    confidence, correct = confidence[keep], correct[keep]
     sums = no_sums(cell_count(n_bins), logits.device)
-    return sums.index_add_(1, cell_index(confidence, n_bins), addends(confidence, positions.correct()[keep]))
+    return sums.index_add_(1, cell_index(confidence, n_bins), addends(confidence, correct))
 
 
 def equal_mass_bins(cells: Tensor, n_bins: int) -> tuple[Tensor, Tensor]:

@@ -52,6 +52,8 @@ class Attack(NamedTuple):
         check_choice("attack_mode", self.mode, MODES)
         if any(value <= 0 for value in ([self.std] if isinstance(self.std, int | float) else self.std)):
             raise OptionError(f"`std` must be positive, got {self.std}.")
+        if self.clip is not None and not (len(self.clip) == 2 and self.clip[0] < self.clip[1]):
+            raise OptionError(f"`clip` must be two numbers, the smaller first, or None, got {self.clip!r}.")
 
     def __call__(self, loss: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
         """Move ``inputs`` so that ``loss``, a scalar, rises; they start at their place, and come back detached.

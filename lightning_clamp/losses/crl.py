@@ -20,7 +20,7 @@ def crl_loss(
     target: Tensor,
     *,
     correctness: Tensor | None = None,
-    weight: float = 1.0,
+    lambda_: float = 1.0,
     confidence: Confidence = "softmax",
     task: Task = "multiclass",
     ignore_index: int | None = None,
@@ -29,7 +29,7 @@ def crl_loss(
 ) -> Tensor:
     r"""Cross-entropy and the correctness ranking loss (CRL), of each item and the next in the batch.
 
-    .. math:: \mathrm{CE} + w\,\mathrm{mean}_i\,
+    .. math:: \mathrm{CE} + \lambda\,\mathrm{mean}_i\,
         \mathrm{relu}\big(|c_i - c_{i+1}| - \mathrm{sign}(c_i - c_{i+1})\,(\kappa_i - \kappa_{i+1})\big)
 
     with the confidence :math:`\kappa` and the correctness c of the item so far; the last item is paired with the first,
@@ -40,13 +40,13 @@ def crl_loss(
         target: Class indices, shape ``(N,)``, int64; for ``task="binary"`` 0 or 1 of any dtype.
         correctness: How often each item was right so far, as :func:`normalised_correctness` has it, ``(N,)`` in [0, 1].
             None before there is a history, for the cross-entropy alone.
-        weight: Weight w of the ranking, at least 0.
+        lambda_: Weight λ of the ranking, at least 0.
         confidence: ``"softmax"``, the largest probability; ``"entropy"``, minus the entropy in units of the largest
             possible; or ``"margin"``, the largest probability less the second.
         task: ``"multiclass"``, or ``"binary"`` for a one-logit (sigmoid) head.
         ignore_index: Target value of items to leave out; pairs with one of them have no order.
         reduction: ``"mean"`` over the items that count (0 if there are none), ``"sum"``, or ``"none"``.
-        log_terms: A dict that is given ``cross_entropy`` and ``regularizer`` (the ranking, before ``weight``).
+        log_terms: A dict that is given ``cross_entropy`` and ``regularizer`` (the ranking, before ``lambda_``).
 
     Returns:
         A scalar, or the shape of the target; float32, or float64 for float64 logits.
@@ -59,7 +59,7 @@ def crl_loss(
     Reference:
         Moon, Kim, Shin and Hwang, "Confidence-Aware Learning for Deep Neural Networks", ICML 2020.
     """
-    check_at_least("weight", weight, 0)
+    check_at_least("lambda_", lambda_, 0)
     check_choice("confidence", confidence, CONFIDENCES)
     positions = as_positions(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
     cross_entropy = positions.cross_entropy()
@@ -68,7 +68,7 @@ def crl_loss(
     else:
         _check_items(positions, correctness)
         ranking = _ranking(positions, _confidence(positions.logits, confidence), correctness)
-    return positions.reduced(cross_entropy + weight * ranking, reduction, log_terms, regularizer=ranking)
+    return positions.reduced(cross_entropy + lambda_ * ranking, reduction, log_terms, regularizer=ranking)
 
 
 def normalised_correctness(counts: Tensor, low: Tensor | float, epochs: Tensor | int) -> Tensor:
@@ -87,7 +87,7 @@ def normalised_correctness(counts: Tensor, low: Tensor | float, epochs: Tensor |
 def correct_items(logits: Tensor, target: Tensor, *, task: Task, ignore_index: int | None = None) -> Tensor:
     """1 where the prediction is right, 0 where it is not or is left out, ``(N,)``, float."""
     positions = as_positions(logits.detach(), target, task=task, ignore_index=ignore_index, reduction="none")
-    return positions.kept(positions.correct().to(positions.logits.dtype)).flatten()
+    return positions.kept((positions.logits.argmax(1) == positions.target).float()).flatten()
 
 
 def _check_items(positions: Positions, correctness: Tensor) -> None:

@@ -25,7 +25,7 @@ class CRLMixin(LearningBySample):
 
     Args:
         *args: The module's own.
-        crl_weight: Weight of the ranking, at least 0.
+        crl_lambda: Weight of the ranking, at least 0.
         crl_confidence: ``"softmax"``, ``"entropy"`` or ``"margin"``.
         **kwargs: The module's own.
 
@@ -34,10 +34,10 @@ class CRLMixin(LearningBySample):
     """
 
     def __init__(
-        self, *args: Any, crl_weight: float = 1.0, crl_confidence: Confidence = "softmax", **kwargs: Any
+        self, *args: Any, crl_lambda: float = 1.0, crl_confidence: Confidence = "softmax", **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.train_with(crl_loss, prefix="crl_", weight=crl_weight, confidence=crl_confidence)
+        self.train_with(crl_loss, prefix="crl_", lambda_=crl_lambda, confidence=crl_confidence)
         self.crl_counts = SampleValues()
         self._crl_epochs = 0
 

@@ -119,7 +119,7 @@ def test_crl_is_its_formula(confidence):
         order = np.sign(correctness[i] - correctness[j])
         short = max(0.0, abs(correctness[i] - correctness[j]) - order * (kappa[i] - kappa[j])) if order else 0.0
         expected.append(-np.log(probs[i, target[i]]) + 0.5 * short)
-    options = {"correctness": torch.from_numpy(correctness), "weight": 0.5, "confidence": confidence}
+    options = {"correctness": torch.from_numpy(correctness), "lambda_": 0.5, "confidence": confidence}
     value = crl_loss(logits, target, **options, reduction="none")
     np.testing.assert_allclose(value, expected, rtol=1e-12)
     assert torch.autograd.gradcheck(lambda z: crl_loss(z, target, **options), logits.requires_grad_())

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+import re
 import sys
 
 import pytest
@@ -221,7 +222,7 @@ REFUSED = {
     losses.BrierMixin: {},
     losses.CALSMixin: {"cals_margin": 0, "cals_rho_every": 0},
     losses.CPCMixin: {"cpc_lambda_bdc": -1, "cpc_lambda_bec": -1},
-    losses.CRLMixin: {"crl_weight": -1, "crl_confidence": "max"},
+    losses.CRLMixin: {"crl_lambda": -1, "crl_confidence": "max"},
     losses.DCAMixin: {"dca_beta": -1},
     losses.DualFocalMixin: {"dual_focal_gamma": -1},
     losses.EntropyPenaltyMixin: {"entropy_alpha": -1, "entropy_reference": "mean"},
@@ -230,20 +231,37 @@ REFUSED = {
     losses.LabelSmoothingMixin: {"smoothing_alpha": 2},
     losses.MarginAwareMixin: {"margin_lambda_r": -1, "margin_lambda_s": -1, "margin_epsilon": -1,
                               "margin_step_size": -1, "margin_steps": -1, "margin_norm": "l1", "margin_std": 0.0,
-                              "margin_attack_mode": "test"},
+                              "margin_attack_mode": "test", "margin_clip": (1.0, 0.0)},
     losses.MbLSMixin: {"mbls_alpha": -1, "mbls_margin": -1},
     losses.MDCAMixin: {"mdca_beta": -1},
     losses.MMCEMixin: {"mmce_lambda": -1},
     losses.SCBCEMixin: {"sc_bce_alpha": 2, "sc_bce_kind": "IH", "sc_bce_beta": 3},
 }  # fmt: skip
 # Any value will do, or it depends on the data: see below.
-NOT_ALONE = {"aslp_accuracy", "margin_mean", "margin_clip"}
+NOT_ALONE = {"aslp_accuracy", "margin_mean"}
 
 
 @pytest.mark.parametrize(("mixin", "option"), [(mixin, option) for mixin in REFUSED for option in REFUSED[mixin]])
 def test_refused_options_are_named_as_the_mixin_names_them(mixin, option):
     with pytest.raises(ValueError, match=f"^`{option}` must"):
         made(mixin, **{option: REFUSED[mixin][option]})
+
+
+@pytest.mark.parametrize(
+    ("mixin", "options"),
+    [
+        (FocalMixin, {"focal_gamma": "3"}),
+        (FocalMixin, {"focal_gamma": None}),
+        (losses.LabelSmoothingMixin, {"smoothing_alpha": "0.1"}),
+        (losses.AdaFocalMixin, {"adafocal_lambda": "1"}),
+        (MarginAwareMixin, {"margin_clip": (1.0,)}),
+        (MarginAwareMixin, {"margin_clip": "none"}),
+    ],
+)
+def test_options_of_another_type_are_named_too(mixin, options):
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=f"^`{name}` must .* got {re.escape(repr(value))}"):
+        made(mixin, **options)
 
 
 def test_no_option_of_a_mixin_is_forgotten():
