@@ -48,6 +48,12 @@ def binary(n):
     return network, x, (torch.rand(n, generator=generator) < p).long(), {"task": "binary"}
 
 
+def mirrored(n):
+    network, x = SmallNet(2.0), images(n)
+    truth = (network(x + SHIFT) + network((x + SHIFT).flip(-1))) / 4
+    return network, x, sampled(truth.detach().double()), {"views": ("hflip",), "output_maps": ("temperature",)}
+
+
 # Data, number of samples, options; where each rank's part ends.
 CASES = {
     "clamp": (classes, 101, {}),
@@ -55,6 +61,7 @@ CASES = {
     "nothing cached": (classes, 300, {"cache_bytes": 0, "grids": (1,), "output_maps": ("temperature",)}),
     "temperature": (classes, 101, {"method": "temperature"}),
     "dense": (dense, 101, {}),
+    "views": (mirrored, 303, {"grids": (1,)}),
     "binary": (binary, 303, {"grids": (1,)}),
 }
 PARTS = {"51/50": (0.505, 1), "1/100": (0.01, 1), "all/none": (1, 1), "none/34/67": (0, 0.34, 1)}
