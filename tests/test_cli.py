@@ -323,6 +323,7 @@ def printed(capsys, *args: str) -> str:
 @pytest.mark.parametrize("command", [["fit"], ["calibrate", "--ckpt_path=a.ckpt", "--save_to=b.ckpt"]])
 def test_a_printed_config_is_the_same_run(command, here, capsys):
     options = ["--calibration.grids=[1,2]", "--calibration.output_maps=[bias]", "--calibration.batch_keys=[[0,1],2]"]
+    options.append("--calibration.views=[hflip]")
     first = printed(capsys, *command, "--config", f"{CONFIGS}/digits.yaml", *options, "--model.width=3")
     Path("mine.yaml").write_text(first)
     assert printed(capsys, command[0], "--config=mine.yaml") == first
@@ -330,6 +331,7 @@ def test_a_printed_config_is_the_same_run(command, here, capsys):
     assert type(config["seed_everything"]) is int
     assert config["calibration"]["grids"] == [1, 2]
     assert config["calibration"]["batch_keys"] == [[0, 1], 2]
+    assert config["calibration"]["views"] == ["hflip"]
     assert config["model"]["init_args"]["width"] == 3
 
 

@@ -80,6 +80,7 @@ def test_the_mean_is_that_of_log_probabilities_to_a_softmax():
     torch.testing.assert_close(probs, (log_probs / torch.tensor(0.7).exp()).softmax(1))
 
 
+@pytest.mark.slow
 def test_a_symmetric_network_is_calibrated_alike_with_and_without():
     network, x = Symmetric(), images(400)
     y = sampled(network(x + SHIFT).detach().double() / 2)
@@ -113,6 +114,7 @@ def test_a_fit_takes_views_and_says_so():
     assert f"{result.passes} passes of 2 views, " in str(result)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"cache_bytes": 0}, {"size": 37}, {"views": ("vflip", "hflip")}])
 def test_batches_caches_and_the_order_of_views_change_nothing(options):
     network, x, y = problem(300)
@@ -272,7 +274,7 @@ def test_what_is_no_image_is_refused(kind):
 def test_a_network_that_a_mirror_misleads_is_warned_of():
     network, x = SmallNet(2.0), images(400)
     y = sampled(network(x).detach().double() / 2)
-    with pytest.warns(UserWarning, match="With `views` the NLL .* and without .*: leave them out; does an image keep"):
+    with pytest.warns(UserWarning, match="Views do harm here: .* with them and .* without: leave `views`"):
         fit_clamp(network, batches(x, y), views=("hflip",), **QUICK)
 
 
@@ -319,6 +321,7 @@ class Stepping(LitClassifier):
         self.log("test_nll", F.cross_entropy(self(batch[0])["logits"], batch[1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["own input", "submodule"])
 def test_a_trainer_calibrates_tests_and_predicts_with_views(where, tmp_path, caplog):
     perturb_at = "net" if where == "submodule" else None
@@ -367,7 +370,7 @@ def test_a_view_that_fails_leaves_the_hooks_as_they_were():
 
 
 def test_calibrate_takes_views(tmp_path):
-    with pytest.warns(UserWarning, match="With `views`"):
+    with pytest.warns(UserWarning, match="Views do harm"):
         module = calibrate(trainer(tmp_path), LitClassifier(), loader(100, 1), views=("hflip",), **QUICK)
     x = images(4)
     torch.testing.assert_close(module(x), by_hand(module.network, module.clamp, x))

@@ -167,6 +167,7 @@ PERTURBATION: dict[str, Method] = {"perturbation and T": partial(clamped, output
 MIRROR: dict[str, Method] = {
     "temperature, with mirror images": partial(clamped, method="temperature", views=("hflip",)),
     "default, with mirror images": partial(clamped, views=("hflip",)),
+    "perturbation and T, with mirror images": partial(clamped, output_maps=("temperature",), views=("hflip",)),
 }
 PUBLISHED: dict[str, Method] = {"published": published}
 AUGMENTED: dict[str, Method] = {"published, augmented": partial(published, augmented=True)}

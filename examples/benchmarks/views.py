@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from cases import load
-from methods import LIGHT, MIRROR, Cell, Outcome, forward, paired
+from methods import LIGHT, MIRROR, PERTURBATION, Cell, Outcome, forward, paired
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -13,8 +13,10 @@ from lightning_clamp import metrics
 
 SIZES = (250, 1000)
 SMALL = ("cifar10-resnet20", "cifar10-resnet20 jpeg 40")
-FULL = (*SMALL, "cifar100-resnet32", "cifar100-resnet32 jpeg 40")
-METHODS = {name: LIGHT[name] for name in ("temperature", "default")} | MIRROR
+# Where a perturbation is worth its cost.
+PERTURBED = "cifar10-resnet20 contrast 0.5"
+FULL = (*SMALL, PERTURBED, "cifar100-resnet32", "cifar100-resnet32 jpeg 40")
+WITHOUT = {name: LIGHT[name] for name in ("temperature", "default")}
 
 
 def report(folder: Path, full: bool) -> Iterator[str]:
@@ -43,15 +45,16 @@ def _cells(case: str, folder: Path) -> Iterator[Cell]:
 
 def _lines(cell: Cell) -> Iterator[str]:
     losses: dict[str, Tensor] = {}
-    for name, fit in METHODS.items():
+    without = WITHOUT | (PERTURBATION if cell.case == PERTURBED else {})
+    methods = without | {name: fit for name, fit in MIRROR.items() if name.partition(",")[0] in without}
+    for name, fit in methods.items():
         outcome = fit(cell)
         assert outcome is not None
         loss = losses[name] = F.cross_entropy(outcome.logits.double(), cell.held.target, reduction="none")
-        without = losses[name.partition(",")[0]]
         cells = [cell.case, f"{cell.size:,}", _named(name, outcome), f"{float(loss.mean()):.4f}"]
         cells += [
             "" if loss is other else "{:+.1f} ± {:.1f}".format(*(1000 * number for number in paired(loss, other)))
-            for other in (losses["temperature"], without)
+            for other in (losses["temperature"], losses[name.partition(",")[0]])
         ]
         for metric in (metrics.expected_calibration_error, metrics.accuracy):
             cells.append(f"{float(metric(outcome.logits, cell.held.target)):.2%}")

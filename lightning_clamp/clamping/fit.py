@@ -204,8 +204,8 @@ def _warn_of_views(base: TemperatureFit, summary: DatasetSummary, ranks: Ranks) 
     without = fit_temperature(summary.bare_logits)
     if base.nll > without.nll + _NOTHING:
         ranks.warn(
-            f"With `views` the NLL of the calibration set at the best temperature is {base.nll:.4f}, and without "
-            f"{without.nll:.4f}: leave them out; does an image keep its label when it is turned round?",
+            f"Views do harm here: at the best temperature the NLL of the calibration set is {base.nll:.4f} with them "
+            f"and {without.nll:.4f} without: leave `views` out; does an image keep its label when it is turned round?",
             stacklevel=3,
         )
 

@@ -58,6 +58,12 @@ def multilabel(n):
     return network, x, target, {"task": "multilabel", "ignore_index": -1}
 
 
+def mirrored(n):
+    network, x = SmallNet(2.0), images(n)
+    truth = (network(x + SHIFT) + network((x + SHIFT).flip(-1))) / 4
+    return network, x, sampled(truth.detach().double()), {"views": ("hflip",), "output_maps": ("temperature",)}
+
+
 # Data, number of samples, options; where each rank's part ends.
 CASES = {
     "clamp": (classes, 101, {}),
@@ -65,6 +71,7 @@ CASES = {
     "nothing cached": (classes, 300, {"cache_bytes": 0, "grids": (1,), "output_maps": ("temperature",)}),
     "temperature": (classes, 101, {"method": "temperature"}),
     "dense": (dense, 101, {}),
+    "views": (mirrored, 303, {"grids": (1,)}),
     "binary": (binary, 303, {"grids": (1,)}),
     "multilabel": (multilabel, 303, {"grids": (1,)}),
 }
