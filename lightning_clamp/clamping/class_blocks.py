@@ -42,7 +42,7 @@ class ClassBlocks:
         def batch_sums(batch: Rows) -> tuple[Tensor, ...]:
             log_probs = space.apply(batch.logits, free).log_softmax(1)
             _, weight = space.loss_of_label(log_probs, batch.target)
-            return space.class_blocks(batch.logits, log_probs.exp_(), weight)
+            return _blocks(space, batch.logits, log_probs.exp_(), weight)
 
         classes, size = space.n_classes, space.n_own
         blocks, self.corner = summed((batch_sums(batch) for batch in rows), [(classes, size, size), ()], rows.ranks)
@@ -63,6 +63,22 @@ class ClassBlocks:
     def renewed(self, rows: RowSource, space: MapSpace, point: Tensor, shrinkage: float) -> Inverse:
         """The like of :meth:`solve` at another point."""
         return partial(ClassBlocks(rows, space, point).solve, shrinkage)
+
+
+def _blocks(space: MapSpace, logits: Tensor, probs: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sums over rows ``(M, C)``, each counted ``weight`` ``(M, 1)`` times: ``(C, m, m)``, and of the common scale."""
+    weighted = probs if weight is None else probs * weight
+    variance = weighted * (1 - probs)
+    if space.seen is not None:
+        variance = variance * space.seen.to(variance)
+    common = (weighted * logits * (logits - (probs * logits).sum(1, keepdim=True))).sum()
+    if space.kind == "bias":
+        return variance.sum(0)[:, None, None], common
+    centred = logits - space.centre.to(logits)
+    first = variance * centred
+    mixed = first.sum(0)
+    sums = [(first * centred).sum(0), mixed, mixed, variance.sum(0)]
+    return torch.stack(sums, 1).reshape(-1, 2, 2), common
 
 
 class BlockPath(ClassBlocks):

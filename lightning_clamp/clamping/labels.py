@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_clamp._rows import MASKED, Rows
-from lightning_clamp.clamping.moments import LogitMoments
+from lightning_clamp.clamping.moments import NOT_BY_CHANCE, LogitMoments
 from lightning_clamp.clamping.output_map import MapSpace, OutputMap
 from lightning_clamp.clamping.passes import RowSource, summed
 
@@ -24,7 +24,16 @@ class LabelMoments(LogitMoments):
     @property
     def seen(self) -> Tensor:
         """Labels of which the set shows enough items with them and without them, ``(K,)``, bool."""
-        return self.told.all(1)
+        return self._told.all(1)
+
+    @property
+    def are_missing(self) -> bool:
+        """Whether items with a label, or without it, are missing, which chance does not explain."""
+        return bool((~self._told & (self.expected > NOT_BY_CHANCE)).any())
+
+    @property
+    def _told(self) -> Tensor:
+        return (self.counts > 0) & ~self.few
 
     @property
     def is_one_class(self) -> bool:

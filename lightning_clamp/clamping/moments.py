@@ -12,8 +12,9 @@ from lightning_clamp.clamping.passes import RowSource, summed
 # Fewer samples of a class say next to nothing of it, where the network expects this many times as many.
 _FEW = 5
 _TIMES_EXPECTED = 20
-# Samples that a network has to expect of a class, for their absence not to be by chance (one in e^10).
-_NOT_BY_CHANCE = 10
+# Samples that a network has to expect of a class, for their absence not to be by chance (one in e^10); of many classes
+# together, above what chance leaves out of them.
+NOT_BY_CHANCE = 10
 _MOST_NAMED = 5
 
 
@@ -35,15 +36,28 @@ class LogitMoments(NamedTuple):
     masked: bool
 
     @property
-    def told(self) -> Tensor:
-        """Of what is counted, where there is enough of it, bool."""
-        few = (self.counts < _FEW) & (self.expected > _TIMES_EXPECTED * self.counts)
-        return (self.counts > 0) & ~few
+    def few(self) -> Tensor:
+        """Where there are too few samples to say anything, or none, shape of the counts, bool."""
+        return (self.counts < _FEW) & (self.expected > _TIMES_EXPECTED * self.counts)
 
     @property
     def seen(self) -> Tensor:
-        """Classes of which the labels show enough to tell them from the others, ``(C,)``, bool."""
-        return self.told
+        """Classes of which the labels show enough to tell them from the others, ``(C,)``, bool.
+
+        A class without samples is one of them where chance explains that none was drawn.
+        """
+        absent = self.counts == 0
+        if self._absence_is_by_chance:
+            absent = absent & (self.expected > NOT_BY_CHANCE)
+        return ~absent & ~(self.few & (self.counts > 0))
+
+    @property
+    def _absence_is_by_chance(self) -> bool:
+        """Whether the classes without samples are together no more than what is left out by chance (Poisson)."""
+        chance = (-self.expected).exp()
+        mean = (self.expected * chance).sum()
+        variance = (self.expected**2 * chance * (1 - chance)).sum()
+        return bool(self.expected[self.counts == 0].sum() <= mean + 3 * variance.sqrt() + NOT_BY_CHANCE)
 
     @property
     def is_one_class(self) -> bool:
@@ -53,7 +67,7 @@ class LogitMoments(NamedTuple):
     @property
     def are_missing(self) -> bool:
         """Whether classes are not seen that the network expects, which chance does not explain: a sorted set, say."""
-        return bool((~self.told & (self.expected > _NOT_BY_CHANCE)).any())
+        return not bool(self.seen.all())
 
     @property
     def unseen_words(self) -> str:

@@ -15,9 +15,6 @@ OutputMap: TypeAlias = Literal["temperature", "bias", "vector", "matrix"]
 OUTPUT_MAPS: tuple[OutputMap, ...] = ("temperature", "bias", "vector", "matrix")
 # Numbers of a chunk of rows that are held at once: 128 MB in float64, and a few times that in what is made of them.
 _MOST_ELEMENTS = 2**24
-# Free parameters above which curvatures are formed and decomposed in float32, twice as fast: they say where to step and
-# what a map costs, which seven digits are enough for; losses and gradients are in float64 always.
-MOST_IN_DOUBLE = 1000
 
 
 def n_parameters(kind: OutputMap, n_classes: int, n_labels: int = 0) -> int:
@@ -175,11 +172,10 @@ class MapSpace:
     ) -> Tensor:
         """Curvature of the summed loss of rows ``(M, C)``, ``(q, q)``, each counted ``weight`` ``(M, 1)`` times."""
         total = logits.new_zeros(len(self.weight), len(self.weight))
-        dtype = torch.float32 if len(self.weight) > MOST_IN_DOUBLE else logits.dtype
         for part in self._chunks(len(logits)):
             weighted = probs[part] if weight is None else probs[part] * weight[part]
-            spread = self._columns(logits[part], probs[part]).to(dtype)
-            counted = spread if weight is None else spread * weight[part].to(dtype)
+            spread = self._columns(logits[part], probs[part])
+            counted = spread if weight is None else spread * weight[part]
             total += self._expected_square(logits[part], weighted) - counted.T @ spread
         return self._of_seen(self._of_seen(total).T)
 
@@ -195,21 +191,6 @@ class MapSpace:
     def joined(self, own: Tensor, common: Tensor) -> Tensor:
         """The free parameters, or derivatives in them, of classes, ``(C, m)``, and of the common scale."""
         return self._of_seen(torch.cat([own.T.flatten(), common.reshape(1)]))
-
-    def class_blocks(self, logits: Tensor, probs: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The curvature of :meth:`curvature` in each class's own parameters, ``(C, m, m)``, and in the common scale."""
-        weighted = probs if weight is None else probs * weight
-        variance = weighted * (1 - probs)
-        if self.seen is not None:
-            variance = variance * self.seen.to(variance)
-        common = (weighted * logits * (logits - (probs * logits).sum(1, keepdim=True))).sum()
-        if self.kind == "bias":
-            return variance.sum(0)[:, None, None], common
-        centred = logits - self.centre.to(logits)
-        first = variance * centred
-        mixed = first.sum(0)
-        sums = [(first * centred).sum(0), mixed, mixed, variance.sum(0)]
-        return torch.stack(sums, 1).reshape(-1, 2, 2), common
 
     def _chunks(self, n_rows: int) -> Iterator[slice]:
         """Rows of which each has a number per free parameter, so many at once."""

@@ -93,8 +93,7 @@ def choose_clamp(
         if (better := min(on_grid, key=lambda one: one.rank)).rank < chosen.rank:
             chosen, logits = better, fit.logits
     assert chosen.clamp is not None
-    if chosen.output_map != "temperature" or comparison.moments.are_missing:
-        _warn_of_unseen(comparison.moments, data.ranks)
+    _warn_of_unseen(comparison.moments, data.ranks)
     candidates.sort(key=lambda one: (one.grid, OUTPUT_MAPS.index(one.output_map)))
     return MethodOutcome(chosen.clamp, logits, reason(chosen, candidates), tuple(candidates), chosen, tuple(history))
 
@@ -185,7 +184,7 @@ def _no_gradient(data: CalibrationSet) -> Refusal | None:
 
 
 def _warn_of_unseen(moments: LogitMoments, ranks: Ranks) -> None:
-    if not bool(moments.seen.all()):
+    if moments.are_missing:
         ranks.warn(
             moments.warning_of_unseen,
             stacklevel=4,

@@ -71,6 +71,19 @@ def test_many_classes_without_samples_are_named_by_number():
     assert "of 10 of 60 classes (0, 1, 2, 3, 4, …)" in warned
 
 
+def test_classes_that_chance_leaves_out_are_shrunk_like_all_others_and_those_of_a_sorted_set_are_not():
+    """Of 100 classes 250 samples leave some eight out; the half of a sorted set leaves out fifty."""
+    logits, target = calibrated_logits(500, n_classes=100)
+    moments = logit_moments(rows(logits[:250], target[:250]), 100)
+    assert int((moments.counts == 0).sum()) > 3
+    assert bool(moments.seen.all())
+    half = target < 50
+    moments = logit_moments(rows(logits[half], target[half]), 100)
+    assert float(moments.expected.max()) < 10  # of no single class would its absence be a surprise
+    assert torch.equal(moments.seen, moments.counts > 0)
+    assert moments.are_missing
+
+
 def test_nothing_is_said_of_classes_that_chance_leaves_out_where_only_a_temperature_is_fitted():
     logits, target = calibrated_logits(150, n_classes=60)
     result, warned = fitted(logits, target)
