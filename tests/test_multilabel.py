@@ -74,6 +74,7 @@ def test_a_calibrated_tagger_comes_back_from_its_file(fitted):
     torch.testing.assert_close(again.predict_proba(x), callback.calibrated_module().predict_proba(x))
 
 
+@pytest.mark.slow
 def test_a_module_tests_itself_and_folds_and_exports(tmp_path):
     network = SmallNet()
     with torch.no_grad():

@@ -210,6 +210,11 @@ def _check_values(rows: Rows, offset: int, ranks: Ranks) -> None:
 def _check_labels(rows: Rows) -> None:
     n_classes = rows.logits.shape[1]
     wrong = rows.target[(rows.target < 0) | (rows.target >= n_classes)]
+    if len(wrong) and rows.label is not None:
+        raise ValueError(
+            f"The calibration set has the target {int(wrong[0])}, and each of several labels is 0 or 1: if it stands "
+            f"for what is not known, pass ignore_index={int(wrong[0])}."
+        )
     if len(wrong):
         raise ValueError(
             f"The calibration set has the label {int(wrong[0])}, but the network has {n_classes} classes, 0 to "

@@ -100,10 +100,10 @@ def distorted(n: int, **options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def test_each_label_gets_its_own_temperature_and_bias():
-    z, target, scale, bias = distorted(4000)
+    z, target, scale, bias = distorted(2000)
     clamp = fit_clamp(IDENTITY, [(z, target)], task="multilabel", grids=()).clamp
-    torch.testing.assert_close(clamp.class_scale / clamp.temperature, scale, rtol=0.1, atol=0)
-    torch.testing.assert_close(clamp.class_bias, bias, rtol=0, atol=0.15)
+    torch.testing.assert_close(clamp.class_scale / clamp.temperature, scale, rtol=0.15, atol=0)
+    torch.testing.assert_close(clamp.class_bias, bias, rtol=0, atol=0.2)
     torch.testing.assert_close(clamp.scale(z), z * clamp.class_scale / clamp.temperature + clamp.class_bias)
 
 
@@ -134,7 +134,7 @@ def test_a_label_that_is_never_or_always_there_keeps_the_common_map_and_is_named
 
 
 def test_labels_that_are_not_known_take_no_part():
-    z, target, *_ = distorted(2000)
+    z, target, *_ = distorted(500)
     unknown = torch.rand(target.shape, generator=torch.Generator().manual_seed(5)) < 0.3
     kept = fit_clamp(IDENTITY, [(z, target.where(~unknown, -1))], task="multilabel", ignore_index=-1, grids=())
     noise = z.where(~unknown, 50.0)
@@ -145,9 +145,9 @@ def test_labels_that_are_not_known_take_no_part():
 
 
 def test_labels_of_every_pixel_are_charged_by_image():
-    z, target, *_ = distorted(600)
-    images = z.repeat_interleave(16, 0).reshape(600, 4, 4, 6).movedim(-1, 1)
-    labels = target.repeat_interleave(16, 0).reshape(600, 4, 4, 6).movedim(-1, 1)
+    z, target, *_ = distorted(400)
+    images = z.repeat_interleave(4, 0).reshape(400, 2, 2, 6).movedim(-1, 1)
+    labels = target.repeat_interleave(4, 0).reshape(400, 2, 2, 6).movedim(-1, 1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         dense = fit_clamp(IDENTITY, [(images, labels)], task="multilabel", grids=())
@@ -155,7 +155,7 @@ def test_labels_of_every_pixel_are_charged_by_image():
     assert dense.clamp.scale(images).shape == images.shape
     torch.testing.assert_close(dense.clamp.scale(images)[:, :, 0, 0], alone.clamp.scale(z), rtol=0.05, atol=0.1)
     ours, theirs = dense.candidates[-1], alone.candidates[-1]
-    assert ours.effective_parameters / 16 == pytest.approx(theirs.effective_parameters, rel=0.15)
+    assert ours.effective_parameters / 4 == pytest.approx(theirs.effective_parameters, rel=0.15)
     assert ours.expected_change == pytest.approx(theirs.expected_change, rel=0.1)
 
 
@@ -221,3 +221,31 @@ def test_labels_of_digits_are_better_off_together():
     each = held_out([fitted(slice(k, k + 1), task="binary", grids=(), uniform_share=False) for k in range(8)])
     assert together < min(temperature, one_map, each)
     assert temperature - together > 0.003
+
+
+def test_what_is_not_known_has_to_be_said():
+    z, target, *_ = distorted(50)
+    target[3, 2] = -1
+    with pytest.raises(ValueError, match=r"has the target -1, and each of several labels is 0 or 1: .*ignore_index=-1"):
+        fit_clamp(IDENTITY, [(z, target)], task="multilabel", grids=())
+    with pytest.raises(ValueError, match="logits of 3 labels for one batch and 6 for another"):
+        fit_clamp(IDENTITY, [(z[:3], target[:3]), (z[4:, :3], target[4:, :3])], task="multilabel", grids=())
+
+
+def test_a_label_that_says_the_opposite_is_turned_round():
+    z, target, scale, _ = distorted(1000)
+    z[:, 4] *= -1
+    clamp = fit_clamp(IDENTITY, [(z, target)], task="multilabel", grids=()).clamp
+    assert (clamp.class_scale > 0).tolist() == [True, True, True, True, False, True]
+    assert float(clamp.class_scale[4] / clamp.temperature) == pytest.approx(-float(scale[4]), rel=0.25)
+    opposite = fit_clamp(IDENTITY, [(-z, target)], task="multilabel", grids=()).clamp
+    assert (opposite.class_scale < 0).tolist() == [True, True, True, True, False, True]
+
+
+def test_masked_labels_stay_masked():
+    z, target, *_ = distorted(500)
+    absent = torch.arange(500) < 100
+    z[absent, 2], target[absent, 2] = -torch.inf, 0
+    clamp = fit_clamp(IDENTITY, [(z, target)], task="multilabel", grids=()).clamp
+    assert clamp.class_bias is not None
+    assert bool((clamp.scale(z)[absent, 2] == -torch.inf).all())
