@@ -158,8 +158,8 @@ def test_a_collection_computes_the_ladder_once(monkeypatch):
     from lightning_clamp.metrics import refined
 
     calls = []
-    ladder = refined._ladder_sums
-    monkeypatch.setattr(refined, "_ladder_sums", lambda rows: calls.append(1) or ladder(rows))
+    ladder = refined._ladder_values
+    monkeypatch.setattr(refined, "_ladder_values", lambda rows: calls.append(1) or ladder(rows))
     collection = MetricCollection(
         {"refined": RefinedNegativeLogLikelihood(), "temperature": BestTemperature(), "nll": NegativeLogLikelihood()}
     )

@@ -166,7 +166,7 @@ def test_the_metric_is_between_the_best_and_the_worst_order_within_cells(n):
     logits, target = calibrated_logits(n)
     diagram = RiskCoverageDiagram()
     diagram.update(logits, target)
-    best, worst = (extreme(diagram.cells, best=best) for best in (True, False))
+    best, worst = (extreme(diagram.sums, best=best) for best in (True, False))
     curve, exact = diagram.compute(), risk_coverage_curve(logits, target)
     for options in AREAS:
         low, high = float(best.area(**options)), float(worst.area(**options))
