@@ -87,7 +87,14 @@ class _Counted(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
-        self.images = {_FORWARD: 0, _GRADIENT: 0}
+        images = {_FORWARD: 0, _GRADIENT: 0}
+        # Not an attribute of the module, which a fit would put back.
+        self.counts: Callable[[], dict[str, int]] = lambda: images
+
+    @property
+    def images(self) -> dict[str, int]:
+        """Images by the kind of pass."""
+        return self.counts()
 
     def forward(self, images: Tensor) -> Tensor:
         """The network's logits."""
