@@ -28,6 +28,19 @@ class LossDerivatives(NamedTuple):
         """The sums of the loss and a ridge, ``0.5 * (ridge * point**2).sum()``."""
         return self._replace(gradient=self.gradient + ridge * point, curvature=self.curvature + ridge.diag())
 
+    def newton_step(self) -> tuple[Tensor, float]:
+        """The step ``-curvature⁻¹ gradient``, and the fall of the summed loss that it promises (half the decrement)."""
+        step = -solve(self.curvature, self.gradient)
+        return step, -0.5 * float(self.gradient @ step)
+
+    def score_test(self, n_tested: int) -> "ScoreTest":
+        """:func:`score_test` of the first parameters."""
+        return score_test(self, n_tested)
+
+    def variance(self, step: Tensor) -> float:
+        """Sum of the squares of what a step changes in the samples' losses, to first order."""
+        return float(step @ self.covariance @ step)
+
 
 class ScoreTest(NamedTuple):
     """Score test of some parameters, with the others profiled out.
@@ -59,12 +72,6 @@ def score_test(sums: LossDerivatives, n_tested: int) -> ScoreTest:
     efficient = torch.cat([torch.eye(n_tested, dtype=torch.float64), -share], 1)
     score = efficient @ gradient
     return ScoreTest(float(score @ solve(efficient @ covariance @ efficient.T, score)), n_tested)
-
-
-def newton_step(sums: LossDerivatives) -> tuple[Tensor, float]:
-    """The step ``-curvature⁻¹ gradient``, and the fall of the summed loss that it promises (half the decrement)."""
-    step = -solve(sums.curvature, sums.gradient)
-    return step, -0.5 * float(sums.gradient @ step)
 
 
 def effective_parameters(sums: LossDerivatives, ridge: Tensor) -> float:

@@ -1,21 +1,27 @@
 """One forward and one backward to the input: scores and curvature in perturbation and output map together."""
 
 from collections.abc import Iterator, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_clamp._batch import Inputs, chunks
+from lightning_clamp.clamping.blocks import BlockDerivatives, MapBlock
 from lightning_clamp.clamping.map_loss import errors
 from lightning_clamp.clamping.newton import LossDerivatives
-from lightning_clamp.clamping.output_map import MapSpace
+from lightning_clamp.clamping.output_map import MOST_IN_DOUBLE, MapSpace
 from lightning_clamp.clamping.passes import CalibrationSet, Logits, summed
 from lightning_clamp.clamping.perturbation import Grid
+
+Derivatives: TypeAlias = LossDerivatives | BlockDerivatives
 
 # Finite-difference step of the curvature of dense outputs, as a fraction of the root mean square of the inputs: small
 # enough to stay on the network's tangent, large enough to stand out of float32 rounding.
 _STEP = 0.01
+# Items whose scores are multiplied at once: adding up products takes as long as forming them for some hundred.
+_LEAST_ROWS = 2048
 # Rows of finite differences held at once, in elements.
 _CHUNK_ELEMENTS = 2**25
 
@@ -29,7 +35,7 @@ def score_pass(
     *,
     dense_scale: float | None,
     what: str,
-) -> tuple[list[LossDerivatives], Logits]:
+) -> tuple[list[Derivatives], Logits]:
     """One forward and one backward to the input: the score sums of every grid, and the logits passed on the way.
 
     Args:
@@ -52,24 +58,58 @@ def score_pass(
         for inputs, target in data.read(what):
             logits, gradient, of_map = _input_scores(data, inputs, target, perturbation, space, free)
             logits_seen.keep(logits, target)
-            terms = []
-            for grid in grids:
-                scores = torch.cat([grid.project(gradient), of_map], 1)
-                outer = scores.T @ scores
-                curvature = outer
-                if dense_scale is not None:
-                    step, most = _STEP * (dense_scale or 1.0), _CHUNK_ELEMENTS // logits[:1].numel()
-                    curvature = _gauss_newton(data, inputs, target, perturbation, space, free, grid, step, most)
-                terms += [scores.sum(0), curvature, outer]
-            yield tuple(terms)
+            held.append((of_map, *(grid.project(gradient) for grid in grids)))
+            curvatures = []
+            if dense_scale is not None:
+                step, most = _STEP * (dense_scale or 1.0), _CHUNK_ELEMENTS // logits[:1].numel()
+                curvatures = [
+                    _gauss_newton(data, inputs, target, perturbation, space, free, grid, step, most) for grid in grids
+                ]
+            if curvatures or sum(len(scores[0]) for scores in held) >= _LEAST_ROWS:
+                yield _products(held, curvatures)
+                held.clear()
+        if held:
+            yield _products(held, [])
 
-    sizes = [grid.n_coefficients + len(free) for grid in grids]
-    shapes = [shape for size in sizes for shape in ((size,), (size, size), (size, size))]
-    total = summed(batch_sums(), shapes, data.ranks)
+    held: list[tuple[Tensor, ...]] = []
+    q = len(free)
+    shapes = [(q,), (q, q)]
+    for p in (grid.n_coefficients for grid in grids):
+        shapes += [(p,), (p, p), (p, q), *([] if dense_scale is None else [(p + q, p + q)])]
+    sum_of_map, products, *total = summed(batch_sums(), shapes, data.ranks)
     if dense_scale is not None:
         # The curvature of dense outputs took a forward pass per coefficient, and one to compare with.
         data.passes += sum(grid.n_coefficients + 1 for grid in grids)
-    return [LossDerivatives(*total[3 * i : 3 * i + 3]) for i in range(len(grids))], logits_seen
+    each, block = len(total) // len(grids), MapBlock(products)
+    parts = [total[i : i + each] for i in range(0, len(total), each)]
+    return [_derivatives(sum_of_map, block, *part) for part in parts], logits_seen
+
+
+def _products(held: list[tuple[Tensor, ...]], curvatures: list[Tensor]) -> tuple[Tensor, ...]:
+    """Sums of the scores of some batches, and their outer products: the map's, each grid's, and those of both.
+
+    Args:
+        held: Of every batch the scores in the map, ``(N, q)``, and in every grid, ``(N, p)``.
+        curvatures: Of every grid, for dense outputs.
+    """
+    of_map, *of_grids = (torch.cat(scores) for scores in zip(*held, strict=True))
+    # They say where to step and how sure that is, for which seven digits are enough.
+    many = of_map.float() if of_map.shape[1] > MOST_IN_DOUBLE else of_map
+    terms = [of_map.sum(0), many.T @ many]
+    for i, of_grid in enumerate(of_grids):
+        terms += [of_grid.sum(0), of_grid.T @ of_grid, of_grid.to(many.dtype).T @ many, *curvatures[i : i + 1]]
+    return tuple(terms)
+
+
+def _derivatives(
+    sum_of_map: Tensor, block: MapBlock, gradient: Tensor, own: Tensor, cross: Tensor, curvature: Tensor | None = None
+) -> Derivatives:
+    """Of one grid: in blocks where the map has many parameters, else as one."""
+    gradient, q = torch.cat([gradient, sum_of_map]), len(sum_of_map)
+    if curvature is None and q > MOST_IN_DOUBLE:
+        return BlockDerivatives(gradient, own, cross, block, torch.zeros(q, dtype=torch.float64))
+    covariance = torch.cat([torch.cat([own, cross], 1), torch.cat([cross.T, block.products], 1)])
+    return LossDerivatives(gradient, covariance if curvature is None else curvature, covariance)
 
 
 def _input_scores(

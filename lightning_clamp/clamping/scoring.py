@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from lightning_clamp.clamping.criterion import Estimate, estimate
-from lightning_clamp.clamping.newton import LossDerivatives, ScoreTest, effective_parameters, newton_step, score_test
+from lightning_clamp.clamping.newton import LossDerivatives, ScoreTest, effective_parameters
 from lightning_clamp.clamping.passes import CalibrationSet, Logits
 from lightning_clamp.clamping.perturbation import Grid
-from lightning_clamp.clamping.score_pass import score_pass
+from lightning_clamp.clamping.score_pass import Derivatives, score_pass
 from lightning_clamp.clamping.shrinkage import MapFit, refit
 from lightning_clamp.clamping.summary import DatasetSummary
 
@@ -51,7 +51,7 @@ class GridFit(NamedTuple):
     logits: Logits
     map_fit: MapFit
     point: Tensor
-    sums: LossDerivatives | None = None
+    sums: Derivatives | None = None
     standard_error: float = 0.0
     test: ScoreTest | None = None
     predicted_gain: float = 0.0
@@ -81,7 +81,7 @@ class GridFit(NamedTuple):
 
     def effective_coefficients(self, *, dense: bool) -> float:
         """What the coefficients cost, in units of one parameter: their number, or for dense outputs their trace."""
-        if self.sums is None or not dense:
+        if not dense or not isinstance(self.sums, LossDerivatives):
             return float(self.n_coefficients)
         p = self.n_coefficients
         own = LossDerivatives(self.sums.gradient[p:], self.sums.curvature[p:, p:], self.sums.covariance[p:, p:])
@@ -120,7 +120,7 @@ def first_pass(data: CalibrationSet, summary: DatasetSummary, start: GridFit, gr
         gain, error = predicted_decrease / summary.n_rows, _error(step, sums) / summary.n_rows
         fits.append(
             fit._replace(
-                test=score_test(sums.shrunk(fit.point, fit.ridge), p),
+                test=sums.shrunk(fit.point, fit.ridge).score_test(p),
                 predicted_gain=gain,
                 predicted=estimate(gain, fit.effective_coefficients(dense=summary.dense), summary.n_rows, error),
             )
@@ -174,21 +174,21 @@ def _evaluate(
     return previous._replace(perturbation=perturbation, logits=logits, map_fit=map_fit, point=point, sums=sums)
 
 
-def bounded_step(sums: LossDerivatives, common_scale: float) -> tuple[Tensor, float]:
+def bounded_step(sums: Derivatives, common_scale: float) -> tuple[Tensor, float]:
     """Newton's step and what it promises, shortened where the temperature would change by more than a factor of e.
 
     Outputs that say next to nothing of the labels have next to no curvature in 1/T, the last parameter, and steps
     without bound.
     """
-    step, predicted_decrease = newton_step(sums)
+    step, predicted_decrease = sums.newton_step()
     most = common_scale * ((math.e - 1) if float(step[-1]) > 0 else (1 - 1 / math.e))
     share = min(1.0, most / max(abs(float(step[-1])), torch.finfo(torch.float64).tiny))
     return share * step, share * (2 - share) * predicted_decrease
 
 
-def _error(step: Tensor, sums: LossDerivatives) -> float:
+def _error(step: Tensor, sums: Derivatives) -> float:
     """Root of the summed squares of what a step changes in the samples' losses, to first order."""
-    return math.sqrt(max(float(step @ sums.covariance @ step), 0.0))
+    return math.sqrt(max(sums.variance(step), 0.0))
 
 
 def _record(number: int, fit: MapFit) -> dict[str, float]:

@@ -9,6 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_clamp import fit_clamp
+from lightning_clamp.clamping import score_pass as passes_of_scores
+from lightning_clamp.clamping.blocks import BlockDerivatives
 from lightning_clamp.clamping.frozen import frozen
 from lightning_clamp.clamping.moments import logit_moments
 from lightning_clamp.clamping.newton import LossDerivatives, effective_parameters, score_test
@@ -231,3 +233,23 @@ def test_a_step_changes_the_temperature_by_a_factor_of_e_at_most(sign):
     # What the quadratic model promises for that share of the step.
     change = -(sums.gradient @ step + 0.5 * step @ curvature @ step)
     assert promise == pytest.approx(float(change), rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["bias", "vector"])
+def test_in_blocks_the_model_is_the_same(kind, monkeypatch):
+    """As where the map has many parameters: step, promise, test and error."""
+    network, x, y = shifted_images(400)
+    free = space_of(kind, y).temperature_only(1.3)
+    point, ridge = torch.cat([torch.zeros(12).double(), free]), torch.cat([torch.zeros(12), 2 * torch.ones(len(free))])
+    ridge = ridge.double().index_fill(0, torch.tensor(len(ridge) - 1), 0.0)
+    whole, _ = sums_at(network, x, y, 2, free=free, kind=kind)
+    monkeypatch.setattr(passes_of_scores, "MOST_IN_DOUBLE", 3)
+    blocks, _ = sums_at(network, x, y, 2, free=free, kind=kind)
+    assert isinstance(whole, LossDerivatives)
+    assert isinstance(blocks, BlockDerivatives)
+    (step, promise), (other, promised) = (sums.shrunk(point, ridge).newton_step() for sums in (whole, blocks))
+    torch.testing.assert_close(step, other, rtol=1e-4, atol=1e-6)
+    assert promise == pytest.approx(promised, rel=1e-5)
+    assert whole.variance(step) == pytest.approx(blocks.variance(step), rel=1e-5)
+    tests = [sums.shrunk(point, ridge).score_test(12).statistic for sums in (whole, blocks)]
+    assert tests[0] == pytest.approx(tests[1], rel=1e-4)
