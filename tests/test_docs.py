@@ -137,6 +137,8 @@ def test_the_python_about_losses_runs(tmp_path):
         "val_loader": DataLoader(maps(2)),
         "DataLoader": DataLoader,
         "trainer": trainer(tmp_path),
+        "logits": torch.randn(10, 4),
+        "target": torch.arange(10) % 4,
     }
     for block in python_blocks("docs/losses.md"):
         exec(block, names)

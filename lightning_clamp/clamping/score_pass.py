@@ -11,7 +11,7 @@ from lightning_clamp._batch import Inputs, chunks
 from lightning_clamp.clamping.blocks import BlockDerivatives, MapBlock
 from lightning_clamp.clamping.map_loss import errors
 from lightning_clamp.clamping.newton import LossDerivatives
-from lightning_clamp.clamping.output_map import MOST_IN_DOUBLE, MapSpace
+from lightning_clamp.clamping.output_map import MapSpace
 from lightning_clamp.clamping.passes import CalibrationSet, Logits, summed
 from lightning_clamp.clamping.perturbation import Grid
 
@@ -22,6 +22,8 @@ Derivatives: TypeAlias = LossDerivatives | BlockDerivatives
 _STEP = 0.01
 # Items whose scores are multiplied at once: adding up products takes as long as forming them for some hundred.
 _LEAST_ROWS = 2048
+# Parameters of a map whose block is most of the work: it is formed in float32, and factorised once.
+_MANY = 1000
 # Rows of finite differences held at once, in elements.
 _CHUNK_ELEMENTS = 2**25
 
@@ -94,7 +96,7 @@ def _products(held: list[tuple[Tensor, ...]], curvatures: list[Tensor]) -> tuple
     """
     of_map, *of_grids = (torch.cat(scores) for scores in zip(*held, strict=True))
     # They say where to step and how sure that is, for which seven digits are enough.
-    many = of_map.float() if of_map.shape[1] > MOST_IN_DOUBLE else of_map
+    many = of_map.float() if of_map.shape[1] > _MANY else of_map
     terms = [of_map.sum(0), many.T @ many]
     for i, of_grid in enumerate(of_grids):
         terms += [of_grid.sum(0), of_grid.T @ of_grid, of_grid.to(many.dtype).T @ many, *curvatures[i : i + 1]]
@@ -106,7 +108,7 @@ def _derivatives(
 ) -> Derivatives:
     """Of one grid: in blocks where the map has many parameters, else as one."""
     gradient, q = torch.cat([gradient, sum_of_map]), len(sum_of_map)
-    if curvature is None and q > MOST_IN_DOUBLE:
+    if curvature is None and q > _MANY:
         return BlockDerivatives(gradient, own, cross, block, torch.zeros(q, dtype=torch.float64))
     covariance = torch.cat([torch.cat([own, cross], 1), torch.cat([cross.T, block.products], 1)])
     return LossDerivatives(gradient, covariance if curvature is None else curvature, covariance)

@@ -32,3 +32,16 @@ def differentiable_twice() -> Iterator[None]:
     """Run networks uncompiled, and attention by its formula: compiled code and fused kernels have one derivative."""
     with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH):
         yield
+
+
+def check_first_derivative(loss: str) -> None:
+    """Refuse a backward pass that is to be differentiated: ``once_differentiable`` lets one of a constant pass.
+
+    Raises:
+        RuntimeError: With ``create_graph=True``. Compiled code has one derivative anyway, and refuses a second itself.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{loss} cannot be differentiated twice: leave create_graph out, or train with another loss, such as "
+            "mbls_loss or mdca_loss."
+        )

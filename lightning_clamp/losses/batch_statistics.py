@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_clamp._checks import check_at_least
 from lightning_clamp._rows import Task
+from lightning_clamp.losses._modes import check_first_derivative
 from lightning_clamp.losses._positions import Positions, Reduction, as_positions
 
 # Width of MMCE's Laplacian kernel.
@@ -195,8 +195,8 @@ class _KernelError(torch.autograd.Function):
         return ((weight * pull).sum() / n**2).to(log_confidence.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        check_first_derivative("mmce_loss")
         (slope,) = ctx.saved_tensors
         return slope * grads[0], None, None, None
 

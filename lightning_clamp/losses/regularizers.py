@@ -4,11 +4,11 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lightning_clamp._checks import check_at_least, check_between, check_choice
 from lightning_clamp._rows import Task
+from lightning_clamp.losses._modes import check_first_derivative
 from lightning_clamp.losses._positions import Positions, Reduction, as_positions
 
 Reference: TypeAlias = Literal["code", "paper"]
@@ -238,8 +238,8 @@ class _Margins(torch.autograd.Function):
         ctx.save_for_backward(excess, predicted)
         return excess.mean() if of_all else excess.mean(1)
 
+    # Flat wherever it has a gradient, so that this may be differentiated again.
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         excess, predicted = ctx.saved_tensors
         slope = excess.sign().mul_(_shares(grads[0], excess, -1))
@@ -265,8 +265,8 @@ class _AdaptiveMargins(torch.autograd.Function):
         return squares.mean() if of_all else squares.mean(1)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        check_first_derivative("acls_loss")
         (roots,), (positive, negative) = ctx.saved_tensors, ctx.weights
         halves = F.leaky_relu(roots, negative / positive) if positive else roots
         slope = halves * _shares(grads[0], roots, 2 * (positive or negative))

@@ -33,8 +33,9 @@ def over_labels(
     target = checked_target(preds, target, "multilabel")
     one = reader.of_one_label()
     values = [function(preds[:, k], target[:, k], one) for k in range(preds.shape[1])]
-    reader.warn_unless(any(one.scored))
-    return averaged(values, torch.tensor(one.scored, device=values[0].device), average)
+    scored = one.scored or []
+    reader.warn_unless(any(scored))
+    return averaged(values, torch.tensor(scored, device=values[0].device), average)
 
 
 def averaged(values: Sequence[Tensor], scored: Tensor, average: LabelAverage) -> Tensor:

@@ -146,7 +146,7 @@ def _add_all(sums: Tensor, probs: Tensor, target: Tensor) -> None:
     count, confidence, _ = sums.transpose(1, 2).unbind()
     correct = sums[2].view(-1)
     size = max(1, _AT_ONCE_DEVICE // probs.shape[1])
-    for part, labels in zip(probs.double().split(size), target.split(size), strict=True):
+    for part, labels in zip(torch.split(probs.double(), size), torch.split(target, size), strict=True):
         index = bin_index(part, len(count))
         one = part.new_ones(()).expand_as(part)
         count.scatter_add_(0, index, one)

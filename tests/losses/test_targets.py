@@ -70,6 +70,23 @@ def test_gradients_are_those_of_the_values(name):
     assert torch.autograd.gradcheck(lambda z: SOFT[name](z, target, reduction="none"), logits.requires_grad_())
 
 
+@pytest.mark.parametrize("name", sorted({*LOSSES} - {"acls_loss", "mmce_loss"}))
+def test_gradients_may_be_differentiated_again(name):
+    for (logits, target), options in ((mixed(3, 4), {}), (drawn(3, 4), {"ignore_index": 1})):
+        if name in SOFT or not target.is_floating_point():
+            assert torch.autograd.gradgradcheck(
+                lambda z, y=target, o=options: LOSSES[name](z, y, **o), logits.requires_grad_()
+            )
+
+
+@pytest.mark.parametrize("name", ["acls_loss", "mmce_loss"])
+def test_the_others_say_that_theirs_may_not(name):
+    logits, target = drawn(3, 4)
+    value = LOSSES[name](logits.requires_grad_(), target)
+    with pytest.raises(RuntimeError, match=f"{name} cannot be differentiated twice: leave create_graph out"):
+        torch.autograd.grad(value, logits, create_graph=True)
+
+
 @pytest.mark.parametrize("mix", [v2.MixUp, v2.CutMix])
 @every_soft_loss
 def test_targets_of_torchvision_are_taken(loss, mix):
@@ -153,6 +170,18 @@ def test_the_penalty_is_not_weighted():
     penalty = losses.mbls_loss(logits, target, margin=1) - F.cross_entropy(logits, target)
     weighted = losses.mbls_loss(logits, target, margin=1, weight=weight)
     torch.testing.assert_close(weighted - F.cross_entropy(logits, target, weight), penalty)
+
+
+def test_a_gap_of_the_batch_counts_at_every_position_that_does():
+    logits, target = drawn(9, 4)
+    marked = target.masked_fill(target == 2, -100)
+    plain = {"ignore_index": -100, "reduction": "sum"}
+    for loss, option in ((losses.mdca_loss, "beta"), (losses.dca_loss, "beta"), (losses.mmce_loss, "lambda_")):
+        log_terms: dict[str, Tensor] = {}
+        loss(logits, marked, ignore_index=-100, log_terms=log_terms)
+        without = loss(logits, marked, **plain, **{option: 0})
+        added = loss(logits, marked, **plain, **{option: 2}) - without
+        torch.testing.assert_close(added, 2 * log_terms["regularizer"] * (marked >= 0).sum())
 
 
 X, P = torch.zeros(3, 4), torch.full((3, 4), 0.25)
