@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_clamp._rows import MASKED, Rows
-from lightning_clamp.clamping.moments import LogitMoments
+from lightning_clamp.clamping.moments import LogitMoments, are_missed, are_told
 from lightning_clamp.clamping.output_map import MapSpace, OutputMap
 from lightning_clamp.clamping.passes import RowSource, summed
 
@@ -24,7 +24,12 @@ class LabelMoments(LogitMoments):
     @property
     def seen(self) -> Tensor:
         """Labels of which the set shows enough items with them and without them, ``(K,)``, bool."""
-        return self.told.all(1)
+        return are_told(self.counts, self.expected).all(1)
+
+    @property
+    def are_missing(self) -> bool:
+        """Whether labels are never or always there where the network expects otherwise."""
+        return are_missed(self.counts, self.expected)
 
     @property
     def is_one_class(self) -> bool:

@@ -35,15 +35,9 @@ class LogitMoments(NamedTuple):
     masked: bool
 
     @property
-    def told(self) -> Tensor:
-        """Of what is counted, where there is enough of it, bool."""
-        few = (self.counts < _FEW) & (self.expected > _TIMES_EXPECTED * self.counts)
-        return (self.counts > 0) & ~few
-
-    @property
     def seen(self) -> Tensor:
         """Classes of which the labels show enough to tell them from the others, ``(C,)``, bool."""
-        return self.told
+        return are_told(self.counts, self.expected)
 
     @property
     def is_one_class(self) -> bool:
@@ -53,7 +47,7 @@ class LogitMoments(NamedTuple):
     @property
     def are_missing(self) -> bool:
         """Whether classes are not seen that the network expects, which chance does not explain: a sorted set, say."""
-        return bool((~self.told & (self.expected > _NOT_BY_CHANCE)).any())
+        return are_missed(self.counts, self.expected)
 
     @property
     def unseen_words(self) -> str:
@@ -108,3 +102,14 @@ def logit_moments(rows: RowSource, n_classes: int, temperature: float = 1.0, rep
         expected=expected / repeats,
         masked=bool(present.sum() < counts.sum() * n_classes),
     )
+
+
+def are_told(counts: Tensor, expected: Tensor) -> Tensor:
+    """Of what is counted, where there is enough of it, bool."""
+    few = (counts < _FEW) & (expected > _TIMES_EXPECTED * counts)
+    return (counts > 0) & ~few
+
+
+def are_missed(counts: Tensor, expected: Tensor) -> bool:
+    """Whether there is not enough of something that the network expects, which chance does not explain."""
+    return bool((~are_told(counts, expected) & (expected > _NOT_BY_CHANCE)).any())
