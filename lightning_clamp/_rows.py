@@ -156,8 +156,9 @@ def _split(whole: Rows) -> Iterator[Rows]:
     firsts = torch.arange(0, whole.n_items + size, size, device=whole.item.device)
     ends: list[int] = torch.searchsorted(whole.item, firsts).tolist()
     for first, start, end in zip(range(0, whole.n_items, size), ends, ends[1:], strict=False):
-        items = whole.item[start:end] - first
-        yield Rows(whole.logits[start:end], whole.target[start:end], items, min(size, whole.n_items - first))
+        label = None if whole.label is None else whole.label[start:end]
+        items, n_items = whole.item[start:end] - first, min(size, whole.n_items - first)
+        yield Rows(whole.logits[start:end], whole.target[start:end], items, n_items, label)
 
 
 def _joined(parts: Sequence[Rows]) -> Rows:

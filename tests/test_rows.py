@@ -233,3 +233,11 @@ def test_batches_of_any_size_are_laid_out_in_blocks_of_whole_items(monkeypatch, 
         assert len(blocks) < 7
         assert torch.equal(torch.cat([block.target for block in blocks]), whole.target)
         assert torch.equal(torch.cat([block.per_item(block.logits) for block in blocks]), expected)
+
+
+def test_blocks_of_whole_items_say_which_label_each_row_is(monkeypatch):
+    monkeypatch.setattr("lightning_clamp._rows._BLOCK_ELEMENTS", 14)
+    whole = as_rows(torch.zeros(7, 3), torch.zeros(7, 3), task="multilabel")
+    blocks = list(merged([whole]))
+    assert len(blocks) > 1
+    assert torch.equal(torch.cat([block.label for block in blocks]), torch.arange(3).repeat(7))
