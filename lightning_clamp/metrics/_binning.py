@@ -6,7 +6,6 @@ single values of the confidence.
 """
 
 import math
-from functools import lru_cache
 from numbers import Integral
 
 import torch
@@ -34,11 +33,20 @@ def bin_index(confidence: Tensor, n_bins: int) -> Tensor:
     return torch.bucketize(confidence.contiguous(), _bin_edges(n_bins, confidence.device))
 
 
-# Kept, since to make them takes an accelerator as long as to use them.
-@lru_cache(maxsize=32)
+# Kept, since to make them takes an accelerator longer than to use them. Of lru_cache a compiler warns.
+_BIN_EDGES: dict[tuple[int, torch.device], Tensor] = {}
+_CELL_EDGES: dict[tuple[int, torch.device], Tensor] = {}
+
+
 def _bin_edges(n_bins: int, device: torch.device) -> Tensor:
+    if (n_bins, device) not in _BIN_EDGES:
+        _BIN_EDGES[n_bins, device] = _new_bin_edges(n_bins).to(device)
+    return _BIN_EDGES[n_bins, device]
+
+
+def _new_bin_edges(n_bins: int) -> Tensor:
     # Divided by n in float64 (as i / n is): a linspace is off by an ulp at some edges, and would move edge values.
-    return (torch.arange(1, n_bins, dtype=torch.float64) / n_bins).to(device)
+    return torch.arange(1, n_bins, dtype=torch.float64) / n_bins
 
 
 def no_sums(n_groups: int, device: torch.device) -> Tensor:
@@ -85,17 +93,22 @@ def _step(confidence: Tensor) -> Tensor:
     return confidence.sqrt().asin_().mul_(2 * _STEPS / math.pi).long().clamp_(0, _STEPS)
 
 
-@lru_cache(maxsize=32)
 def _cell_edges(n_bins: int, device: torch.device) -> Tensor:
+    if (n_bins, device) not in _CELL_EDGES:
+        _CELL_EDGES[n_bins, device] = _new_cell_edges(n_bins).to(device)
+    return _CELL_EDGES[n_bins, device]
+
+
+def _new_cell_edges(n_bins: int) -> Tensor:
     steps = (torch.arange(1, _STEPS + 1, dtype=torch.float64) * (math.pi / (2 * _STEPS))).sin().square()
     # A step begins at its lower edge, and a bin just above it: the largest number below stands for that.
     steps = torch.nextafter(steps, torch.zeros_like(steps))
-    return torch.cat([steps, _bin_edges(n_bins, torch.device("cpu"))]).sort().values.to(device)
+    return torch.cat([steps, _new_bin_edges(n_bins)]).sort().values
 
 
 def merged(cells: Tensor, n_bins: int) -> Tensor:
     """Sums per equal-width bin, ``(3, n_bins)``, from those of its cells; exact."""
-    edges = _bin_edges(n_bins, torch.device("cpu"))
+    edges = _new_bin_edges(n_bins)
     first = _step(edges) + torch.arange(1, n_bins)
     index = torch.bucketize(torch.arange(cells.shape[1]), first, right=True).to(cells.device)
     return no_sums(n_bins, cells.device).index_add_(1, index, cells)
