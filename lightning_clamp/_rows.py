@@ -235,7 +235,7 @@ def check_hard(target: Tensor) -> None:
     if not target.is_floating_point():
         return
     if bool(target.isnan().any()):
-        raise ValueError(
+        raise OptionError(
             "A target must be 0 or 1, got nan: let unknown labels be -1, target.nan_to_num(-1), and pass "
             "ignore_index=-1."
         )

@@ -1,8 +1,9 @@
 """Losses that promise calibrated training: functions, modules, and mixins that train a LightningModule with them.
 
-Functions take ``(logits, target, *, ...)``: class outputs ``(N, C)``, dense ones ``(N, C, ...)``, or one-logit heads
-with ``task="binary"``. They leave out ``ignore_index`` and return the mean over the positions that count. A module is
-made with the same options, ``ACLSLoss(margin=6.0)``, and called with logits and target.
+Functions take ``(logits, target, *, ...)``: class outputs ``(N, C)``, dense ones ``(N, C, ...)``, one-logit heads with
+``task="binary"``, or several labels per item with ``task="multilabel"``. They leave out ``ignore_index`` and return the
+mean over the positions that count. A module is made with the same options, ``ACLSLoss(margin=6.0)``, and called with
+logits and target.
 
 Functions and modules need no Lightning; the mixins load on first use.
 """
@@ -21,6 +22,7 @@ from lightning_clamp.losses.margin_aware import margin_aware_loss
 from lightning_clamp.losses.modules import (
     ACLSLoss,
     BrierLoss,
+    CPCLoss,
     DCALoss,
     DualFocalLoss,
     EntropyPenaltyLoss,
@@ -65,6 +67,7 @@ __all__ = [
     "BrierLoss",
     "BrierMixin",
     "CALSMixin",
+    "CPCLoss",
     "CPCMixin",
     "CRLMixin",
     "DCALoss",

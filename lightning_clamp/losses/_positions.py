@@ -156,6 +156,14 @@ class Positions(NamedTuple):
             return self.reduced(self.cross_entropy(log_probs), reduction)
         return F.nll_loss(log_probs, self.target, reduction=reduction)
 
+    def reduced_with(
+        self, penalty: Tensor, reduction: Reduction, log_terms: dict[str, Tensor] | None, **named: Tensor
+    ) -> Tensor:
+        """Reduce the cross-entropy, which is weighted, and a penalty, which is not; :meth:`note` the terms."""
+        log_probs = self.log_probs()
+        self.note(log_terms, log_probs, **named)
+        return self.reduced_cross_entropy(log_probs, reduction) + self.unweighted().reduced(penalty, reduction)
+
     def reduced_gap(self, gap: Tensor, reduction: Reduction) -> Tensor:
         """Reduce one number of the whole batch as if it were the loss of each position; 0 if there are none."""
         return gap if reduction == "mean" else self.unweighted().reduced(gap.expand(self.logits[:, 0].shape), reduction)

@@ -18,6 +18,7 @@ def adafocal_loss(
     *,
     gamma: float | Tensor = 1.0,
     edges: Tensor | None = None,
+    weight: Tensor | None = None,
     task: Task = "multiclass",
     ignore_index: int | None = None,
     reduction: Reduction = "mean",
@@ -30,10 +31,11 @@ def adafocal_loss(
 
     Args:
         logits: Shape ``(N, C)`` or ``(N, C, ...)``, float; for ``task="binary"`` one logit per position.
-        target: Class indices, shape ``(N,)`` or ``(N, ...)``, int64; for ``task="binary"`` 0 or 1 of any dtype.
+        target: Class indices or probabilities, as :func:`~lightning_clamp.losses.label_smoothing_loss`.
         gamma: Exponent of every bin, ``(B,)``, from :func:`updated_gamma`; or one number for all.
         edges: Between the bins, rising, ``(B - 1,)``; None with one number. A bin begins at its lower edge.
-        task: ``"multiclass"``, or ``"binary"`` for a one-logit (sigmoid) head.
+        weight: As :func:`~lightning_clamp.losses.label_smoothing_loss`.
+        task: ``"multiclass"``, ``"binary"`` for a one-logit (sigmoid) head, or ``"multilabel"`` for one per label.
         ignore_index: Target value of positions to leave out.
         reduction: ``"mean"`` over the positions that count (0 if there are none), ``"sum"`` (as in the official code),
             or ``"none"``.
@@ -49,9 +51,12 @@ def adafocal_loss(
     Reference:
         Ghosh, Schaaf and Gormley, "AdaFocal: Calibration-aware Adaptive Focal Loss", NeurIPS 2022.
     """
-    positions = as_positions(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
-    cross_entropy = positions.cross_entropy()
-    prob = torch.exp(-cross_entropy)
+    positions = as_positions(
+        logits, target, task=task, ignore_index=ignore_index, reduction=reduction, weight=weight, why_hard=""
+    )
+    log_probs = positions.log_probs()
+    nll = positions.nll(log_probs)
+    prob = torch.exp(-nll)
     exponent = torch.as_tensor(gamma, dtype=prob.dtype, device=prob.device)
     _check_bins(exponent, edges)
     if edges is None:
@@ -60,7 +65,8 @@ def adafocal_loss(
         exponent = exponent[torch.bucketize(prob.detach(), edges.to(prob), right=True)]
     # The slope of a power below 1 is infinite at 0, hence the clamp.
     base = (1 - exponent.sign() * prob).clamp_min(torch.finfo(prob.dtype).tiny)
-    return positions.reduced(base.pow(exponent.abs()) * cross_entropy, reduction, log_terms, gamma=exponent)
+    loss = positions.expected(base.pow(exponent.abs()) * nll)
+    return positions.reduced(loss, reduction, log_terms, log_probs, gamma=positions.unweighted().expected(exponent))
 
 
 def updated_gamma(gamma: Tensor, excess: Tensor, *, lambda_: float = 1.0) -> Tensor:

@@ -1,12 +1,14 @@
 """Projected gradient ascent on the cross-entropy of the inputs, in units of the images before normalisation."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from lightning_clamp._checks import OptionError, check_at_least, check_choice
+from lightning_clamp._checks import OptionError, check_at_least, check_choice, check_whole
 from lightning_clamp.losses._modes import MODES, Mode
 
 Norm: TypeAlias = Literal["linf", "l2"]
@@ -47,12 +49,15 @@ class Attack(NamedTuple):
         """
         check_at_least("epsilon", self.epsilon, 0)
         check_at_least("step_size", self.step_size, 0)
-        check_at_least("steps", self.steps, 0)
+        check_whole("steps", self.steps, least=0)
         check_choice("norm", self.norm, _NORMS)
         check_choice("attack_mode", self.mode, MODES)
-        if any(value <= 0 for value in ([self.std] if isinstance(self.std, int | float) else self.std)):
+        for name, value in (("mean", self.mean), ("std", self.std)):
+            if not _are_numbers(value):
+                raise OptionError(f"`{name}` must be a finite number, or one for each channel, got {value!r}.")
+        if any(value <= 0 for value in ([self.std] if isinstance(self.std, float | Real) else self.std)):
             raise OptionError(f"`std` must be positive, got {self.std}.")
-        if self.clip is not None and not (len(self.clip) == 2 and self.clip[0] < self.clip[1]):
+        if self.clip is not None and not (_are_numbers(self.clip) and _rises(self.clip)):
             raise OptionError(f"`clip` must be two numbers, the smaller first, or None, got {self.clip!r}.")
 
     def __call__(self, loss: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
@@ -100,9 +105,21 @@ class Attack(NamedTuple):
             )
 
 
+def _are_numbers(value: object) -> bool:
+    """Whether an option is a finite number, or several."""
+    several = [value] if isinstance(value, Real) else value
+    if isinstance(several, str) or not isinstance(several, Iterable):
+        return False
+    return all(isinstance(one, Real | Tensor) and math.isfinite(one) for one in several)
+
+
+def _rises(ends: object) -> bool:
+    return isinstance(ends, Sequence) and len(ends) == 2 and ends[0] < ends[1]
+
+
 def _per_channel(value: float | Sequence[float], inputs: Tensor) -> Tensor:
     """``value`` in a shape that fits beside ``inputs``, with the channels on axis 1."""
-    if isinstance(value, int | float):
+    if isinstance(value, float | Real):
         return inputs.new_full((), value)
     if inputs.ndim < 2 or len(value) != inputs.shape[1]:
         raise OptionError(

@@ -39,7 +39,7 @@ def mdca_loss(
         target: Class indices or probabilities, as :func:`~lightning_clamp.losses.label_smoothing_loss`.
         beta: Weight of the gap, at least 0. The authors' scripts use 1, their command line defaults to 10.
         weight: As :func:`~lightning_clamp.losses.label_smoothing_loss`.
-        task: ``"multiclass"``, or ``"binary"`` for a one-logit (sigmoid) head.
+        task: ``"multiclass"``, ``"binary"`` for a one-logit (sigmoid) head, or ``"multilabel"`` for one per label.
         ignore_index: Target value of positions to leave out.
         reduction: ``"mean"`` over the positions that count (0 if there are none), ``"sum"``, or ``"none"``.
         log_terms: A dict that is given ``cross_entropy`` and ``regularizer`` (the gap, before ``beta``).
@@ -85,7 +85,7 @@ def dca_loss(
         target: Class indices or probabilities, as :func:`~lightning_clamp.losses.label_smoothing_loss`.
         beta: Weight of the gap, at least 0. 10 in the authors' code, 1 in the comparison of MDCA.
         weight: As :func:`~lightning_clamp.losses.label_smoothing_loss`.
-        task: ``"multiclass"``, or ``"binary"`` for a one-logit (sigmoid) head.
+        task: ``"multiclass"``, ``"binary"`` for a one-logit (sigmoid) head, or ``"multilabel"`` for one per label.
         ignore_index: Target value of positions to leave out.
         reduction: ``"mean"`` over the positions that count (0 if there are none), ``"sum"``, or ``"none"``.
         log_terms: A dict that is given ``cross_entropy`` and ``regularizer`` (the gap, before ``beta``).
@@ -135,7 +135,7 @@ def mmce_loss(
         target: Class indices, shape ``(N,)`` or ``(N, ...)``, int64; for ``task="binary"`` 0 or 1 of any dtype.
         lambda_: Weight of the error, at least 0.
         weight: As :func:`~lightning_clamp.losses.label_smoothing_loss`.
-        task: ``"multiclass"``, or ``"binary"`` for a one-logit (sigmoid) head.
+        task: ``"multiclass"``, ``"binary"`` for a one-logit (sigmoid) head, or ``"multilabel"`` for one per label.
         ignore_index: Target value of positions to leave out.
         reduction: ``"mean"`` over the positions that count (0 if there are none), ``"sum"``, or ``"none"``.
         log_terms: A dict that is given ``cross_entropy`` and ``regularizer`` (before ``lambda_``).

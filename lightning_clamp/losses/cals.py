@@ -23,6 +23,7 @@ def cals_loss(
     multiplier: float | Tensor = _LEAST,
     rho: float | Tensor = _LEAST_RHO,
     margin: float = 10.0,
+    weight: Tensor | None = None,
     task: Task = "multiclass",
     ignore_index: int | None = None,
     reduction: Reduction = "mean",
@@ -37,11 +38,12 @@ def cals_loss(
 
     Args:
         logits: Shape ``(N, C)`` or ``(N, C, ...)``, float; for ``task="binary"`` one logit per position.
-        target: Class indices, shape ``(N,)`` or ``(N, ...)``, int64; for ``task="binary"`` 0 or 1 of any dtype.
+        target: Class indices or probabilities, as :func:`~lightning_clamp.losses.label_smoothing_loss`.
         multiplier: λ of every class, ``(C,)``, from :func:`updated_multipliers`; or one number for all.
         rho: Penalty weight ρ of every class, ``(C,)``, or one number for all.
         margin: m, above 0; 10 in the authors' runs.
-        task: ``"multiclass"``, or ``"binary"`` for a one-logit (sigmoid) head.
+        weight: As :func:`~lightning_clamp.losses.label_smoothing_loss`; the penalty is not weighted.
+        task: ``"multiclass"``, ``"binary"`` for a one-logit (sigmoid) head, or ``"multilabel"`` for one per label.
         ignore_index: Target value of positions to leave out.
         reduction: ``"mean"`` over the positions that count (0 if there are none), ``"sum"``, or ``"none"``.
         log_terms: A dict that is given ``cross_entropy`` and ``regularizer`` (the mean of P).
@@ -59,11 +61,12 @@ def cals_loss(
         over the classes.
     """
     check_number("margin", margin, above=0)
-    positions = as_positions(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
-    cross_entropy = positions.cross_entropy()
+    positions = as_positions(
+        logits, target, task=task, ignore_index=ignore_index, reduction=reduction, weight=weight, why_hard=""
+    )
     weights = [_per_class(name, value, positions.logits) for name, value in (("multiplier", multiplier), ("rho", rho))]
     penalty = _penalty(_distances(positions.logits, margin), *weights).mean(1)
-    return positions.reduced(cross_entropy + penalty, reduction, log_terms, regularizer=penalty)
+    return positions.reduced_with(penalty, reduction, log_terms, regularizer=penalty)
 
 
 class Multipliers(NamedTuple):
@@ -102,7 +105,7 @@ def distance_sums(
 
     Row 0 is the slope of P in h, row 1 h itself, row 2 the number of positions.
     """
-    positions = as_positions(logits, target, task=task, ignore_index=ignore_index, reduction="none")
+    positions = as_positions(logits, target, task=task, ignore_index=ignore_index, reduction="none", why_hard="")
     distance = _distances(positions.logits.double(), margin)
     multiplier, rho = (_per_class("multiplier", value, distance) for value in before[:2])
     slope = (multiplier + rho * distance).clamp(_LEAST, _LARGEST)

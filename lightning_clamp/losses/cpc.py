@@ -5,12 +5,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lightning_clamp._checks import check_at_least
 from lightning_clamp._rows import Task
+from lightning_clamp.losses._modes import check_first_derivative
 from lightning_clamp.losses._positions import Positions, Reduction, as_positions
+
+_WHY_HARD = (
+    "cpc_loss sets the label's class against each other one, and a target of probabilities names none: pass labels, or "
+    "train with mbls_loss, which takes probabilities."
+)
 
 
 def cpc_loss(
@@ -19,6 +24,7 @@ def cpc_loss(
     *,
     lambda_bdc: float = 0.1,
     lambda_bec: float = 1.0,
+    weight: Tensor | None = None,
     task: Task = "multiclass",
     ignore_index: int | None = None,
     reduction: Reduction = "mean",
@@ -38,7 +44,8 @@ def cpc_loss(
         target: Class indices, shape ``(N,)`` or ``(N, ...)``, int64; for ``task="binary"`` 0 or 1 of any dtype.
         lambda_bdc: Weight of the discrimination, at least 0. 0.1 and 1 are the weights of Liu et al. (CALS).
         lambda_bec: Weight of the exclusion, at least 0.
-        task: ``"multiclass"``, or ``"binary"`` for a one-logit (sigmoid) head.
+        weight: As :func:`~lightning_clamp.losses.label_smoothing_loss`; the constraints are not weighted.
+        task: ``"multiclass"``, ``"binary"`` for a one-logit (sigmoid) head, or ``"multilabel"`` for one per label.
         ignore_index: Target value of positions to leave out.
         reduction: ``"mean"`` over the positions that count (0 if there are none), ``"sum"``, or ``"none"``.
         log_terms: A dict that is given ``cross_entropy``, ``discrimination`` and ``exclusion`` (before the weights).
@@ -55,11 +62,12 @@ def cpc_loss(
     """
     check_at_least("lambda_bdc", lambda_bdc, 0)
     check_at_least("lambda_bec", lambda_bec, 0)
-    positions = as_positions(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
-    cross_entropy = positions.cross_entropy()
+    positions = as_positions(
+        logits, target, task=task, ignore_index=ignore_index, reduction=reduction, weight=weight, why_hard=_WHY_HARD
+    )
     discrimination, exclusion = _discrimination(positions), _exclusion(positions)
-    loss = cross_entropy + lambda_bdc * discrimination + lambda_bec * exclusion
-    return positions.reduced(loss, reduction, log_terms, discrimination=discrimination, exclusion=exclusion)
+    constraints = lambda_bdc * discrimination + lambda_bec * exclusion
+    return positions.reduced_with(constraints, reduction, log_terms, discrimination=discrimination, exclusion=exclusion)
 
 
 def _discrimination(positions: Positions) -> Tensor:
@@ -97,7 +105,7 @@ class _PairSum(torch.autograd.Function):
         return value
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        check_first_derivative("cpc_loss")
         (gradient,) = ctx.saved_tensors
         return gradient * grads[0].unsqueeze(1), None

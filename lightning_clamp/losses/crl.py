@@ -13,6 +13,10 @@ from lightning_clamp.losses._positions import Positions, Reduction, as_positions
 
 Confidence: TypeAlias = Literal["softmax", "entropy", "margin"]
 CONFIDENCES: tuple[Confidence, ...] = ("softmax", "entropy", "margin")
+_WHY_HARD = (
+    "CRL counts how often each item was right, and a prediction is neither right nor wrong of a target of "
+    "probabilities: pass labels, or train with a loss that takes probabilities, such as adafocal_loss or focal_loss."
+)
 
 
 def crl_loss(
@@ -22,6 +26,7 @@ def crl_loss(
     correctness: Tensor | None = None,
     lambda_: float = 1.0,
     confidence: Confidence = "softmax",
+    weight: Tensor | None = None,
     task: Task = "multiclass",
     ignore_index: int | None = None,
     reduction: Reduction = "mean",
@@ -43,7 +48,9 @@ def crl_loss(
         lambda_: Weight λ of the ranking, at least 0.
         confidence: ``"softmax"``, the largest probability; ``"entropy"``, minus the entropy in units of the largest
             possible; or ``"margin"``, the largest probability less the second.
-        task: ``"multiclass"``, or ``"binary"`` for a one-logit (sigmoid) head.
+        weight: As :func:`~lightning_clamp.losses.label_smoothing_loss`; the ranking is not weighted.
+        task: ``"multiclass"``, ``"binary"`` for a one-logit (sigmoid) head, or ``"multilabel"`` for one per label;
+            items with several are not ranked.
         ignore_index: Target value of items to leave out; pairs with one of them have no order.
         reduction: ``"mean"`` over the items that count (0 if there are none), ``"sum"``, or ``"none"``.
         log_terms: A dict that is given ``cross_entropy`` and ``regularizer`` (the ranking, before ``lambda_``).
@@ -61,14 +68,15 @@ def crl_loss(
     """
     check_at_least("lambda_", lambda_, 0)
     check_choice("confidence", confidence, CONFIDENCES)
-    positions = as_positions(logits, target, task=task, ignore_index=ignore_index, reduction=reduction)
-    cross_entropy = positions.cross_entropy()
+    positions = as_positions(
+        logits, target, task=task, ignore_index=ignore_index, reduction=reduction, weight=weight, why_hard=_WHY_HARD
+    )
     if correctness is None:
-        ranking = torch.zeros_like(cross_entropy)
+        ranking = torch.zeros_like(positions.logits[:, 0])
     else:
         _check_items(positions, correctness)
         ranking = _ranking(positions, _confidence(positions.logits, confidence), correctness)
-    return positions.reduced(cross_entropy + lambda_ * ranking, reduction, log_terms, regularizer=ranking)
+    return positions.reduced_with(lambda_ * ranking, reduction, log_terms, regularizer=ranking)
 
 
 def normalised_correctness(counts: Tensor, low: Tensor | float, epochs: Tensor | int) -> Tensor:
@@ -86,7 +94,9 @@ def normalised_correctness(counts: Tensor, low: Tensor | float, epochs: Tensor |
 
 def correct_items(logits: Tensor, target: Tensor, *, task: Task, ignore_index: int | None = None) -> Tensor:
     """1 where the prediction is right, 0 where it is not or is left out, ``(N,)``, float."""
-    positions = as_positions(logits.detach(), target, task=task, ignore_index=ignore_index, reduction="none")
+    positions = as_positions(
+        logits.detach(), target, task=task, ignore_index=ignore_index, reduction="none", why_hard=_WHY_HARD
+    )
     return positions.kept((positions.logits.argmax(1) == positions.target).float()).flatten()
 
 

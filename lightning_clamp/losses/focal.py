@@ -31,7 +31,7 @@ def focal_loss(
         target: Class indices or probabilities, as :func:`~lightning_clamp.losses.label_smoothing_loss`.
         gamma: At least 0; 0 is the cross-entropy.
         weight: As :func:`~lightning_clamp.losses.label_smoothing_loss`.
-        task: ``"multiclass"``, or ``"binary"`` for a one-logit (sigmoid) head.
+        task: ``"multiclass"``, ``"binary"`` for a one-logit (sigmoid) head, or ``"multilabel"`` for one per label.
         ignore_index: Target value of positions to leave out.
         reduction: The official codes sum (torrvision) or take the mean (MDCA).
         log_terms: A dict that is given the mean ``cross_entropy``.
@@ -74,7 +74,7 @@ def flsd_loss(
         target: Class indices or probabilities, as :func:`~lightning_clamp.losses.label_smoothing_loss`.
         gamma: Exponent where the network is right and sure, at least 0. 3 is FLSD-53.
         weight: As :func:`~lightning_clamp.losses.label_smoothing_loss`.
-        task: ``"multiclass"``, or ``"binary"`` for a one-logit (sigmoid) head.
+        task: ``"multiclass"``, ``"binary"`` for a one-logit (sigmoid) head, or ``"multilabel"`` for one per label.
         ignore_index: Target value of positions to leave out.
         reduction: ``"mean"`` over the positions that count (0 if there are none), ``"sum"``, or ``"none"``.
         log_terms: A dict that is given the mean ``cross_entropy``.
@@ -120,7 +120,7 @@ def dual_focal_loss(
         target: Class indices or probabilities, as :func:`~lightning_clamp.losses.label_smoothing_loss`.
         gamma: At least 0; 0 is the cross-entropy, and the official code's default. 5 is our choice.
         weight: As :func:`~lightning_clamp.losses.label_smoothing_loss`.
-        task: ``"multiclass"``, or ``"binary"`` for a one-logit (sigmoid) head.
+        task: ``"multiclass"``, ``"binary"`` for a one-logit (sigmoid) head, or ``"multilabel"`` for one per label.
         ignore_index: Target value of positions to leave out.
         reduction: ``"mean"`` over the positions that count (0 if there are none), ``"sum"``, or ``"none"``.
         log_terms: A dict that is given the mean ``cross_entropy``.
@@ -160,7 +160,7 @@ def brier_loss(
     Args:
         logits: Shape ``(N, C)`` or ``(N, C, ...)``, float; for ``task="binary"`` one logit per position.
         target: Class indices or probabilities, as :func:`~lightning_clamp.losses.label_smoothing_loss`.
-        task: ``"multiclass"``, or ``"binary"`` for a one-logit (sigmoid) head.
+        task: ``"multiclass"``, ``"binary"`` for a one-logit (sigmoid) head, or ``"multilabel"`` for one per label.
         ignore_index: Target value of positions to leave out.
         reduction: ``"mean"`` over the positions that count (0 if there are none), ``"sum"``, or ``"none"``.
         log_terms: A dict that is given the mean ``cross_entropy``.

@@ -59,7 +59,8 @@ def margin_aware_loss(
     formula instead of a fused kernel (neither with ``lambda_s=0``).
 
     Args:
-        network: Maps inputs to logits: ``(N, C)``, ``(N, C, ...)``, or one logit per position for ``task="binary"``.
+        network: Maps inputs to logits: ``(N, C)``, ``(N, C, ...)``, or one logit per position, or per label, as
+            ``task`` says.
         inputs: A batch as the network takes it, float, ``(N, ...)``, channels on axis 1.
         target: Class indices, ``(N,)`` or ``(N, ...)``.
         lambda_r: Weight of the divergence, at least 0.
@@ -72,7 +73,7 @@ def margin_aware_loss(
         std: What it divides by; 1 if there is none.
         clip: Range of the images before normalisation; None for inputs without one.
         attack_mode: ``"eval"`` or ``"train"``.
-        task: ``"multiclass"`` or ``"binary"``.
+        task: ``"multiclass"``, ``"binary"`` for a one-logit (sigmoid) head, or ``"multilabel"`` for one per label.
         ignore_index: Target value of positions to leave out.
         reduction: Over the positions, as for the other losses; an item's smoothness counts at each of its positions.
         log_terms: A dict that is given the means ``cross_entropy``, ``divergence``, ``smoothness`` (before the

@@ -62,7 +62,7 @@ class LossMixin(LightningModule):
 
     Args:
         *args: The module's own.
-        loss_task: ``"multiclass"``, or ``"binary"`` for one logit per position.
+        loss_task: ``"multiclass"``, ``"binary"`` for one logit per position, or ``"multilabel"`` for one per label.
         loss_ignore_index: Target value of positions to leave out.
         loss_batch_keys: Which entries of a batch are input and target, where it is no pair: keys of a mapping, names of
             attributes, or positions, as ``batch_keys`` elsewhere.

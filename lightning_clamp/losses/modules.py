@@ -13,6 +13,7 @@ from lightning_clamp.losses._modes import Mode
 from lightning_clamp.losses._positions import Reduction
 from lightning_clamp.losses.attack import Norm
 from lightning_clamp.losses.batch_statistics import dca_loss, mdca_loss, mmce_loss
+from lightning_clamp.losses.cpc import cpc_loss
 from lightning_clamp.losses.focal import brier_loss, dual_focal_loss, flsd_loss, focal_loss
 from lightning_clamp.losses.label_perturbation import Kind, sc_bce_loss
 from lightning_clamp.losses.margin_aware import margin_aware_loss
@@ -191,6 +192,15 @@ class MMCELoss(_WeightedLoss):
 
     function = staticmethod(mmce_loss)
     lambda_: float = 1.0
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class CPCLoss(_WeightedLoss):
+    """:func:`~lightning_clamp.losses.cpc_loss` as a module."""
+
+    function = staticmethod(cpc_loss)
+    lambda_bdc: float = 0.1
+    lambda_bec: float = 1.0
 
 
 @dataclass(eq=False, repr=False, kw_only=True)

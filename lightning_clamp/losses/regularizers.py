@@ -30,14 +30,15 @@ def label_smoothing_loss(
     torch's own ``label_smoothing``; some codes spread :math:`\alpha` over the other K - 1 classes instead.
 
     Args:
-        logits: Shape ``(N, C)`` or ``(N, C, ...)``, float; for ``task="binary"`` one logit per position.
+        logits: Shape ``(N, C)`` or ``(N, C, ...)``, float; for ``task="binary"`` one logit per position, and for
+            ``task="multilabel"`` one per label, ``(N, K)`` or ``(N, K, ...)``, of which each is a position.
         target: Class indices, shape ``(N,)`` or ``(N, ...)``, int64, or probabilities of the classes, shape of the
-            logits, float, as mixup and CutMix make them; for ``task="binary"`` 0 or 1 of any dtype, or the probability
+            logits, float, as mixup and CutMix make them; for the other tasks 0 or 1 of any dtype, or the probability
             of 1.
         alpha: Weight of the uniform label, in [0, 1].
         weight: Of each class in the cross-entropy, ``(C,)``, not negative, with the mean that torch takes of it: by
             the weights of the labels, or of the positions if the target has probabilities. No penalty is weighted.
-        task: ``"multiclass"``, or ``"binary"`` for a one-logit (sigmoid) head.
+        task: ``"multiclass"``, ``"binary"`` for a one-logit (sigmoid) head, or ``"multilabel"`` for one per label.
         ignore_index: Target value of positions to leave out.
         reduction: ``"mean"`` over the positions that count (0 if there are none), ``"sum"``, or ``"none"``.
         log_terms: A dict that is given the mean ``cross_entropy``, for logging.

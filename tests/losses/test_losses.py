@@ -376,6 +376,10 @@ def test_bad_input_gets_one_sentence(loss, case):
         (losses.mdca_loss, {"beta": -1}, "`beta`"),
         (losses.dca_loss, {"beta": -1}, "`beta`"),
         (losses.mmce_loss, {"lambda_": -1}, "`lambda_`"),
+        (losses.cpc_loss, {"lambda_bdc": -1}, "`lambda_bdc`"),
+        (losses.crl_loss, {"confidence": "top"}, "`confidence` must be one of"),
+        (losses.cals_loss, {"margin": 0}, "`margin` must be a number above 0"),
+        (losses.adafocal_loss, {"gamma": torch.ones(2)}, "`gamma` must be one number without `edges`"),
     ],
 )
 def test_options_out_of_range_are_named(loss, options, sentence):
@@ -383,7 +387,24 @@ def test_options_out_of_range_are_named(loss, options, sentence):
         loss(X, Y, **options)
 
 
-def test_each_label_of_several_is_a_position():
-    logits, target = torch.randn(4, 3), torch.randint(2, (4, 3)).float()
-    each = losses.focal_loss(logits, target, task="multilabel", reduction="none")
-    assert torch.equal(each[:, 1], losses.focal_loss(logits[:, 1], target[:, 1], task="binary", reduction="none"))
+@every_loss
+@pytest.mark.parametrize("shape", [(6, 3), (2, 3, 2, 2)], ids=["labels", "dense"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_each_label_of_several_is_a_position(loss, shape, reduction):
+    logits = drawn(*shape)[0]
+    target = torch.randint(2, shape, generator=torch.Generator().manual_seed(1)).float()
+    value, gradient = value_and_gradient(loss, logits, target, task="multilabel", reduction=reduction)
+    flat = value_and_gradient(loss, logits.flatten(), target.flatten(), task="binary", reduction=reduction)
+    torch.testing.assert_close((value.flatten(), gradient.flatten()), (flat[0].flatten(), flat[1]))
+    assert value.shape == (shape if reduction == "none" else ())
+
+
+@every_loss
+def test_single_labels_of_several_may_be_unknown(loss):
+    logits, target = drawn(6, 3)[0], torch.arange(18).reshape(6, 3) % 2
+    unknown = torch.arange(18).reshape(6, 3) % 5 == 0
+    marked, spoiled = target.masked_fill(unknown, -1), logits.masked_fill(unknown, torch.nan)
+    value, gradient = value_and_gradient(loss, spoiled, marked, task="multilabel", ignore_index=-1)
+    torch.testing.assert_close(value, loss(logits[~unknown], target[~unknown], task="binary"))
+    assert not gradient[unknown].any()
+    assert gradient[~unknown].any()

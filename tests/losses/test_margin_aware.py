@@ -103,6 +103,13 @@ def test_a_single_channel_may_have_numbers_for_its_normalisation():
         ({"attack_mode": "test"}, "`attack_mode`"),
         ({"std": (1.0, 0.0, 1.0)}, "`std` must be positive"),
         ({"mean": (0.1, 0.2)}, "no axis 1 of 2 channels"),
+        ({"mean": "text"}, "`mean` must be a finite number, or one for each channel, got 'text'"),
+        ({"mean": None}, "`mean` must be a finite number"),
+        ({"std": ("1", "1", "1")}, "`std` must be a finite number"),
+        ({"std": float("nan")}, "`std` must be a finite number"),
+        ({"clip": "01"}, "`clip` must be two numbers"),
+        ({"clip": 1}, "`clip` must be two numbers"),
+        ({"steps": 1.5}, "`steps` must be a whole number of at least 0, got 1.5"),
         ({"lambda_s": -1}, "`lambda_s`"),
         (
             {},

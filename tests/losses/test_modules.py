@@ -26,9 +26,14 @@ def batch_of(module):
     return logits, target
 
 
-def test_every_loss_has_a_module():
+# What they learn is an argument that changes as training goes on, which no options of a module could be: with options
+# that stay they are other losses, focal and MbLS with another name, and the cross-entropy.
+LEARNING = {"adafocal_loss", "cals_loss", "crl_loss"}
+
+
+def test_every_loss_that_does_not_learn_has_a_module():
     functions = {module.function.__name__ for module in MODULES.values()}
-    assert functions == {name for name in losses.__all__ if name.endswith("_loss")}
+    assert functions == {name for name in losses.__all__ if name.endswith("_loss")} - LEARNING
 
 
 @every_module

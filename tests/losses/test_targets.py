@@ -10,7 +10,9 @@ from torchvision.transforms import v2
 from lightning_clamp import losses
 from tests.scenarios import LOSSES, drawn, formula_batch, formula_network, value_and_gradient
 
-SOFT = {name: loss for name, loss in LOSSES.items() if name != "mmce_loss"}
+# Those that need to know which label is right.
+HARD = ("cpc_loss", "crl_loss", "mmce_loss")
+SOFT = {name: loss for name, loss in LOSSES.items() if name not in HARD}
 every_soft_loss = pytest.mark.parametrize("loss", SOFT.values(), ids=SOFT)
 # One number per label is averaged: not those that square the target, or the mean of it.
 LINEAR = {name: loss for name, loss in SOFT.items() if name not in ("brier_loss", "mdca_loss", "dca_loss")}
@@ -62,6 +64,13 @@ def test_the_others_are_their_formulas():
     assert losses.dca_loss(logits, target, beta=2).item() == pytest.approx(cross_entropy + 2 * gap)
     focal = (y * (1 - p) ** 2 * -np.log(p)).sum(1).mean()
     assert losses.focal_loss(logits, target, gamma=2).item() == pytest.approx(focal)
+    # An exponent of the bin of each label's own probability.
+    gamma = np.where(p < 0.3, 2.0, -1.0)
+    adafocal = (y * (1 - np.sign(gamma) * p) ** abs(gamma) * -np.log(p)).sum(1)
+    log_terms: dict[str, Tensor] = {}
+    options = {"gamma": torch.tensor([2.0, -1.0]), "edges": torch.tensor([0.3]), "log_terms": log_terms}
+    assert losses.adafocal_loss(logits, target, **options).item() == pytest.approx(adafocal.mean())
+    assert log_terms["gamma"] == pytest.approx((y * gamma).sum(1).mean())
 
 
 @pytest.mark.parametrize("name", [name for name in SOFT if name != "acls_loss"])
@@ -70,7 +79,7 @@ def test_gradients_are_those_of_the_values(name):
     assert torch.autograd.gradcheck(lambda z: SOFT[name](z, target, reduction="none"), logits.requires_grad_())
 
 
-@pytest.mark.parametrize("name", sorted({*LOSSES} - {"acls_loss", "mmce_loss"}))
+@pytest.mark.parametrize("name", sorted({*LOSSES} - {"acls_loss", "cpc_loss", "mmce_loss"}))
 def test_gradients_may_be_differentiated_again(name):
     for (logits, target), options in ((mixed(3, 4), {}), (drawn(3, 4), {"ignore_index": 1})):
         if name in SOFT or not target.is_floating_point():
@@ -79,7 +88,7 @@ def test_gradients_may_be_differentiated_again(name):
             )
 
 
-@pytest.mark.parametrize("name", ["acls_loss", "mmce_loss"])
+@pytest.mark.parametrize("name", ["acls_loss", "cpc_loss", "mmce_loss"])
 def test_the_others_say_that_theirs_may_not(name):
     logits, target = drawn(3, 4)
     value = LOSSES[name](logits.requires_grad_(), target)
@@ -117,7 +126,7 @@ def test_the_probability_of_1_is_a_binary_target(loss):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in SOFT if name not in ("acls_loss", "mbls_loss", "label_smoothing_loss")]
+    "name", [name for name in SOFT if name not in ("acls_loss", "cals_loss", "mbls_loss", "label_smoothing_loss")]
 )
 def test_a_masked_class_has_no_part(name):
     logits, target = drawn(6, 4)
@@ -131,7 +140,7 @@ def test_a_masked_class_has_no_part(name):
 @every_weighted_loss
 @pytest.mark.parametrize("soft", [False, True])
 def test_weights_act_on_the_cross_entropy_as_torch_has_it(loss, soft):
-    logits, target = mixed(9, 4) if soft and loss.func is not losses.mmce_loss else drawn(9, 4)
+    logits, target = mixed(9, 4) if soft and loss.func.__name__ not in HARD else drawn(9, 4)
     weight = torch.tensor([0.5, 2.0, 0.0, 1.0])
     log_terms: dict[str, Tensor] = {}
     loss(logits, target, weight=weight, log_terms=log_terms)
@@ -147,7 +156,10 @@ def test_weighted_losses_without_their_penalties_are_torchs(reduction):
     weight = torch.tensor([0.5, 2.0, 0.0, 1.0]).double()
     nothing = {"acls_loss": {"alpha": 0}, "mbls_loss": {"alpha": 0}, "entropy_penalty_loss": {"alpha": 0}}
     nothing |= {"mdca_loss": {"beta": 0}, "dca_loss": {"beta": 0}, "mmce_loss": {"lambda_": 0}}
-    nothing |= {"focal_loss": {"gamma": 0}, "dual_focal_loss": {"gamma": 0}}
+    nothing |= {"focal_loss": {"gamma": 0}, "dual_focal_loss": {"gamma": 0}, "adafocal_loss": {"gamma": 0}}
+    nothing |= {"cpc_loss": {"lambda_bdc": 0, "lambda_bec": 0}, "crl_loss": {}}
+    nothing |= {"cals_loss": {"multiplier": 0, "margin": 1e3}}
+    assert nothing.keys() == WEIGHTED.keys() - {"flsd_loss", "label_smoothing_loss"}
     for logits, target in (drawn(9, 4), mixed(9, 4), drawn(2, 4, 3), mixed(2, 4, 3)):
         expected = F.cross_entropy(logits, target, weight, reduction=reduction)
         for name, options in nothing.items():
@@ -209,6 +221,10 @@ def test_losses_of_labels_say_why_and_what_to_do():
         losses.mmce_loss(X, P)
     with pytest.raises(ValueError, match="neither right nor wrong"):
         losses.mmce_loss(X[:, 0], P[:, 0], task="binary")
+    with pytest.raises(ValueError, match="names none: pass labels, or train with mbls_loss"):
+        losses.cpc_loss(X, P)
+    with pytest.raises(ValueError, match="neither right nor wrong of a target of probabilities: pass labels"):
+        losses.crl_loss(X, P)
     with pytest.raises(ValueError, match="perturbs labels that are 0 or 1, and was given one between"):
         losses.sc_bce_loss(X[:, 0], P[:, 0])
     network = formula_network()
