@@ -15,8 +15,9 @@ in a training, cross-entropy as the validation loss of every training, and the b
 that choose the step also calibrate. The images are torchvision's folder, or a file of NumPy arrays x_train, y_train,
 x_test and y_test (uint8, N×32×32×3).
 
-On a GPU the steps are recorded and replayed, see cuda_graph.py. ``--minutes`` starts no other training after that
-time: those of the paper come first, and the table holds what was done.
+On a GPU the steps of a training are recorded as a CUDA graph and replayed, see cuda_graph.py, instead of compiled;
+those of losses that learn as they train (CRL, AdaFocal, CALS) run one by one. ``--minutes`` starts no other training
+after that time: those of the paper come first, and the table holds what was done.
 
 All losses have the options that the package gives them, and a seed means the same initial weights and order of the data
 for each of them. Metrics are those of test images that nothing else has seen. The seconds are those of training without
@@ -53,7 +54,11 @@ from torchmetrics import MetricCollection
 from lightning_clamp import CalibrationModule, Clamp, NeuralClamping
 from lightning_clamp.losses import (
     ACLSMixin,
+    AdaFocalMixin,
     BrierMixin,
+    CALSMixin,
+    CPCMixin,
+    CRLMixin,
     DCAMixin,
     DualFocalMixin,
     EntropyPenaltyMixin,
@@ -151,6 +156,10 @@ LOSSES = {
     "mmce": Loss("MMCE", trained_with(MMCEMixin)),
     "brier": Loss("Brier", trained_with(BrierMixin)),
     "acls": Loss("ACLS", LitACLS),
+    "cpc": Loss("CPC", trained_with(CPCMixin)),
+    "crl": Loss("CRL", trained_with(CRLMixin), learns=True),
+    "adafocal": Loss("AdaFocal", trained_with(AdaFocalMixin), learns=True),
+    "cals": Loss("CALS", trained_with(CALSMixin), learns=True),
 }
 # Tables 2 and A2 of the paper: test accuracy in percent and ECE, mean ± standard deviation over three seeds.
 PAPER = {
@@ -502,7 +511,12 @@ def parsed() -> argparse.Namespace:
     length.add_argument(
         "--steps", type=positive, help="the same in optimizer steps (400 for digits, 10,000 for cifar10)"
     )
-    parser.add_argument("--accelerator", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--accelerator",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="cuda: steps are recorded as a CUDA graph and replayed, which takes the place of torch.compile",
+    )
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no other training later than this")
     parser.add_argument("--out", type=Path, default=Path("compare_losses"))
     arguments = parser.parse_args()

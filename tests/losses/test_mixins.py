@@ -94,6 +94,36 @@ def test_a_step_is_one_of_the_function(name, tmp_path):
     assert "train/cross_entropy" in run.callback_metrics
 
 
+@pytest.mark.parametrize("name", [*OF_CLASSES, "adafocal_loss", "cals_loss", "margin_aware_loss"])
+def test_several_labels_are_trained_on_single_ones_of_them(name):
+    mixin, prefix = OF_FUNCTION[name]
+    model = made(
+        mixin, loss_task="multilabel", loss_ignore_index=-1, **({"margin_clip": None} if prefix == "margin" else {})
+    )
+    inputs, target = next(iter(loader(100, 20)))
+    labels = F.one_hot(target, model(inputs).shape[1])
+    labels[0, 0] = -1
+    value = model.calibrated_loss_of(inputs, labels, None, {})
+    expected = model.calibrated_loss_function(
+        *([model] if prefix == "margin" else []),
+        inputs if prefix == "margin" else model(inputs),
+        labels,
+        task="multilabel",
+        ignore_index=-1,
+    )
+    torch.testing.assert_close(value, expected)
+    value.backward()
+    assert value.isfinite()
+
+
+def test_crl_ranks_items_of_one_prediction():
+    model = made(losses.CRLMixin, loss_task="multilabel")
+    inputs, target = next(iter(loader(100, 20)))
+    labels = F.one_hot(target, model(inputs).shape[1])
+    with pytest.raises(ValueError, match="CRL is for one prediction per item"):
+        model.calibrated_loss(inputs, labels, torch.arange(len(inputs)))
+
+
 def test_options_reach_the_function():
     model = made(ACLSMixin, acls_alpha=0.5, acls_margin=1.0, acls_reference="paper", loss_ignore_index=3)
     inputs, target = next(iter(loader(100, 20)))
