@@ -5,8 +5,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torchmetrics import Metric
+from typing_extensions import Self
 
 from lightning_clamp._rows import Task, is_one_block
 from lightning_clamp.metrics._labels import AVERAGES, LabelAverage, averaged, checked_average, checked_labels
@@ -23,6 +25,10 @@ class RowMetric(Metric):
     ``preds`` are logits, or probabilities where the metric was told so: ``(N, C)``, dense ``(N, C, ...)``, or one value
     per position for ``task="binary"``; any float dtype, computed in float32 at least and summed in float64. ``target``
     holds class indices. A subclass registers its state by :meth:`add_sums` and defines :meth:`add` and :meth:`value`.
+
+    A value that is a tensor is float32, as those of torchmetrics, or float64 after ``set_dtype(torch.float64)``.
+    Casting the module around the metric changes no value. Curves, evidence and sums, from which more is computed, are
+    float64.
 
     For ``task="multilabel"`` preds are one logit (or probability) per label, ``(N, K)`` or dense ``(N, K, ...)``, and
     the target is 0 or 1 in the same shape, int, bool or float. Each label is read as ``task="binary"`` reads one logit.
@@ -77,6 +83,7 @@ class RowMetric(Metric):
             num_labels=self.num_labels,
         )
         self._state_name = ""
+        self.value_dtype = value_dtype(self)
 
     def add_sums(self, name: str, *shape: int) -> None:
         """Register the state: float64 sums over samples, with a leading axis of the labels if there are several.
@@ -135,16 +142,18 @@ class RowMetric(Metric):
         raise NotImplementedError
 
     def value(self, sums: Tensor) -> Any:
-        """The value of sums of the shape that was registered."""
+        """The value of sums of the shape that was registered; float64."""
         raise NotImplementedError
 
     def compute(self) -> Any:
-        """The value over all rows seen, nan before the first."""
+        """The value over all rows seen, nan before the first; a tensor in ``value_dtype``."""
         sums = self.sums
         self.warn_unless(sums)
         if self.num_labels is None:
-            return self.value(sums)
-        return self.over_labels([self.value(of_label) for of_label in sums], sums.flatten(1).any(1))
+            value = self.value(sums)
+        else:
+            value = self.over_labels([self.value(of_label) for of_label in sums], sums.flatten(1).any(1))
+        return value.to(self.value_dtype) if isinstance(value, Tensor) else value
 
     def over_labels(self, values: list[Any], scored: Tensor) -> Any:
         """What is made of the values of the labels; ``scored``, ``(K,)``, says which had entries."""
@@ -175,11 +184,21 @@ class RowMetric(Metric):
         """What :meth:`plot` draws of a value: a tensor, or tensors by name."""
         return value
 
+    def set_dtype(self, dst_type: str | torch.dtype) -> Self:
+        """Give values in another dtype, float32 or float64; the sums stay float64."""
+        super().set_dtype(dst_type)
+        # Kept apart: torchmetrics' `dtype` is float32 again once a metric is moved, and half in a module that is cast.
+        self.value_dtype = value_dtype(self)
+        # It was computed in the dtype before.
+        self._computed = None
+        return self
+
     # Private in torch, and where torchmetrics moves states; `exclude_state` is its way to leave them to the metric, and
     # nothing public comes before. `fn` would also cast them, as when a Trainer with precision="bf16-true" casts the
     # module around. The tests hold it against such a module, and against a device that refuses float64.
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
-        sums = self.sums
+        sums, values = self.sums, (self._computed, self._forward_cache)
+        self._computed = self._forward_cache = None
         super()._apply(fn, [*exclude_state, self._state_name])
         try:
             fn(torch.zeros(0, dtype=torch.float64, device=sums.device))
@@ -190,4 +209,12 @@ class RowMetric(Metric):
             )
         else:
             setattr(self, self._state_name, sums.to(self.device))
+            values = apply_to_collection(values, Tensor, Tensor.to, self.device)
+        # What torchmetrics keeps of the last calls, private as well: moved with the sums, and not cast either.
+        self._computed, self._forward_cache = values
         return self
+
+
+def value_dtype(metric: Metric) -> torch.dtype:
+    """The dtype of the values of a metric that was just made or given a dtype: that one, float32 at least."""
+    return torch.promote_types(metric.dtype, torch.float32)

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.wrappers.abstract import WrapperMetric
+from typing_extensions import Self
 
 from lightning_clamp._checks import check_whole
+from lightning_clamp.metrics._base import value_dtype
 from lightning_clamp.metrics.group_picture import plot_groups
 
 if TYPE_CHECKING:
@@ -24,7 +26,8 @@ class GroupValues(NamedTuple):
     """A metric by group.
 
     Attributes:
-        values: Shape ``(n_groups,)``, float64; nan for groups with too few samples to say.
+        values: Shape ``(n_groups,)``, float64, or what :class:`ByGroup` was told; nan for groups with too few samples
+            to say.
         sizes: Samples (images, also of dense outputs) of each group, ``(n_groups,)``, int64.
     """
 
@@ -77,6 +80,8 @@ class ByGroup(WrapperMetric):
         min_samples: Groups with fewer samples are too small to say: nan.
         **kwargs: Options of :class:`torchmetrics.Metric`.
 
+    Values have the dtype of the metric's own: float32, or float64 after ``set_dtype(torch.float64)`` of either.
+
     Raises:
         TypeError: If ``metric`` is no metric.
         ValueError: If its state is a list, or an option is out of range.
@@ -106,6 +111,16 @@ class ByGroup(WrapperMetric):
         self.min_samples = min_samples
         self.metrics = nn.ModuleList(metric.clone() for _ in range(n_groups))
         self.sizes = _Sizes(n_groups)
+        self.value_dtype = value_dtype(metric)
+
+    def set_dtype(self, dst_type: str | torch.dtype) -> Self:
+        """Give values in another dtype, float32 or float64."""
+        metrics: Any = self.metrics
+        for metric in metrics:
+            metric.set_dtype(dst_type)
+        super().set_dtype(dst_type)
+        self.value_dtype = value_dtype(self)
+        return self
 
     def update(self, preds: Tensor, target: Tensor, groups: Tensor) -> None:
         """Add a batch; ``groups`` holds the group of each of its samples, ``(N,)``, int64."""
@@ -119,7 +134,7 @@ class ByGroup(WrapperMetric):
     def compute(self) -> GroupValues:
         """The value of each group, nan for those with too few samples."""
         sizes = self.sizes.compute()
-        values = torch.full((self.n_groups,), torch.nan, dtype=torch.float64, device=sizes.device)
+        values = torch.full((self.n_groups,), torch.nan, dtype=self.value_dtype, device=sizes.device)
         for group in (sizes >= max(self.min_samples, 1)).nonzero()[:, 0].tolist():
             with warnings.catch_warnings():
                 # All of its samples may be on other ranks.
@@ -199,4 +214,4 @@ def _number(value: Any) -> Tensor:
         raise ValueError(
             f"A metric by group must give one number, got {type(value).__name__}; average it over classes."
         )
-    return value.double()
+    return value

@@ -66,7 +66,7 @@ def exponential_margin_tail(
 
 
 class ExponentialMarginTail(MeanMetric):
-    """Streaming :func:`exponential_margin_tail`."""
+    """Streaming :func:`exponential_margin_tail`; in float32 inf where a margin is below -88."""
 
     def values(self, rows: PredictedRows) -> Tensor:
         """The tail per row."""

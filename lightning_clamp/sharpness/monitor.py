@@ -124,7 +124,9 @@ class SharpnessMonitor(Callback):
 
     def measure(self, network: LightningModule) -> dict[str, float]:
         """The three numbers now."""
-        ece, tail = ExpectedCalibrationError(**self.spec.of_metrics), ExponentialMarginTail(**self.spec.of_metrics)
+        kinds = (ExpectedCalibrationError, ExponentialMarginTail)
+        # In float64, since a tail of float32 is inf from a margin of -88 on.
+        ece, tail = (kind(**self.spec.of_metrics).set_dtype(torch.float64) for kind in kinds)
         with in_mode(network, "eval"), torch.no_grad():
             for inputs, target in self._batches:
                 logits = logits_of(call_network(network, inputs))

@@ -17,7 +17,7 @@ from lightning_clamp.metrics import (
     ReliabilityDiagram,
     RiskCoverageDiagram,
 )
-from tests.metrics.test_metrics import METRICS, computed, make
+from tests.metrics.test_metrics import METRICS, computed, new
 from tests.references import flat
 from tests.scenarios import calibrated_logits, trainer
 
@@ -41,7 +41,7 @@ class Holder(torch.nn.Module):
 @pytest.mark.parametrize("metric_class", METRICS)
 def test_a_value_and_its_course_are_drawn_where_one_likes(metric_class):
     logits, target = calibrated_logits(300)
-    metric = make(metric_class)
+    metric = new(metric_class)
     course = [metric(logits[part], target[part]) for part in torch.arange(300).split(100)]
     figure, axes = plt.subplots(1, 2)
     for ax, value in zip(axes, (course[0], course), strict=True):
@@ -56,7 +56,7 @@ def test_a_value_and_its_course_are_drawn_where_one_likes(metric_class):
 @pytest.mark.parametrize("metric_class", METRICS)
 def test_a_module_that_holds_it_is_scripted(metric_class):
     x = torch.randn(3, 2)
-    for held in (make(metric_class), MetricCollection([make(metric_class)])):
+    for held in (new(metric_class), MetricCollection([new(metric_class)])):
         holder = Holder(held)
         assert torch.equal(torch.jit.script(holder)(x), holder(x))
 
@@ -68,9 +68,7 @@ def halves():
 
 WRAPPERS = {
     "bootstrap, a quantile": lambda metric: BootStrapper(metric, num_bootstraps=4, quantile=0.1, raw=True),
-    "bootstrap, two": lambda metric: BootStrapper(
-        metric, num_bootstraps=4, quantile=torch.tensor([0.05, 0.95], dtype=torch.float64)
-    ),
+    "bootstrap, two": lambda metric: BootStrapper(metric, num_bootstraps=4, quantile=torch.tensor([0.05, 0.95])),
     "extremes": MinMaxMetric,
     "running": lambda metric: Running(metric, window=2),
     "sum": lambda metric: metric + 1,
@@ -80,7 +78,7 @@ WRAPPERS = {
 @pytest.mark.parametrize("metric_class", NUMBERS)
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_torchmetrics_wraps_it(metric_class, wrapper):
-    wrapped = WRAPPERS[wrapper](make(metric_class))
+    wrapped = WRAPPERS[wrapper](new(metric_class))
     for batch in halves():
         wrapped(*batch)
     value = wrapped.compute()
@@ -90,10 +88,10 @@ def test_torchmetrics_wraps_it(metric_class, wrapper):
         assert low <= high
         assert low > 0
     elif wrapper == "extremes":
-        seen = [float(make(metric_class)(*batch)) for batch in halves()]
+        seen = [float(new(metric_class)(*batch)) for batch in halves()]
         assert (value["min"], value["max"]) == pytest.approx((min(seen), max(seen)))
     else:
-        whole = computed(make(metric_class), *halves())
+        whole = computed(new(metric_class), *halves())
         assert value == pytest.approx(float(whole) + (wrapper == "sum"))
     assert str(twin) == str(value)
     if wrapper != "sum":  # which torchmetrics does not draw
@@ -103,14 +101,12 @@ def test_torchmetrics_wraps_it(metric_class, wrapper):
 
 @pytest.mark.parametrize("metric_class", METRICS)
 def test_a_tracker_keeps_it_over_the_epochs(metric_class):
-    tracker = MetricTracker(make(metric_class), maximize=bool(make(metric_class).higher_is_better))
+    tracker = MetricTracker(new(metric_class), maximize=bool(new(metric_class).higher_is_better))
     for batch in halves():
         tracker.increment()
         tracker.update(*batch)
     values = tracker.compute_all()
-    assert [flat(value).tolist() for value in values] == [
-        computed(make(metric_class), one).tolist() for one in halves()
-    ]
+    assert [flat(value).tolist() for value in values] == [computed(new(metric_class), one).tolist() for one in halves()]
     if metric_class in NUMBERS:
         best, step = tracker.best_metric(return_step=True)
         assert best == pytest.approx(float(values[step]))
@@ -137,7 +133,7 @@ def test_classes_may_have_names():
 
 @pytest.mark.slow
 def test_a_collection_draws_all_of_its_metrics():
-    collection = MetricCollection({metric_class.__name__: make(metric_class) for metric_class in METRICS})
+    collection = MetricCollection({metric_class.__name__: new(metric_class) for metric_class in METRICS})
     steps = [collection(*batch) for batch in halves()]
     with plt.rc_context({"figure.max_open_warning": 0}):
         assert len(collection.plot()) == len(METRICS)
@@ -146,7 +142,7 @@ def test_a_collection_draws_all_of_its_metrics():
     drawn = collection.plot(steps, ax=axes[: len(METRICS)])
     assert [ax for _, ax in drawn] == axes[: len(METRICS)]
     plt.close("all")
-    numbers = MetricCollection({metric_class.__name__: make(metric_class) for metric_class in NUMBERS})
+    numbers = MetricCollection({metric_class.__name__: new(metric_class) for metric_class in NUMBERS})
     numbers.plot([numbers(*batch) for batch in halves()], together=True)
 
 
@@ -181,9 +177,9 @@ def test_numbers_are_logged_together_and_the_diagram_is_drawn_beside_them(tmp_pa
             self.legend = self.diagram.plot()[1].get_legend()
 
     data = DataLoader(TensorDataset(*calibrated_logits(200)), batch_size=100)
-    module = Module(*map(make, NUMBERS))
+    module = Module(*map(new, NUMBERS))
     (logged,) = trainer(tmp_path).test(module, data, verbose=False)
-    expected = {metric_class.__name__: float(computed(make(metric_class), *halves())) for metric_class in NUMBERS}
+    expected = {metric_class.__name__: float(computed(new(metric_class), *halves())) for metric_class in NUMBERS}
     assert logged == pytest.approx(expected, rel=1e-6)
     assert module.legend.get_title().get_text().startswith("ECE")
     # Lightning's own words, which the page on troubleshooting quotes.

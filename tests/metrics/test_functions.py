@@ -53,7 +53,7 @@ def metric_of(function, n_classes=5, **options):
     metric_class = PAIRS[function]
     if metric_class is metrics.ClasswiseCalibrationError:
         options["num_classes"] = 2 if options.get("task") == "binary" else n_classes
-    return metric_class(**options)
+    return metric_class(**options).set_dtype(torch.float64)
 
 
 def divided_share(metric):
@@ -222,7 +222,7 @@ def test_the_value_has_no_gradient(function):
 def test_the_entropy_needs_no_target(layout, probs):
     preds, target = batch(layout, probs, None, torch.float64)
     options = {"probs": probs, "task": "binary" if layout.startswith("one logit") else "multiclass"}
-    metric = metrics.PredictiveEntropy(**options)
+    metric = metric_of(metrics.predictive_entropy, **options)
     metric.update(preds)
     expected = metrics.predictive_entropy(preds, target, **options)
     assert metrics.predictive_entropy(preds, **options) == expected

@@ -42,14 +42,14 @@ def data(n=400, n_groups=4):
 def test_each_group_s_value_is_that_of_its_samples_alone(name):
     logits, target, groups = data()
     order = torch.randperm(400, generator=torch.Generator().manual_seed(0))
-    metric = ByGroup(MEMBERS[name](), 5, min_samples=50)
+    metric = ByGroup(MEMBERS[name](), 5, min_samples=50).set_dtype(torch.float64)
     for part in order.split(37):
         metric.update(logits[part], target[part], groups[part])
     values, sizes = metric.compute()
     assert sizes.tolist() == [100, 100, 100, 100, 0]
     assert values[4].isnan()
     for group in range(4):
-        alone = MEMBERS[name]()
+        alone = MEMBERS[name]().set_dtype(torch.float64)
         alone.update(logits[groups == group], target[groups == group])
         assert float(values[group]) == pytest.approx(float(alone.compute()), abs=1e-9)
     metric.reset()
@@ -59,7 +59,7 @@ def test_each_group_s_value_is_that_of_its_samples_alone(name):
 
 def test_the_function_gives_the_same():
     logits, target, groups = data()
-    metric = ByGroup(BrierScore(), 4)
+    metric = ByGroup(BrierScore(), 4).set_dtype(torch.float64)
     values = metric(logits, target, groups)
     for result in (metric.compute(), by_group(brier_score, logits, target, groups, n_groups=4)):
         torch.testing.assert_close(result, values)
@@ -69,7 +69,7 @@ def test_images_have_a_group_each():
     logits, target = torch.randn(6, 3, 4, 4), torch.randint(3, (6, 4, 4))
     target[0, 0] = 255
     groups = torch.tensor([0, 1, 0, 1, 0, 0])
-    metric = ByGroup(ExpectedCalibrationError(ignore_index=255), 2, min_samples=2)
+    metric = ByGroup(ExpectedCalibrationError(ignore_index=255), 2, min_samples=2).set_dtype(torch.float64)
     metric.update(logits, target, groups)
     values, sizes = metric.compute()
     assert sizes.tolist() == [4, 2]
@@ -87,7 +87,7 @@ def test_groups_with_few_samples_are_not_judged():
 def shares(cut):
     logits, target, groups = data()
     mine = slice(None, cut) if torch.distributed.get_rank() == 0 else slice(cut, None)
-    metric = ByGroup(ExpectedCalibrationError(), 5)
+    metric = ByGroup(ExpectedCalibrationError(), 5).set_dtype(torch.float64)
     if torch.arange(400)[mine].numel():
         metric.update(logits[mine], target[mine], groups[mine])
     return metric.compute()
@@ -113,7 +113,7 @@ def test_a_collection_does_not_take_two_for_one():
 
 def test_a_module_that_is_cast_leaves_the_sums_alone():
     logits, target, groups = data()
-    module = torch.nn.ModuleDict({"metric": ByGroup(BrierScore(), 4)}).to(torch.bfloat16)
+    module = torch.nn.ModuleDict({"metric": ByGroup(BrierScore(), 4).set_dtype(torch.float64)}).to(torch.bfloat16)
     expected = by_group(brier_score, logits, target, groups, n_groups=4)
     torch.testing.assert_close(module["metric"](logits, target, groups), expected)
 

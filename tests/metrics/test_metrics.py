@@ -62,8 +62,21 @@ METRICS = [*CONFIDENCE, *MEANS, *LADDER, BootstrapSums, *BY_CLASS]
 pytestmark = pytest.mark.filterwarnings("ignore:.*where the outputs say nothing of the labels")
 
 
-def make(metric_class, n_classes=5, **options):
+def new(metric_class, n_classes=5, **options):
+    """A metric as users make it, whose values are float32."""
     return metric_class(n_classes, **options) if metric_class in BY_CLASS else metric_class(**options)
+
+
+def make(metric_class, n_classes=5, **options):
+    """The same with values in float64, which are compared exactly."""
+    return new(metric_class, n_classes, **options).set_dtype(torch.float64)
+
+
+def to_mps(tensor):
+    """As Apple's MPS, which refuses such a tensor with this error."""
+    if tensor.dtype == torch.float64:
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64.")
+    return tensor
 
 
 def computed(metric, *batches) -> torch.Tensor:
@@ -127,7 +140,7 @@ def test_state_is_float64_of_a_constant_size(metric_class):
 
 @pytest.mark.parametrize("n_bins", [1, 10, 100, 1000, 20_000])
 def test_more_bins_take_little_more_memory(n_bins):
-    metric = ExpectedCalibrationError(n_bins)
+    metric = make(ExpectedCalibrationError, n_bins=n_bins)
     assert sum(value.nbytes for value in metric.metric_state.values()) <= max(400_000, 60 * n_bins)
     logits, target = calibrated_logits(500)
     expected = expected_calibration_error(logits, target, n_bins=n_bins)
@@ -426,18 +439,10 @@ def test_cuda_gives_the_same_value(metric_class, dtype):
 
 @pytest.mark.parametrize("metric_class", METRICS)
 def test_a_device_without_float64_leaves_the_sums_on_the_cpu(metric_class):
-    """As Apple's MPS, which refuses such a tensor with this error; stands for the private `_apply` as well."""
-
-    def to_device(tensor):
-        if tensor.dtype == torch.float64:
-            raise TypeError(
-                "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64."
-            )
-        return tensor
-
+    """As Apple's MPS; stands for the private `_apply` as well."""
     metric = make(metric_class)
     with pytest.warns(UserWarning, match=f"no float64: {metric_class.__name__} keeps its sums on the CPU"):
-        metric._apply(to_device)
+        metric._apply(to_mps)
     logits, target = calibrated_logits(50)
     assert torch.equal(computed(metric, (logits, target)), computed(make(metric_class), (logits, target)))
 

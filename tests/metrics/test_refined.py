@@ -132,7 +132,7 @@ def test_a_minimum_beyond_the_ladder_is_said_and_the_end_is_given(labels, temper
     target = logits.argmax(1) if labels == "right" else logits.argmin(1)
     metrics = {"nll": RefinedNegativeLogLikelihood(), "temperature": BestTemperature()}
     for name, metric in metrics.items():
-        metric.update(logits, target)
+        metric.set_dtype(torch.float64).update(logits, target)
         with pytest.warns(UserWarning, match=f"{type(metric).__name__}: the loss still falls at .*{why}"):
             value = float(metric.compute())
         expected = {"nll": float(F.cross_entropy(logits / temperature, target)), "temperature": temperature}

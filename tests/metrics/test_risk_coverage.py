@@ -190,7 +190,7 @@ def test_one_state_together_with_the_calibration_error():
         "coverage": CoverageAtAccuracy(0.8),
         "curve": RiskCoverageDiagram(),
     }
-    collection = MetricCollection(members)
+    collection = MetricCollection(members).set_dtype(torch.float64)
     for part in torch.arange(400).split(90):
         collection.update(logits[part], target[part])
     assert len(collection.compute_groups) == 1
