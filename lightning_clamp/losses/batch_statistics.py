@@ -5,14 +5,12 @@ The gap is one number for the batch that the loss sees; it is added to the loss 
 mostly noise, and more devices are no larger batch.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from lightning_clamp._checks import check_at_least
 from lightning_clamp._rows import Task
-from lightning_clamp.losses._modes import check_first_derivative
+from lightning_clamp.losses._known_gradient import known_gradient
 from lightning_clamp.losses._positions import Positions, Reduction, as_positions
 
 # Width of MMCE's Laplacian kernel.
@@ -164,41 +162,35 @@ def mmce_loss(
     )
     log_probs = positions.log_probs()
     top = log_probs.max(1).values
-    error: Tensor = _KernelError.apply(top, positions.accuracy(log_probs, top), positions.keep, positions.n_kept())
+    found = _kernel_error(top, positions.accuracy(log_probs, top), positions.keep, positions.n_kept())
+    error = known_gradient(top, *found, "mmce_loss")
     return _with_gap(positions, log_probs, error, lambda_, reduction, log_terms)
 
 
-class _KernelError(torch.autograd.Function):
-    """Sum of ``w_i w_j exp(-|r_i - r_j| / 0.4)`` over all pairs / n², w the correctness minus the confidence r.
+@torch.no_grad()
+def _kernel_error(
+    log_confidence: Tensor, correct: Tensor, keep: Tensor | None, n: Tensor | int
+) -> tuple[Tensor, Tensor]:
+    """Sum of ``w_i w_j exp(-|r_i - r_j| / 0.4)`` over all pairs / n², w the correctness less the confidence r.
 
-    It knows its gradient: autograd would sort and sum once more. In sorted order the kernel is a product of one factor
-    of i and one of j, neither of them beyond ``exp(2.5)``.
+    And its gradient in the logarithm of r: autograd would sort and sum once more. In sorted order the kernel is a
+    product of one factor of i and one of j, neither of them beyond ``exp(2.5)``.
     """
-
-    @staticmethod
-    def forward(ctx: Any, log_confidence: Tensor, correct: Tensor, keep: Tensor | None, n: Tensor | int) -> Tensor:
-        # Sums with changing signs over many positions: float64, which costs nothing beside the softmax.
-        confidence, order = log_confidence.flatten().double().exp_().sort()
-        weight = correct.flatten()[order] - confidence
-        if keep is not None:
-            weight = weight * keep.flatten()[order]
-        rise = (confidence / _WIDTH).exp_()
-        fall = rise.reciprocal()
-        # Of each i: the sum over those up to it, and that over those beyond.
-        upto, beyond = (weight * rise).cumsum_(0).mul_(fall), (weight * fall).cumsum_(0)
-        beyond = (beyond[-1:] - beyond).mul_(rise)
-        pull = upto + beyond
-        slope = torch.addcmul(-pull, weight, beyond - upto + weight, value=1 / _WIDTH).mul_(confidence)
-        slope = torch.empty_like(slope).scatter_(0, order, slope).mul_(2 / n**2)
-        slope = slope.reshape(log_confidence.shape) if keep is None else slope.reshape(keep.shape) * keep
-        ctx.save_for_backward(slope.to(log_confidence.dtype))
-        return ((weight * pull).sum() / n**2).to(log_confidence.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        check_first_derivative("mmce_loss")
-        (slope,) = ctx.saved_tensors
-        return slope * grads[0], None, None, None
+    # Sums with changing signs over many positions: float64, which costs nothing beside the softmax.
+    confidence, order = log_confidence.flatten().double().exp_().sort()
+    weight = correct.flatten()[order] - confidence
+    if keep is not None:
+        weight = weight * keep.flatten()[order]
+    rise = (confidence / _WIDTH).exp_()
+    fall = rise.reciprocal()
+    # Of each i: the sum over those up to it, and that over those beyond.
+    upto, beyond = (weight * rise).cumsum_(0).mul_(fall), (weight * fall).cumsum_(0)
+    beyond = (beyond[-1:] - beyond).mul_(rise)
+    pull = upto + beyond
+    slope = torch.addcmul(-pull, weight, beyond - upto + weight, value=1 / _WIDTH).mul_(confidence)
+    slope = torch.empty_like(slope).scatter_(0, order, slope).mul_(2 / n**2).reshape(log_confidence.shape)
+    dtype = log_confidence.dtype
+    return ((weight * pull).sum() / n**2).to(dtype), (slope if keep is None else slope * keep).to(dtype)
 
 
 def _with_gap(

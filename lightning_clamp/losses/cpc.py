@@ -1,7 +1,6 @@
 """Pairwise constraints on the classes: the label's class against each other one, and those among themselves."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +8,7 @@ from torch.nn import functional as F
 
 from lightning_clamp._checks import check_at_least
 from lightning_clamp._rows import Task
-from lightning_clamp.losses._modes import check_first_derivative
+from lightning_clamp.losses._known_gradient import known_gradient
 from lightning_clamp.losses._positions import Positions, Reduction, as_positions
 
 _WHY_HARD = (
@@ -83,29 +82,20 @@ def _exclusion(positions: Positions) -> Tensor:
     if classes == 2:
         return torch.zeros_like(positions.logits[:, 0])
     others = torch.ones_like(positions.logits).scatter(1, positions.target.unsqueeze(1), 0)
-    total: Tensor = _PairSum.apply(positions.logits, others)
+    total = known_gradient(positions.logits, *_pair_sum(positions.logits, others), "cpc_loss")
     return total / ((classes - 1) * (classes - 2))
 
 
-class _PairSum(torch.autograd.Function):
-    r"""Sum of :math:`-\frac12 \log\sigma(z_j - z_k)` over ordered pairs of marked classes, a class at a time.
+@torch.no_grad()
+def _pair_sum(logits: Tensor, marks: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Sum of :math:`-\frac12 \log\sigma(z_j - z_k)` over ordered pairs of marked classes, and its gradient.
 
-    Autograd would keep what the gradient needs of every pair: the square of the classes.
+    A class at a time: autograd would keep what the gradient needs of every pair, the square of the classes.
     """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, marks: Tensor) -> Tensor:
-        value, gradient = torch.zeros_like(logits[:, 0]), torch.zeros_like(logits)
-        for k in range(logits.shape[1]):
-            distance, mark = logits - logits[:, k : k + 1], marks[:, k : k + 1]
-            # The mean of both orders of a pair; a class with itself has log(2) / 2.
-            value -= ((F.logsigmoid(distance) - distance / 2) * marks * mark).sum(1) / 2 + math.log(2) / 2 * mark[:, 0]
-            gradient += (distance.sigmoid() - 0.5) * marks * mark
-        ctx.save_for_backward(gradient)
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        check_first_derivative("cpc_loss")
-        (gradient,) = ctx.saved_tensors
-        return gradient * grads[0].unsqueeze(1), None
+    value, gradient = torch.zeros_like(logits[:, 0]), torch.zeros_like(logits)
+    for k in range(logits.shape[1]):
+        distance, mark = logits - logits[:, k : k + 1], marks[:, k : k + 1]
+        # The mean of both orders of a pair; a class with itself has log(2) / 2.
+        value -= ((F.logsigmoid(distance) - distance / 2) * marks * mark).sum(1) / 2 + math.log(2) / 2 * mark[:, 0]
+        gradient += (distance.sigmoid() - 0.5) * marks * mark
+    return value, gradient

@@ -1,0 +1,37 @@
+"""Values whose gradient is known, where autograd would work, or keep, much more than it takes."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_clamp.losses._modes import check_first_derivative
+
+
+class _KnownGradient(torch.autograd.Function):
+    """Takes both as they are: torch 2.11 compiles a longer ``forward`` to wrong gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, value: Tensor, slope: Tensor, loss: str) -> Tensor:
+        ctx.save_for_backward(slope)
+        ctx.loss = loss
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        check_first_derivative(ctx.loss)
+        (slope,) = ctx.saved_tensors
+        return slope * (grads[0].unsqueeze(1) if grads[0].ndim else grads[0]), None, None, None
+
+
+def known_gradient(logits: Tensor, value: Tensor, slope: Tensor, loss: str) -> Tensor:
+    """``value``, with ``slope`` for its gradient; it cannot be differentiated twice.
+
+    Args:
+        logits: What it is computed from, ``(N, C, ...)`` or of any shape.
+        value: One number for each position, ``(N, ...)``, or for all, ``()``; without a graph.
+        slope: Derivatives of each in the logits, their shape; without a graph.
+        loss: Name of the loss that a second derivative is refused for.
+    """
+    known: Tensor = _KnownGradient.apply(logits, value, slope, loss)
+    return known
