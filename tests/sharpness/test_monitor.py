@@ -36,6 +36,15 @@ def test_the_monitor_measures_and_draws_and_training_does_not_notice(tmp_path):
     assert torch.equal(*ends)
 
 
+def test_a_margin_tail_beyond_float32_is_measured(tmp_path):
+    network, monitor = LitClassifier(lr=0.0, temperature=100.0), SharpnessMonitor(loader(60, 3))
+    trainer(tmp_path, monitor).fit(network, loader(20, 1))
+    inputs, target = next(iter(loader(60, 3)))
+    expected = exponential_margin_tail(network(inputs).detach(), target)
+    assert 1e39 < expected < torch.inf
+    assert monitor.history[0]["margin_tail"] == pytest.approx(float(expected), rel=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["compiled", "bf16-true"])
 def test_the_monitor_measures_compiled_and_cast_networks(how, tmp_path):
