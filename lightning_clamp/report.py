@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
+from textwrap import indent
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -9,6 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_clamp.clamping.by_label import LabelMetrics
 from lightning_clamp.clamping.clamp import Clamp
 from lightning_clamp.clamping.result import CalibrationResult
 from lightning_clamp.metrics import plot_reliability
@@ -21,6 +23,8 @@ T = TypeVar("T")
 
 # A perturbation inside a network may have hundreds.
 _MOST_CHANNELS = 8
+# More labels than this are not logged one by one.
+_MOST_LABELS = 100
 
 
 def scalars(result: CalibrationResult) -> dict[str, float]:
@@ -34,8 +38,21 @@ def scalars(result: CalibrationResult) -> dict[str, float]:
         "grid": float(chosen.grid if chosen is not None else 0),
         "passes": float(result.passes),
         "seconds": result.seconds,
+        **({} if result.by_label is None else _of_labels(result.by_label)),
     }
     return _by_log_key(numbers)
+
+
+def _of_labels(labels: LabelMetrics) -> dict[str, float]:
+    """NLL and ECE of each label of which enough is known."""
+    if len(labels.entries) > _MOST_LABELS:
+        return {}
+    return {
+        f"{when}/{name}_{label}": float(values[name][label])
+        for when, values in (("before", labels.before), ("after", labels.after))
+        for name in ("nll", "ece")
+        for label in sorted(labels.worst)
+    }
 
 
 def log_result(trainer: Trainer, result: CalibrationResult) -> None:
@@ -59,8 +76,15 @@ def training_step(trainer: Trainer) -> int:
 
 
 def log_words(loggers: Sequence[Logger], result: CalibrationResult, step: int) -> None:
-    """Log what was chosen and why to TensorBoard (text), Weights & Biases (summary) and MLflow (tags)."""
-    for key, text in {"calibration/chosen": result.chosen_name, "calibration/reason": result.reason}.items():
+    """Log what was chosen and why to TensorBoard (text), Weights & Biases (summary) and MLflow (tags).
+
+    Of several labels also the table of the worst.
+    """
+    words = {"chosen": result.chosen_name, "reason": result.reason}
+    if result.by_label is not None:
+        # Indented, which TensorBoard shows as it stands.
+        words["labels"] = indent(result.by_label.table(), "    ")
+    for key, text in _by_log_key(words).items():
         for logger in loggers:
             if isinstance(logger, WandbLogger):
                 logger.experiment.summary[key] = text
@@ -98,9 +122,16 @@ def log_figures(loggers: Sequence[Logger], draw: "Callable[[], Mapping[str, Figu
 
 
 def figures(result: CalibrationResult) -> dict[str, "Figure"]:
-    """The pictures of a calibration, by name: the reliability diagram, and the perturbation if there is one."""
+    """The pictures of a calibration, by name: the reliability diagram, and the perturbation if there is one.
+
+    Of several labels the diagram is that of all entries, and the worst label has another.
+    """
     before, after = result.reliability
     drawn = {"reliability": plot_reliability({"before": before, "after": after})[0]}
+    if result.by_label is not None and result.by_label.reliability is not None:
+        before, after = result.by_label.reliability
+        title = f"label {result.by_label.worst[0]}"
+        drawn["reliability_worst_label"] = plot_reliability({"before": before, "after": after}, title=title)[0]
     if result.clamp.perturbation is not None:
         drawn["perturbation"] = plot_perturbation(result.clamp)
     return drawn

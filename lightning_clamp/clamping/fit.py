@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup
 from typing_extensions import Unpack
 
 from lightning_clamp._checks import counted
+from lightning_clamp.clamping.by_label import LabelMetrics
 from lightning_clamp.clamping.clamp import Clamp
 from lightning_clamp.clamping.frozen import frozen, module_of
 from lightning_clamp.clamping.kept import check_cache_bytes
@@ -30,6 +31,8 @@ from lightning_clamp.spec import Spec
 _SAYS_NOTHING = 0.95
 # Nats per row that are not worth a word.
 _NOTHING = 1e-4
+# Blocks of samples that intervals are drawn from, in all; of many labels each has fewer, but not below the second.
+_BLOCKS, _FEWEST_BLOCKS = 2**15, 64
 
 
 def fit_clamp(
@@ -117,13 +120,13 @@ def fit_by_plan(
         if (module := module_of(network)) is not None:
             ranks.broadcast_buffers(module)
         summary = summarize(data)
-        sums_before = _metric_sums(Clamp(), summary.bare_logits, data)
+        sums_before = _metric_sums(Clamp(), summary.bare_logits, data, summary.n_labels)
         before = sums_before.metrics
         _warn_of_training_data(before, ranks)
         base = fit_temperature(summary.logits)
         _warn_of_views(base, summary, ranks)
         outcome = _METHODS[plan.method](data, summary, base, plan.options)
-        sums_after = _metric_sums(outcome.clamp, outcome.logits, data)
+        sums_after = _metric_sums(outcome.clamp, outcome.logits, data, summary.n_labels)
         after = sums_after.metrics
         _warn_of_no_information(base, after["nll"], ranks)
     if not outcome.clamp.is_identity and not after["nll"] < before["nll"]:
@@ -151,6 +154,7 @@ def fit_by_plan(
         n_samples=summary.n_samples,
         passes=data.passes,
         seconds=time.perf_counter() - started,
+        by_label=LabelMetrics.from_sums(sums_before, sums_after) if summary.n_labels else None,
     )
 
 
@@ -170,10 +174,14 @@ _METHODS: dict[Method, Callable[[CalibrationSet, DatasetSummary, TemperatureFit,
 }
 
 
-def _metric_sums(clamp: Clamp, logits: Logits, data: CalibrationSet) -> BlockSums:
+def _metric_sums(clamp: Clamp, logits: Logits, data: CalibrationSet, n_labels: int) -> BlockSums:
     """What the metrics are computed from, of the clamped logits, through the clamp itself."""
     ranks = data.ranks
-    metric = BootstrapSums(**data.spec.of_metrics, validate_args=False, rank=ranks.rank, world_size=ranks.size)
+    options = data.spec.of_metrics
+    if n_labels:
+        n_blocks = min(1024, max(_FEWEST_BLOCKS, _BLOCKS // n_labels))
+        options |= {"num_labels": n_labels, "average": "macro", "n_blocks": n_blocks}
+    metric = BootstrapSums(**options, validate_args=False, rank=ranks.rank, world_size=ranks.size)
 
     def batch_sums() -> Iterator[tuple[Tensor, ...]]:
         for batch, target in logits.batches():

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from lightning_clamp._checks import counted
+from lightning_clamp.clamping.by_label import LabelMetrics
 from lightning_clamp.clamping.candidate import Candidate, Refusal
 from lightning_clamp.clamping.clamp import Clamp
 from lightning_clamp.clamping.options import Method
@@ -23,11 +24,12 @@ class CalibrationResult:
         method: The method that was run.
         spec: How batches were read, how the network was called and what the outputs mean; without ``views`` where the
             network was left as it is.
-        before: ``nll`` (nats per row), ``ece`` and ``accuracy`` (fractions) on the calibration set, uncalibrated.
+        before: ``nll`` (nats per row), ``ece`` and ``accuracy`` (fractions) on the calibration set, uncalibrated; of
+            several labels the means over those labels of which something is known.
         after: The same with the clamp.
         change: After minus before of the same, each with its 95 % interval (paired bootstrap over samples). The clamp
             was fitted to these samples, which flatters it by about (effective parameters) / n in the NLL.
-        reliability: Reliability curves before and after.
+        reliability: Reliability curves before and after; of several labels those of all entries.
         candidates: Everything that was considered (method ``"clamp"`` only). Of those that were not chosen, a result
             that was saved or came from another process has no clamps.
         chosen: The candidate that was chosen, among them.
@@ -39,6 +41,7 @@ class CalibrationResult:
         seconds: Time taken, reading the data included.
         fingerprint: Of the weights that it belongs to, where a Trainer ran it: a digest of all parameters and
             buffers; empty elsewhere.
+        by_label: The metrics of each of several labels; None for other tasks.
     """
 
     clamp: Clamp
@@ -56,6 +59,7 @@ class CalibrationResult:
     passes: int
     seconds: float
     fingerprint: str = ""
+    by_label: LabelMetrics | None = None
 
     @property
     def chosen_name(self) -> str:
@@ -79,6 +83,8 @@ class CalibrationResult:
             f"{counted(self.n_samples, 'sample')}, {passes}, {self.seconds:.1f} s"
         )
         lines.append(f"chosen: {self.reason}")
+        if self.by_label is not None:
+            lines += [f"above: means over {counted(len(self.by_label.entries), 'label')}", repr(self.by_label)]
         return "\n".join(lines)
 
     def to_state(self) -> dict[str, Any]:
@@ -93,6 +99,7 @@ class CalibrationResult:
             "reliability": [tuple(part.cpu() for part in curve) for curve in self.reliability],
             "candidates": [_state_of(candidate) for candidate in self.candidates],
             "chosen": None if self.chosen is None else self.candidates.index(self.chosen),
+            "by_label": None if self.by_label is None else self.by_label.to_state(),
         }
 
     @classmethod
@@ -111,6 +118,7 @@ class CalibrationResult:
             "reliability": (before, after),
             "candidates": tuple(candidates),
             "chosen": None if chosen is None else candidates[chosen],
+            "by_label": None if state["by_label"] is None else LabelMetrics.from_state(state["by_label"]),
         }
         return cls(**{**state, **rebuilt})
 

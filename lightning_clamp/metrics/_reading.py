@@ -81,6 +81,7 @@ class Reader:
 
     def item_blocks(self, preds: Tensor, target: Tensor) -> Iterator[Rows]:
         """The rows of a batch in blocks of whole items, unchecked; errors as in :meth:`blocks`."""
+        self._check_labels(preds)
         yield from item_blocks(preds, target, task=self.task, ignore_index=self.ignore_index)
         self._look_at_axes(preds, target)
 

@@ -13,6 +13,9 @@ from lightning_clamp.metrics._labels import LabelAverage
 from lightning_clamp.metrics.reliability import ReliabilityCurve
 from lightning_clamp.metrics.scoring_rules import nll_per_row
 
+# Labels whose sums are resampled at the same time: 24 MB.
+_LABELS_AT_ONCE = 64
+
 
 class Interval(NamedTuple):
     """An estimate with its confidence interval.
@@ -33,20 +36,43 @@ class BlockSums(NamedTuple):
 
     Attributes:
         blocks: Shape ``(blocks, 2 + 3 n_bins)``, float64: items, summed negative log-likelihood, and per bin of the
-            confidence the count, summed confidence and number right.
+            confidence the count, summed confidence and number right. Of K labels with a value each
+            ``(K, blocks, 2 + 3 n_bins)``; items are counted at the first label.
     """
 
     blocks: Tensor
 
     @property
     def metrics(self) -> dict[str, float]:
-        """``nll`` (nats per row), ``ece`` and ``accuracy`` (fractions)."""
-        return {name: float(value) for name, value in _metrics(self.blocks.sum(0)).items()}
+        """``nll`` (nats per row), ``ece`` and ``accuracy`` (fractions); of several labels their means."""
+        return {name: float(value) for name, value in _means(self.blocks.sum(-2)).items()}
+
+    @property
+    def by_label(self) -> dict[str, Tensor]:
+        """The same of each label, ``(K,)`` float64; nan for a label without entries.
+
+        Raises:
+            ValueError: If no label has sums of its own.
+        """
+        if self.blocks.ndim == 2:
+            raise ValueError(
+                'These sums are of no labels: BootstrapSums(task="multilabel", num_labels=...) keeps them.'
+            )
+        return _metrics(self.blocks.sum(-2))
+
+    @property
+    def entries_by_label(self) -> Tensor:
+        """Scored entries of each label, ``(K,)`` float64."""
+        return _rows(self.blocks).sum(-1)
 
     @property
     def curve(self) -> ReliabilityCurve:
-        """The reliability curve."""
-        return ReliabilityCurve.from_sums(self.blocks.sum(0)[2:].view(3, -1))
+        """The reliability curve; of several labels that of all entries."""
+        return ReliabilityCurve.from_sums(self.blocks.flatten(0, -2).sum(0)[2:].view(3, -1))
+
+    def of_label(self, label: int) -> "BlockSums":
+        """The sums of one of several labels."""
+        return BlockSums(self.blocks[label])
 
 
 class BootstrapSums(RowMetric):
@@ -54,7 +80,8 @@ class BootstrapSums(RowMetric):
 
     The state holds sums per block of items: item i (an image, also for dense outputs, whose pixels are correlated) goes
     to block i modulo ``n_blocks``. Up to that many items each is a block of its own; beyond, blocks are resampled in
-    place of items, which gives the same intervals up to the noise of resampling. 385 KB with the defaults.
+    place of items, which gives the same intervals up to the noise of resampling. 385 KB with the defaults; of several
+    labels with a value each as much for every label, which 64 blocks make 24 KB.
 
     Args:
         n_bins: Number of equal-width bins of the confidence, at least 1.
@@ -65,8 +92,8 @@ class BootstrapSums(RowMetric):
         **kwargs: Further arguments of :class:`~._base.RowMetric`.
     """
 
-    # Of several labels, whose entries are correlated within an item, all entries.
-    averages: ClassVar[tuple[LabelAverage, ...]] = ("micro",)
+    # Of several labels, whose entries are correlated within an item, whole items are resampled either way.
+    averages: ClassVar[tuple[LabelAverage, ...]] = ("macro", "micro")
     # The block of an item depends on how many there were before.
     full_state_update = True
 
@@ -93,13 +120,13 @@ class BootstrapSums(RowMetric):
         sums = self.sums
         rows = self.reader.rows(batch.logits, batch.target, sums.device)
         item = batch.item.to(sums.device)
-        number = sums[:, 0].sum().long() + torch.arange(batch.n_items, device=sums.device)
+        number = sums.view(-1, *sums.shape[-2:])[0, :, 0].sum().long() + torch.arange(batch.n_items, device=sums.device)
         block = (self.rank + self.world_size * number) % self.n_blocks
         nll = nll_per_row(rows).double()
         confidence, correct = (part.double() for part in rows.top_label())
         rows.check(confidence)
-        width = sums.shape[1]
-        of_row = block[item] * width
+        width = sums.shape[-1]
+        of_row = self._place(block[item], batch.label) * width
         of_bin = of_row + 2 + bin_index(confidence, self.n_bins)
         index = torch.cat([block * width, of_row + 1, of_bin, of_bin + self.n_bins, of_bin + 2 * self.n_bins])
         values = torch.cat(
@@ -107,9 +134,15 @@ class BootstrapSums(RowMetric):
         )
         sums.view(-1).index_add_(0, index, values)
 
+    def _place(self, block: Tensor, label: Tensor | None) -> Tensor:
+        """Where the sums of rows are, of all blocks of all labels."""
+        if self.num_labels is None or label is None:
+            return block
+        return label.to(block.device) * self.n_blocks + block
+
     def compute(self) -> BlockSums:
         """The sums of all items seen."""
-        self.warn_unless(self.sums[:, 2:])
+        self.warn_unless(self.sums[..., 2:])
         return BlockSums(self.sums.clone())
 
     def numbers(self, value: BlockSums) -> dict[str, Tensor]:
@@ -135,7 +168,8 @@ def paired_bootstrap(
         seed: Of the resampling; no other random state is read or changed.
 
     Returns:
-        ``nll``, ``ece`` and ``accuracy``, after minus before; the ends are nan for fewer than two items.
+        ``nll``, ``ece`` and ``accuracy``, after minus before, of several labels their means over labels; the ends are
+        nan for fewer than two items.
 
     Raises:
         TypeError: If either is not what ``compute`` gives.
@@ -155,13 +189,14 @@ def paired_bootstrap(
     first, second = before.blocks.cpu(), after.blocks.cpu()
     if first.shape != second.shape or not torch.equal(_rows(first), _rows(second)):
         raise ValueError("A paired comparison needs the same items, in the same order, before and after.")
-    scored = _rows(first) > 0
-    first, second = first[scored], second[scored]
-    estimate = _change(first.sum(0), second.sum(0))
-    if len(first) < 2:
+    scored = _rows(first).view(-1, first.shape[-2]).sum(0) > 0
+    first, second = first[..., scored, :], second[..., scored, :]
+    estimate = _change(_means(first.sum(-2)), _means(second.sum(-2)))
+    n = first.shape[-2]
+    if n < 2:
         return {name: Interval(float(value), math.nan, math.nan) for name, value in estimate.items()}
-    weights = _draws(len(first), resamples, seed)
-    resampled = _change(weights @ first, weights @ second)
+    weights = _draws(n, resamples, seed)
+    resampled = _change(_resampled(weights, first), _resampled(weights, second))
     tails = torch.tensor([(1 + level) / 2, (1 - level) / 2], dtype=torch.float64)
     intervals = {}
     for name, value in estimate.items():
@@ -172,7 +207,7 @@ def paired_bootstrap(
 
 def _rows(blocks: Tensor) -> Tensor:
     """Scored rows of each block."""
-    return blocks[:, 2:].tensor_split(3, 1)[0].sum(1)
+    return blocks[..., 2:].tensor_split(3, -1)[0].sum(-1)
 
 
 def _draws(n: int, resamples: int, seed: int) -> Tensor:
@@ -181,9 +216,24 @@ def _draws(n: int, resamples: int, seed: int) -> Tensor:
     return torch.zeros(resamples, n, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(resamples, n).double())
 
 
-def _change(before: Tensor, after: Tensor) -> dict[str, Tensor]:
-    first, second = _metrics(before), _metrics(after)
-    return {name: second[name] - first[name] for name in first}
+def _resampled(weights: Tensor, blocks: Tensor) -> dict[str, Tensor]:
+    """The metrics of every resample, ``(resamples,)`` each; labels are taken some at a time."""
+    if blocks.ndim == 2:
+        return _metrics(weights @ blocks)
+    parts = []
+    for part in blocks.split(_LABELS_AT_ONCE):
+        summed = weights @ part.transpose(0, 1).flatten(1)
+        parts.append(_metrics(summed.view(len(weights), len(part), -1)))
+    return {name: torch.cat([one[name] for one in parts], 1).nanmean(1) for name in parts[0]}
+
+
+def _change(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: after[name] - before[name] for name in before}
+
+
+def _means(sums: Tensor) -> dict[str, Tensor]:
+    """Metrics of sums ``(2 + 3 n_bins,)``, or ``(K, 2 + 3 n_bins)`` of labels, of which those with entries count."""
+    return {name: value.nanmean() if sums.ndim > 1 else value for name, value in _metrics(sums).items()}
 
 
 def _metrics(sums: Tensor) -> dict[str, Tensor]:

@@ -97,6 +97,7 @@ def fitted(case, parts=None):
         "after": dict(result.after),
         "change": {name: change.value for name, change in result.change.items()},
         "reliability": [tuple(curve) for curve in result.reliability],
+        "by_label": {} if result.by_label is None else {**result.by_label.before, **result.by_label.after},
         "n_samples": result.n_samples,
         "passes": result.passes if options.get("cache_bytes") != 0 else None,
         "candidates": [

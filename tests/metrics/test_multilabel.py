@@ -187,7 +187,7 @@ def test_torchmetrics_accuracy_is_the_same(average):
 @pytest.mark.parametrize("metric_class", POOLED)
 def test_what_belongs_to_all_entries_is_that_of_one_logit_per_position(metric_class):
     z, y = labelled()
-    options = {"task": "multilabel", "ignore_index": -1}
+    options = {"task": "multilabel", "ignore_index": -1, "average": "micro"}
     parts = [(z[part], y[part]) for part in torch.arange(400).split(17)]
     together = flat(value(make(metric_class, 2, **options), *parts))
     as_positions = make(metric_class, 2, task="binary", ignore_index=-1)
@@ -281,7 +281,7 @@ Z, Y = labelled(6)
         (lambda: Accuracy(average="none"), '`average` is for the labels of task="multilabel", got average=.none'),
         (lambda: of(Accuracy, "weighted"), r"`average` must be one of \('macro', 'micro', 'none'\), got 'weighted'"),
         (lambda: of(ReliabilityDiagram, "macro"), r"`average` must be one of \('micro', 'none'\), got 'macro'"),
-        (lambda: of(metrics.BootstrapSums, "none"), r"`average` must be one of \('micro',\), got 'none'"),
+        (lambda: of(metrics.BootstrapSums, "none"), r"`average` must be one of \('macro', 'micro'\), got 'none'"),
         (lambda: of(Accuracy, "macro", 4).update(Z, Y), r"`num_labels` is 4, but preds have the shape \(6, 3\)"),
         (
             lambda: of(Accuracy, "macro").update(Z, Y[:, :2]),
