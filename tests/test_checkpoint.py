@@ -81,7 +81,7 @@ def test_the_saved_file_is_a_checkpoint_of_the_network_and_loads_safely(saved):
     content = torch.load(callback.checkpoint_path, weights_only=True)
     state = content["callbacks"][callback.state_key]
     assert set(state) == {"format", "digest", *(field.name for field in fields(CalibrationResult))}
-    assert set(state["spec"]) == {"task", "ignore_index", "batch_keys", "perturb_at"}
+    assert set(state["spec"]) == {"task", "ignore_index", "batch_keys", "perturb_at", "views"}
     again = LitClassifier.load_from_checkpoint(callback.checkpoint_path, weights_only=True)
     assert fingerprint(again) == fingerprint(model) == state["fingerprint"]
 
