@@ -5,7 +5,6 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lightning_clamp._batch import Inputs, chunks
 from lightning_clamp.clamping.blocks import BlockDerivatives, MapBlock
@@ -124,11 +123,12 @@ def _input_scores(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits of one batch, the loss's gradient to every input, and every item's score in the map, ``(N, q)``."""
     logits, moved = data.tracked(inputs, perturbation)
-    rows = data.rows(logits, target).doubled()
-    scaled = space.apply(rows.logits, free, rows.label)
-    (gradient,) = torch.autograd.grad(F.cross_entropy(scaled, rows.target, reduction="sum"), moved)
-    fixed = rows._replace(logits=rows.logits.detach())
-    return logits.detach(), gradient, space.pull_per_item(fixed, errors(scaled.detach().softmax(1), fixed))
+    rows = data.rows(logits, target)
+    fixed = rows._replace(logits=rows.logits.detach()).doubled()
+    error = errors(space.apply(fixed.logits, free, fixed.label).softmax(1), fixed)
+    in_logits = space.pull_logits(fixed.logits, error, free, fixed.label).to(rows.logits.dtype)
+    (gradient,) = torch.autograd.grad(rows.logits, moved, in_logits)
+    return logits.detach(), gradient, space.pull_per_item(fixed, error)
 
 
 def _gauss_newton(

@@ -243,7 +243,7 @@ def test_in_blocks_the_model_is_the_same(kind, monkeypatch):
     point, ridge = torch.cat([torch.zeros(12).double(), free]), torch.cat([torch.zeros(12), 2 * torch.ones(len(free))])
     ridge = ridge.double().index_fill(0, torch.tensor(len(ridge) - 1), 0.0)
     whole, _ = sums_at(network, x, y, 2, free=free, kind=kind)
-    monkeypatch.setattr(passes_of_scores, "MOST_IN_DOUBLE", 3)
+    monkeypatch.setattr(passes_of_scores, "_MANY", 3)
     blocks, _ = sums_at(network, x, y, 2, free=free, kind=kind)
     assert isinstance(whole, LossDerivatives)
     assert isinstance(blocks, BlockDerivatives)
