@@ -110,7 +110,7 @@ class MapSpace:
             parts.append(by_class.flatten(-2))
         return torch.cat([*parts, values[..., -1:]], -1)
 
-    # The last argument of the next three is for labels alone, see .labels.
+    # The last argument of the next four is for labels alone, see .labels.
     def linear(self, change: Tensor, free: Tensor, label: Tensor | None = None) -> Tensor:
         """What the map makes of a change of the logits, ``(..., C)``."""
         own, _ = self.deviations(free.to(change))
@@ -119,6 +119,17 @@ class MapSpace:
         if own.ndim == 1:
             return (own + free[-1].to(change)) * change
         return change @ (own + free[-1].to(change) * torch.eye(len(own)).to(change)).T
+
+    def pull_logits(self, logits: Tensor, slopes: Tensor, free: Tensor, label: Tensor | None = None) -> Tensor:
+        """Derivatives in the logits, ``(M, C)``, from those in the mapped logits; 0 in masked ones."""
+        if self.kind == "matrix":
+            own, _ = self.deviations(free.to(slopes))
+            assert own is not None
+            pulled = slopes @ own + free[-1].to(slopes) * slopes
+        else:
+            # Each class's logit depends on its own alone: the transpose is the map itself.
+            pulled = self.linear(slopes, free, label)
+        return pulled.where(logits > MASKED, 0.0)
 
     def offset(self, free: Tensor) -> Tensor:
         """What the map makes of logits that are all 0, ``(C,)``."""

@@ -48,7 +48,8 @@ def _accumulated(batch_sums: Iterable[tuple[Tensor, ...]]) -> tuple[list[Tensor]
     try:
         for sums in batch_sums:
             if not total:
-                total = [torch.zeros(term.shape, dtype=torch.float64, device=term.device) for term in sums]
+                total = [term.to(torch.float64, copy=True) for term in sums]
+                continue
             for accumulated, term in zip(total, sums, strict=True):
                 accumulated += term
     except FAILURES as error:

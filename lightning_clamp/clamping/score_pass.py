@@ -5,7 +5,6 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lightning_clamp._batch import Inputs, chunks
 from lightning_clamp.clamping.blocks import BlockDerivatives, MapBlock
@@ -37,6 +36,7 @@ def score_pass(
     *,
     dense_scale: float | None,
     what: str,
+    of_map: MapBlock | None = None,
 ) -> tuple[list[Derivatives], Logits]:
     """One forward and one backward to the input: the score sums of every grid, and the logits passed on the way.
 
@@ -50,6 +50,8 @@ def score_pass(
         dense_scale: For dense outputs, the root mean square of the inputs, which sets the finite-difference step of
             their curvature; None for class outputs, whose curvature is the covariance.
         what: Shown as progress.
+        of_map: The map's own block, from an earlier pass: it is most of the work where the map has many parameters, and
+            hardly changes with the perturbation. None to form it.
 
     Returns:
         For every grid the sums in (coefficients, free parameters of the map); and the logits.
@@ -58,46 +60,48 @@ def score_pass(
 
     def batch_sums() -> Iterator[tuple[Tensor, ...]]:
         for inputs, target in data.read(what):
-            logits, gradient, of_map = _input_scores(data, inputs, target, perturbation, space, free)
+            logits, gradient, scores = _input_scores(data, inputs, target, perturbation, space, free)
             logits_seen.keep(logits, target)
-            held.append((of_map, *(grid.project(gradient) for grid in grids)))
+            held.append((scores, *(grid.project(gradient) for grid in grids)))
             curvatures = []
             if dense_scale is not None:
                 step, most = _STEP * (dense_scale or 1.0), _CHUNK_ELEMENTS // logits[:1].numel()
                 curvatures = [
                     _gauss_newton(data, inputs, target, perturbation, space, free, grid, step, most) for grid in grids
                 ]
-            if curvatures or sum(len(scores[0]) for scores in held) >= _LEAST_ROWS:
-                yield _products(held, curvatures)
+            if curvatures or sum(len(batch[0]) for batch in held) >= _LEAST_ROWS:
+                yield _products(held, curvatures, with_map=of_map is None)
                 held.clear()
         if held:
-            yield _products(held, [])
+            yield _products(held, [], with_map=of_map is None)
 
     held: list[tuple[Tensor, ...]] = []
     q = len(free)
-    shapes = [(q,), (q, q)]
+    shapes = [(q,), *([(q, q)] if of_map is None else [])]
     for p in (grid.n_coefficients for grid in grids):
         shapes += [(p,), (p, p), (p, q), *([] if dense_scale is None else [(p + q, p + q)])]
-    sum_of_map, products, *total = summed(batch_sums(), shapes, data.ranks)
+    sum_of_map, *total = summed(batch_sums(), shapes, data.ranks)
+    block = of_map or MapBlock(total.pop(0))
     if dense_scale is not None:
         # The curvature of dense outputs took a forward pass per coefficient, and one to compare with.
         data.passes += sum(grid.n_coefficients + 1 for grid in grids)
-    each, block = len(total) // len(grids), MapBlock(products)
+    each = len(total) // len(grids)
     parts = [total[i : i + each] for i in range(0, len(total), each)]
     return [_derivatives(sum_of_map, block, *part) for part in parts], logits_seen
 
 
-def _products(held: list[tuple[Tensor, ...]], curvatures: list[Tensor]) -> tuple[Tensor, ...]:
+def _products(held: list[tuple[Tensor, ...]], curvatures: list[Tensor], *, with_map: bool) -> tuple[Tensor, ...]:
     """Sums of the scores of some batches, and their outer products: the map's, each grid's, and those of both.
 
     Args:
         held: Of every batch the scores in the map, ``(N, q)``, and in every grid, ``(N, p)``.
         curvatures: Of every grid, for dense outputs.
+        with_map: Whether to form the outer products of the map's own.
     """
     of_map, *of_grids = (torch.cat(scores) for scores in zip(*held, strict=True))
     # They say where to step and how sure that is, for which seven digits are enough.
     many = of_map.float() if of_map.shape[1] > _MANY else of_map
-    terms = [of_map.sum(0), many.T @ many]
+    terms = [of_map.sum(0), *([many.T @ many] if with_map else [])]
     for i, of_grid in enumerate(of_grids):
         terms += [of_grid.sum(0), of_grid.T @ of_grid, of_grid.to(many.dtype).T @ many, *curvatures[i : i + 1]]
     return tuple(terms)
@@ -124,11 +128,12 @@ def _input_scores(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits of one batch, the loss's gradient to every input, and every item's score in the map, ``(N, q)``."""
     logits, moved = data.tracked(inputs, perturbation)
-    rows = data.rows(logits, target).doubled()
-    scaled = space.apply(rows.logits, free, rows.label)
-    (gradient,) = torch.autograd.grad(F.cross_entropy(scaled, rows.target, reduction="sum"), moved)
-    fixed = rows._replace(logits=rows.logits.detach())
-    return logits.detach(), gradient, space.pull_per_item(fixed, errors(scaled.detach().softmax(1), fixed))
+    rows = data.rows(logits, target)
+    fixed = rows._replace(logits=rows.logits.detach()).doubled()
+    error = errors(space.apply(fixed.logits, free, fixed.label).softmax(1), fixed)
+    in_logits = space.pull_logits(fixed.logits, error, free, fixed.label).to(rows.logits.dtype)
+    (gradient,) = torch.autograd.grad(rows.logits, moved, in_logits)
+    return logits.detach(), gradient, space.pull_per_item(fixed, error)
 
 
 def _gauss_newton(

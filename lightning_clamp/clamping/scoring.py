@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_clamp.clamping.blocks import BlockDerivatives
 from lightning_clamp.clamping.criterion import Estimate, estimate
 from lightning_clamp.clamping.newton import LossDerivatives, ScoreTest, effective_parameters
 from lightning_clamp.clamping.passes import CalibrationSet, Logits
@@ -167,7 +168,16 @@ def _evaluate(
     coefficients, free = point[: grid.n_coefficients], point[grid.n_coefficients :]
     space = previous.map_fit.space
     perturbation = grid.image(coefficients).to(summary.parameter_dtype)
-    (sums,), logits = score_pass(data, perturbation, space, free, [grid], dense_scale=summary.dense_scale, what=what)
+    (sums,), logits = score_pass(
+        data,
+        perturbation,
+        space,
+        free,
+        [grid],
+        dense_scale=summary.dense_scale,
+        what=what,
+        of_map=previous.sums.of_map if isinstance(previous.sums, BlockDerivatives) else None,
+    )
     map_fit = refit(logits, previous.map_fit, free, summary.n_rows, dense=summary.dense)
     if map_fit is None:
         return None

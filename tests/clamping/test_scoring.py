@@ -1,6 +1,7 @@
 """The scores, the curvature and the score test against brute force; the fit against shifts that are known."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -243,7 +244,7 @@ def test_in_blocks_the_model_is_the_same(kind, monkeypatch):
     point, ridge = torch.cat([torch.zeros(12).double(), free]), torch.cat([torch.zeros(12), 2 * torch.ones(len(free))])
     ridge = ridge.double().index_fill(0, torch.tensor(len(ridge) - 1), 0.0)
     whole, _ = sums_at(network, x, y, 2, free=free, kind=kind)
-    monkeypatch.setattr(passes_of_scores, "MOST_IN_DOUBLE", 3)
+    monkeypatch.setattr(passes_of_scores, "_MANY", 3)
     blocks, _ = sums_at(network, x, y, 2, free=free, kind=kind)
     assert isinstance(whole, LossDerivatives)
     assert isinstance(blocks, BlockDerivatives)
@@ -253,3 +254,43 @@ def test_in_blocks_the_model_is_the_same(kind, monkeypatch):
     assert whole.variance(step) == pytest.approx(blocks.variance(step), rel=1e-5)
     tests = [sums.shrunk(point, ridge).score_test(12).statistic for sums in (whole, blocks)]
     assert tests[0] == pytest.approx(tests[1], rel=1e-4)
+
+
+def test_later_passes_take_the_block_of_a_map_of_many_parameters_from_the_first(monkeypatch):
+    """It is most of their work. The coefficients' own sums are those of the pass itself."""
+    network, x, y = shifted_images(400)
+    monkeypatch.setattr(passes_of_scores, "_MANY", 3)
+    space, grid = space_of("vector", y), make_grid(2, (3, 8, 8))
+    free, data = space.temperature_only(1.3), CalibrationSet(network, batches(x, y, 64), Spec(), cache_bytes=2**20)
+    with frozen(network):
+        (first,), _ = score_pass(data, None, space, free, [grid], dense_scale=None, what="")
+        image = grid.image(0.1 * torch.ones(12).double()).float()
+        (formed,), _ = score_pass(data, image, space, free, [grid], dense_scale=None, what="")
+        (reused,), _ = score_pass(data, image, space, free, [grid], dense_scale=None, what="", of_map=first.of_map)
+    assert reused.of_map is first.of_map
+    for name in ("gradient", "own", "cross"):
+        assert torch.equal(getattr(reused, name), getattr(formed, name))
+    assert not torch.equal(formed.of_map.products, first.of_map.products)
+
+
+@pytest.mark.parametrize("kind", ["temperature", "bias", "vector", "matrix"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_to_the_input_are_those_of_automatic_differentiation(kind, masked):
+    """In closed form through the map; masked logits pass nothing on."""
+    network, x, y = SmallNet(dtype=torch.float64), images(40, dtype=torch.float64), torch.randint(4, (40,))
+    space = replace(space_of(kind, y), masked=masked)
+    free = space.temperature_only(1.3) + 0.1 * torch.randn(len(space.weight)).double()
+
+    def masking(inputs):
+        logits = network(inputs)
+        return logits.masked_fill(torch.arange(4) == 3, -math.inf) if masked else logits
+
+    y = y % 3
+    data = CalibrationSet(masking, [(x, y)], Spec(), cache_bytes=2**20)
+    _, gradient, scores = passes_of_scores._input_scores(data, x, y, None, space, free)
+    point, parameters = x.clone().requires_grad_(), free.clone().requires_grad_()
+    scaled = space.apply(masking(point).clamp_min(-1e12), parameters)
+    expected = torch.autograd.grad(F.cross_entropy(scaled, y, reduction="sum"), (point, parameters))
+    torch.testing.assert_close(gradient, expected[0], rtol=1e-12, atol=1e-12)
+    if not masked:
+        torch.testing.assert_close(scores.sum(0), expected[1], rtol=1e-12, atol=1e-9)
