@@ -1,7 +1,7 @@
 """What a calibration did for each of several labels, the worst first."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -33,12 +33,12 @@ class LabelMetrics:
     def from_sums(cls, before: BlockSums, after: BlockSums) -> "LabelMetrics":
         """The metrics of sums of the same entries."""
         entries = before.entries_by_label.long().cpu()
-        sides = [{name: values.cpu() for name, values in sums.by_label.items()} for sums in (before, after)]
-        found = cls(*sides, entries, None)
+        first, second = ({name: values.cpu() for name, values in sums.by_label.items()} for sums in (before, after))
+        found = cls(first, second, entries, None)
         if not found.worst:
             return found
         label = found.worst[0]
-        return cls(*sides, entries, (before.of_label(label).curve, after.of_label(label).curve))
+        return replace(found, reliability=(before.of_label(label).curve, after.of_label(label).curve))
 
     @property
     def worst(self) -> list[int]:

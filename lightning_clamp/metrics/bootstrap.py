@@ -221,7 +221,7 @@ def _resampled(weights: Tensor, blocks: Tensor) -> dict[str, Tensor]:
     if blocks.ndim == 2:
         return _metrics(weights @ blocks)
     parts = []
-    for part in blocks.split(_LABELS_AT_ONCE):
+    for part in torch.split(blocks, _LABELS_AT_ONCE):
         summed = weights @ part.transpose(0, 1).flatten(1)
         parts.append(_metrics(summed.view(len(weights), len(part), -1)))
     return {name: torch.cat([one[name] for one in parts], 1).nanmean(1) for name in parts[0]}
