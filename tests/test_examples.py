@@ -47,6 +47,14 @@ def test_the_quickstart_runs_and_writes_what_it_says(ran, tmp_path):
     assert list(tmp_path.rglob("events.out.tfevents.*"))
 
 
+def test_each_of_several_labels_is_calibrated(ran, tmp_path):
+    printed = ran("multilabel.py", "--epochs", "5", "--out", tmp_path)
+    assert "above: means over 8 labels" in printed
+    for label in ("even", "straight lines only", "mean"):
+        assert re.search(rf"^{label} +(0\.\d+ +){{3}} *(\d+\.\d+% *){{3}}$", printed, re.MULTILINE)
+    assert (tmp_path / "ece.png").stat().st_size > 10_000
+
+
 def test_a_text_model_is_calibrated(ran, tmp_path):
     printed = ran("text.py", "--epochs", "1", "--modules", "pickle", "ssl", "--out", tmp_path)
     assert "outputs alone" in printed

@@ -1,16 +1,29 @@
 """Several labels per item, from a Trainer to files, exports and the command line."""
 
 from pathlib import Path
+from textwrap import indent
 
 import pytest
 import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_clamp import CalibrationModule, NeuralClamping, calibrate, fit_clamp, shifted_priors
+from lightning_clamp import (
+    CalibrationModule,
+    CalibrationMonitor,
+    NeuralClamping,
+    calibrate,
+    fit_clamp,
+    shifted_priors,
+)
 from lightning_clamp.checkpoint import read_result
 from lightning_clamp.cli import main
+from lightning_clamp.group_report import Groups
+from lightning_clamp.metrics import ExpectedCalibrationError, expected_calibration_error, negative_log_likelihood
 from lightning_clamp.spec import Spec
 from tests.scenarios import SHIFT, LitClassifier, SmallNet, images, trainer
 
@@ -136,6 +149,103 @@ def test_a_network_without_an_axis_of_labels_is_refused():
         calibrate(trainer(Path()), LitFlat(lr=0.0), [(images(20), torch.zeros(20))], task="multilabel", save_to=False)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, r'The target has the shape of the logits, \(100, 4\): for several labels .* say task="multilabel"'),
+        ({"task": "multilabel"}, "has the target -1, .* pass ignore_index=-1"),
+    ],
+)
+def test_mistakes_are_found_before_training(tmp_path, settings, message):
+    x, target = tags(200, 30).dataset.tensors
+    target[3, 2] = -1
+    data = DataLoader(TensorDataset(x, target), batch_size=100)
+    model = LitTagger(lr=0.1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(UserWarning, match=f"before training.*{message}"):
+        trainer(tmp_path, NeuralClamping(data, **settings)).fit(model, tags(100, 20))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("network", ["last axis", "fewer"])
+def test_labels_in_the_wrong_place_are_found_before_training(tmp_path, network):
+    model = LitTagger(lr=0.1)
+    model.forward = lambda x: {"last axis": lambda z: z[:, None], "fewer": lambda z: z[:, :3]}[network](model.net(x))
+    message = r"before training.*needs a target of 0 and 1 in the shape of the logits, \(100, "
+    with pytest.raises(UserWarning, match=message):
+        trainer(tmp_path, NeuralClamping(tags(200, 30), task="multilabel")).fit(model, tags(100, 20))
+
+
+def test_the_file_has_the_metrics_of_each_label(fitted):
+    _, _, callback = fitted
+    labels = callback.result.by_label
+    again = read_result(callback.checkpoint_path)
+    assert str(again) == str(callback.result)
+    assert again.by_label.worst == labels.worst
+
+
+@pytest.mark.slow
+def test_tensorboard_gets_the_table_and_the_worst_label(tmp_path):
+    logger, callback = TensorBoardLogger(tmp_path), NeuralClamping(tags(600, 30), task="multilabel", grids=())
+    trainer(tmp_path, callback, logger=logger, log_every_n_steps=1).fit(LitTagger(lr=0.0), tags(100, 20))
+    events = EventAccumulator(logger.log_dir).Reload()
+    assert set(events.Tags()["images"]) == {"calibration/reliability", "calibration/reliability_worst_label"}
+    (event,) = events.Scalars("calibration/before/nll_3")
+    assert event.value == pytest.approx(float(callback.result.by_label.before["nll"][3]))
+    (event,) = events.Tensors("calibration/labels/text_summary")
+    assert event.tensor_proto.string_val[0].decode() == indent(callback.result.by_label.table(), "    ")
+
+
+def test_groups_are_of_all_labels_of_their_samples(tmp_path):
+    network, held_out = SmallNet(2.0), tags(400, 40)
+    x, target = held_out.dataset.tensors
+    target[::3, 1] = -1
+    groups = (torch.arange(400) >= 150).long()
+    result = fit_clamp(network, tags(600, 30), task="multilabel", ignore_index=-1, batch_keys=(0, 1), grids=())
+    module = CalibrationModule.from_result(network, result)
+    module.groups = Groups(2, ["Basel", "Bern"])
+    data = DataLoader(TensorDataset(x, target, groups), batch_size=100)
+    (logged,) = trainer(tmp_path).test(module, data, verbose=False)
+    for name, chosen in (("Basel", slice(150)), ("Bern", slice(150, None))):
+        for side, logits in (("bare", network(x)), ("calibrated", module(x))):
+            expected = negative_log_likelihood(
+                logits[chosen], target[chosen], task="multilabel", ignore_index=-1, average="micro"
+            )
+            assert logged[f"{side}/groups/{name}/nll"] == pytest.approx(float(expected), rel=1e-5)
+    assert logged["calibrated/p"] > 0.001
+
+
+class Validated(LitTagger):
+    def validation_step(self, batch, batch_idx):
+        self(batch[0])
+
+
+@pytest.mark.parametrize("own", [{}, {"macro": ExpectedCalibrationError(task="multilabel", num_labels=4)}])
+def test_the_monitor_logs_all_entries_and_what_it_is_given(tmp_path, own):
+    model, held_out = Validated(lr=0.0), tags(300, 50)
+    run = trainer(tmp_path, CalibrationMonitor(task="multilabel", ignore_index=-1, metrics=own))
+    run.fit(model, tags(100, 20), held_out)
+    x, target = held_out.dataset.tensors
+    with torch.no_grad():
+        logits = model(x)
+    for name, function, average in (
+        ("nll", negative_log_likelihood, "micro"),
+        ("ece", expected_calibration_error, "micro"),
+        *[(name, expected_calibration_error, "macro") for name in own],
+    ):
+        expected = function(logits, target, task="multilabel", average=average)
+        assert float(run.callback_metrics[f"val/{name}"]) == pytest.approx(float(expected), rel=1e-5)
+
+
+class TagData(LightningDataModule):
+    def __init__(self, shift: bool = False) -> None:
+        super().__init__()
+        self.shift = shift
+
+    def test_dataloader(self):
+        return tags(1000, 60, shift=self.shift)
+
+
 class LitFlat(LitTagger):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)[:, 0]
@@ -144,7 +254,7 @@ class LitFlat(LitTagger):
 # Lightning 2.6 uses what newer jsonargparse calls deprecated.
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:(?s).*(JsonargparseDeprecationWarning|was deprecated in v4)")
-def test_the_command_line_knows_the_task(fitted, tmp_path, monkeypatch):
+def test_the_command_line_knows_the_task(fitted, tmp_path, monkeypatch, capsys):
     run, *_ = fitted
     monkeypatch.chdir(tmp_path)
     run.save_checkpoint("tags.ckpt")
@@ -154,3 +264,11 @@ def test_the_command_line_knows_the_task(fitted, tmp_path, monkeypatch):
     result = read_result("tags-calibrated.ckpt")
     assert result.spec.task == "multilabel"
     assert result.clamp.class_bias.shape == (4,)
+    capsys.readouterr()
+    main(["report", "tags-calibrated.ckpt"])
+    assert "above: means over 4 labels" in capsys.readouterr().out
+    check = ["check", "--model=tests.test_multilabel.LitTagger", *quiet, "--data=tests.test_multilabel.TagData"]
+    main([*check, "--trainer.enable_checkpointing=false", "--ckpt_path=tags-calibrated.ckpt", "--fail_under=0.001"])
+    assert "calibrated/p" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="1"):
+        main([*check, "--data.shift=true", "--ckpt_path=tags-calibrated.ckpt", "--fail_under=0.01"])

@@ -33,7 +33,7 @@ class LabelMetrics:
     def from_sums(cls, before: BlockSums, after: BlockSums) -> "LabelMetrics":
         """The metrics of sums of the same entries."""
         entries = before.entries_by_label.long().cpu()
-        first, second = ({name: each.cpu() for name, each in sums.by_label.items()} for sums in (before, after))
+        first, second = ({name: values.cpu() for name, values in sums.by_label.items()} for sums in (before, after))
         found = cls(first, second, entries, None)
         if not found.worst:
             return found
