@@ -266,7 +266,7 @@ def test_later_passes_take_the_block_of_a_map_of_many_parameters_from_the_first(
         (first,), _ = score_pass(data, None, space, free, [grid], dense_scale=None, what="")
         image = grid.image(0.1 * torch.ones(12).double()).float()
         (formed,), _ = score_pass(data, image, space, free, [grid], dense_scale=None, what="")
-        (reused,), _ = score_pass(data, image, space, free, [grid], dense_scale=None, what="", of_map=first.of_map)
+        (reused,), _ = score_pass(data, image, space, free, [grid], dense_scale=None, what="", known=first)
     assert reused.of_map is first.of_map
     for name in ("gradient", "own", "cross"):
         assert torch.equal(getattr(reused, name), getattr(formed, name))
