@@ -36,7 +36,7 @@ def score_pass(
     *,
     dense_scale: float | None,
     what: str,
-    of_map: MapBlock | None = None,
+    known: Derivatives | None = None,
 ) -> tuple[list[Derivatives], Logits]:
     """One forward and one backward to the input: the score sums of every grid, and the logits passed on the way.
 
@@ -50,13 +50,15 @@ def score_pass(
         dense_scale: For dense outputs, the root mean square of the inputs, which sets the finite-difference step of
             their curvature; None for class outputs, whose curvature is the covariance.
         what: Shown as progress.
-        of_map: The map's own block, from an earlier pass: it is most of the work where the map has many parameters, and
-            hardly changes with the perturbation. None to form it.
+        known: Sums of the one grid at an earlier point, of which is kept what costs much and changes little: the
+            curvature of dense outputs, and the own block of a map of many parameters. None to form all.
 
     Returns:
         For every grid the sums in (coefficients, free parameters of the map); and the logits.
     """
     logits_seen = Logits(data, perturbation)
+    of_map = known.of_map if isinstance(known, BlockDerivatives) else None
+    differences = 0.0 if dense_scale is None or known is not None else _STEP * (dense_scale or 1.0)
 
     def batch_sums() -> Iterator[tuple[Tensor, ...]]:
         for inputs, target in data.read(what):
@@ -64,10 +66,11 @@ def score_pass(
             logits_seen.keep(logits, target)
             held.append((scores, *(grid.project(gradient) for grid in grids)))
             curvatures = []
-            if dense_scale is not None:
-                step, most = _STEP * (dense_scale or 1.0), _CHUNK_ELEMENTS // logits[:1].numel()
+            if differences:
+                most = _CHUNK_ELEMENTS // logits[:1].numel()
                 curvatures = [
-                    _gauss_newton(data, inputs, target, perturbation, space, free, grid, step, most) for grid in grids
+                    _gauss_newton(data, inputs, target, perturbation, space, free, grid, differences, most)
+                    for grid in grids
                 ]
             if curvatures or sum(len(batch[0]) for batch in held) >= _LEAST_ROWS:
                 yield _products(held, curvatures, with_map=of_map is None)
@@ -79,14 +82,16 @@ def score_pass(
     q = len(free)
     shapes = [(q,), *([(q, q)] if of_map is None else [])]
     for p in (grid.n_coefficients for grid in grids):
-        shapes += [(p,), (p, p), (p, q), *([] if dense_scale is None else [(p + q, p + q)])]
+        shapes += [(p,), (p, p), (p, q), *([(p + q, p + q)] if differences else [])]
     sum_of_map, *total = summed(batch_sums(), shapes, data.ranks)
     block = of_map or MapBlock(total.pop(0))
-    if dense_scale is not None:
+    if differences:
         # The curvature of dense outputs took a forward pass per coefficient, and one to compare with.
         data.passes += sum(grid.n_coefficients + 1 for grid in grids)
     each = len(total) // len(grids)
     parts = [total[i : i + each] for i in range(0, len(total), each)]
+    if dense_scale is not None and isinstance(known, LossDerivatives):
+        parts = [[*part, known.curvature] for part in parts]
     return [_derivatives(sum_of_map, block, *part) for part in parts], logits_seen
 
 
