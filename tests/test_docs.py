@@ -25,6 +25,7 @@ from tests.scenarios import (
     shifted_images,
     trainer,
 )
+from tests.test_multilabel import LitTagger, tags
 
 pytestmark = pytest.mark.docs
 PACKAGE = Path(lightning_clamp.__file__).parent
@@ -116,7 +117,7 @@ def python_blocks(name):
 def test_all_pages_with_python_are_run():
     """Here, or in the tests of what they are about."""
     here = {"README", "choosing", "getting-started", "how-it-works", "loggers", "losses", "metrics"}
-    here |= {"conformal", "export", "production"}
+    here |= {"conformal", "export", "multilabel", "production"}
     assert {page.stem for page in PAGES if "```python" in page.read_text()} == here
 
 
@@ -236,6 +237,18 @@ def test_the_python_about_conformal_sets_runs(elsewhere):
         exec(block, names)
     labels = torch.cat([target for _, target in test])
     assert 0.85 < names["sets"][range(len(labels)), labels, 0].mean() < 0.95
+
+
+@pytest.mark.slow
+def test_the_python_about_several_labels_runs(elsewhere, capsys):
+    x, target = tags(300, 30).dataset.tensors
+    target[:20, 1] = -1
+    held_out = DataLoader(TensorDataset(x, target), batch_size=100)
+    names = given(model=LitTagger(), train_loader=tags(100, 20), calibration_loader=held_out)
+    (block,) = python_blocks("docs/multilabel.md")
+    exec(block, names)
+    assert names["probabilities"].shape == (5, 4)
+    assert "fluid                         280 " in capsys.readouterr().out
 
 
 def test_every_key_that_is_logged_is_in_the_docs():
