@@ -59,6 +59,11 @@ class KeptBatches:
         self._pairs: list[tuple[Pair, torch.device]] | None = None if cache_bytes == 0 else []
         self._room: tuple[int, int] | None = None
 
+    def start(self) -> None:
+        """Say that a pass begins; what one that was not finished has left is let go of."""
+        if self._pairs:
+            self._pairs, self._room = [], None
+
     def add(self, inputs: Inputs, target: Tensor) -> None:
         """Keep a batch; past the limit all are let go of."""
         if self._pairs is None:

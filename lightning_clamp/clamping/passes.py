@@ -181,6 +181,7 @@ class CalibrationSet:
         if self._kept.is_complete:
             yield from self._kept
             return
+        self._kept.start()
         for batch in self.batches:
             inputs, target = self.spec.pair(batch)
             inputs, target = map_tensors(inputs, lambda value: value.to(self.device)), target.to(self.device)

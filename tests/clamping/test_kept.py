@@ -107,6 +107,15 @@ def test_a_loader_with_workers_is_read_once():
     assert result.n_samples == 200
 
 
+def test_what_a_pass_that_broke_off_has_kept_is_let_go_of():
+    kept = KeptBatches(None)
+    for _ in range(2):
+        kept.start()
+        kept.add(torch.ones(2), torch.ones(2))
+    kept.complete()
+    assert len(list(kept)) == 1
+
+
 def kept_of(limit, *sizes, **options):
     batches = KeptBatches(limit, **options)
     for size in sizes:

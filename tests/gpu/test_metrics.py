@@ -26,7 +26,7 @@ def drawn(kind, metric_class):
     """Options, number of classes and a batch on the CPU."""
     options, shape, labels = KINDS[kind]
     several = options.get("task") == "multilabel"
-    options = {"task": "multilabel"} if several and metric_class in POOLED else options
+    options = {"task": "multilabel", "average": "micro"} if several and metric_class in POOLED else options
     preds = 2 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
     if options.get("probs"):
         preds = preds.sigmoid() if "task" in options else preds.softmax(1)

@@ -66,7 +66,7 @@ def test_no_update_waits_for_the_device_or_for_one_number_if_it_is_to_check(metr
         if metric_class in WITHOUT_LABELS:
             return
         if metric_class in POOLED:
-            options = {"task": "multilabel"}
+            options = {"task": "multilabel", "average": "micro"}
     metric = make(metric_class, 2 if "task" in options else 5, validate_args=validate, **options).to("meta")
     batch = torch.empty(shape, device="meta"), torch.empty(labels, device="meta", dtype=torch.int64)
     for _ in range(2):  # the tables that are kept are made in the first
