@@ -296,16 +296,17 @@ def test_a_mistake_in_the_users_code_keeps_its_traceback(here):
 
 
 @pytest.mark.slow
-def test_report_needs_the_file_alone_and_draws_what_is_in_it(checkpoint, calibrated, here, capsys):
-    options = [*DIGITS, "--data.n_calibration=300", *PLAIN, "--calibration.method=temperature"]
-    main(["calibrate", *options, "--ckpt_path", checkpoint, "--save_to=temperature.ckpt"])
+def test_report_needs_the_file_alone_and_draws_what_is_in_it(checkpoint, here, capsys):
+    options = ["calibrate", *DIGITS, "--data.n_calibration=300", *PLAIN, "--ckpt_path", checkpoint]
+    main([*options, "--calibration.method=temperature", "--save_to=temperature.ckpt"])
+    main([*options, "--calibration.output_maps=[temperature]", "--save_to=perturbed.ckpt"])
     Path("examples").unlink()
     capsys.readouterr()
-    main(["report", calibrated, "--out=pictures"])
+    main(["report", "perturbed.ckpt", "--out=pictures"])
     main(["report", "temperature.ckpt"])
     shown = capsys.readouterr().out
     assert shown.startswith("calibration set     before     after    change [95 % interval]\nnll ")
-    stem = f"pictures/{Path(calibrated).stem}"
+    stem = "pictures/perturbed"
     expected = [f"{stem}-reliability.png", f"{stem}-perturbation.png", "temperature-reliability.png"]
     assert re.findall("drawn: (.*)", shown) == expected
     assert all(Path(path).stat().st_size > 5_000 for path in expected)

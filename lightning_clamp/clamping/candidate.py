@@ -30,8 +30,8 @@ _MapCode: TypeAlias = Literal[
     "no usable map",
 ]
 RefusalCode: TypeAlias = _GridCode | _MapCode
-# What nobody asked for that the data cannot have, or that was tried and lost: not worth a word.
-_SILENT: tuple[RefusalCode, ...] = ("no such grid", "no such matrix", "no step helps")
+# What nobody asked for that the data cannot have: not worth a word.
+_SILENT: tuple[RefusalCode, ...] = ("no such grid", "no such matrix")
 
 
 class Refusal(NamedTuple):

@@ -22,8 +22,6 @@ from lightning_clamp.clamping.summary import DatasetSummary
 
 # A step that promises less than this share of a nat per parameter is lost in the fit's own error, half a nat each.
 _WORTHWHILE = 0.05
-# A step that raised the loss is shortened to this share at least.
-_SHORTEST = 0.1
 
 
 class GridFit(NamedTuple):
@@ -130,49 +128,28 @@ def first_pass(data: CalibrationSet, summary: DatasetSummary, start: GridFit, gr
     return fits
 
 
-def fit_grid(
-    data: CalibrationSet, summary: DatasetSummary, grid: Grid, start: GridFit, max_passes: int, to_beat: float
-) -> GridFit:
-    """Step ``-curvature⁻¹ gradient`` in coefficients and map while it pays; shorten the step when the loss rises.
-
-    Args:
-        data: Network and batches.
-        summary: First look at them.
-        grid: Which.
-        start: What the first pass said of it.
-        max_passes: How many there may be, the first included.
-        to_beat: The criterion, against the start, that the best candidate so far has. Where what was reached and what
-            the next step promises do not get below it together, the grid has fallen behind, and is left.
-    """
+def fit_grid(data: CalibrationSet, summary: DatasetSummary, grid: Grid, start: GridFit, max_passes: int) -> GridFit:
+    """Step ``-curvature⁻¹ gradient`` in coefficients and map while it pays; halve the step when the loss rises."""
     started = time.perf_counter()
     assert start.sums is not None
     best = start
     step, predicted_decrease = start.step()
-    passes, history, n_rows = 1, list(start.history), summary.n_rows
-    slope = 2 * predicted_decrease
+    passes, history = 1, list(start.history)
     # The first step was promised to be worth more than it costs.
     least = _WORTHWHILE * (start.n_coefficients + start.map_fit.effective_parameters)
-
-    def can_win() -> bool:
-        return predicted_decrease > least and _expected(start, best, predicted_decrease, n_rows) < to_beat
-
-    while passes < max_passes and (passes == 1 or can_win()):
+    while passes < max_passes and (passes == 1 or predicted_decrease > least):
         passes += 1
-        trial = _evaluate(data, summary, grid, best.point + step, f"grid {grid.size}, pass {passes}", best)
+        # The first step is the long one: the curvature of dense outputs is formed again behind it, and kept from there.
+        known = None if summary.dense and passes == 2 else best.sums
+        trial = _evaluate(data, summary, grid, best.point + step, f"grid {grid.size}, pass {passes}", best, known)
         if trial is not None:
             history.append(_record(passes, trial.map_fit))
-        fall = -math.inf if trial is None else n_rows * (best.objective(n_rows) - trial.objective(n_rows))
-        if trial is not None and fall > 0:
-            # The next step is trusted as far as this one kept its promise.
-            trust = min(1.0, fall / predicted_decrease)
+        if trial is not None and trial.objective(summary.n_rows) < best.objective(summary.n_rows):
             best = trial
-            step, promised = best.step()
-            predicted_decrease, slope = trust * promised, 2 * promised
+            step, predicted_decrease = best.step()
         else:
-            # To the minimum of the parabola through what is known: Nocedal and Wright, 2006, section 3.5.
-            share = max(_SHORTEST, 0.5 * slope / (slope - fall))
-            step, slope = share * step, share * slope
-            predicted_decrease = 0.5 * slope
+            # Half the step keeps three quarters of what the quadratic model promised.
+            step, predicted_decrease = step / 2, 0.75 * predicted_decrease
     assert best.sums is not None
     moved = best.optimum - start.optimum
     # A sample's change is its score's, between that at the start and that at the end, times the way.
@@ -185,14 +162,14 @@ def fit_grid(
     )
 
 
-def _expected(start: GridFit, best: GridFit, predicted_decrease: float, n_rows: int) -> float:
-    """The criterion, against the start, if the next step keeps what it promises; its errors are those of the start."""
-    gain = start.objective(n_rows) - best.objective(n_rows) + predicted_decrease / n_rows
-    return start.predicted.criterion + start.predicted_gain - gain
-
-
 def _evaluate(
-    data: CalibrationSet, summary: DatasetSummary, grid: Grid, point: Tensor, what: str, previous: GridFit
+    data: CalibrationSet,
+    summary: DatasetSummary,
+    grid: Grid,
+    point: Tensor,
+    what: str,
+    previous: GridFit,
+    known: Derivatives | None,
 ) -> GridFit | None:
     """One pass at a point: its sums, and the best map of that kind and shrinkage for its logits, if there is one."""
     coefficients, free = point[: grid.n_coefficients], point[grid.n_coefficients :]
@@ -206,7 +183,7 @@ def _evaluate(
         [grid],
         dense_scale=summary.dense_scale,
         what=what,
-        known=previous.sums,
+        known=known,
     )
     map_fit = refit(logits, previous.map_fit, free, summary.n_rows, dense=summary.dense)
     if map_fit is None:

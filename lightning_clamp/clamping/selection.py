@@ -69,28 +69,26 @@ def choose_clamp(
         refused += [Candidate(grid.size, "temperature", grid.n_coefficients + 1, refusal=refusal) for grid in grids]
         grids = []
     fitted = _candidates(start_without_grid(summary, comparison.base), comparison)
-    candidates = refused + [one.candidate for one in fitted]
-    chosen, logits, history = min((one.candidate for one in fitted), key=lambda one: one.rank), summary.logits, []
-    best, map_fit, mean = _best_to_go_on_from(fitted)
+    candidates = refused + [candidate for candidate, _ in fitted]
+    chosen, logits, history = min((one for one, _ in fitted), key=lambda one: one.rank), summary.logits, []
+    best, map_fit = _best_to_go_on_from(fitted)
     start = start_without_grid(summary, map_fit, best.standard_error or 0.0)
     if map_fit.is_negative:
         # Steps of a grid are bounded by the common scale.
         grids = []
-    average_error = _average_error(mean, map_fit, comparison) if grids else 0.0
     firsts = first_pass(data, summary, start, grids)
     for grid, first in sorted(zip(grids, firsts, strict=True), key=lambda pair: pair[1].predicted.criterion):
-        to_beat = chosen.rank - best.rank - average_error
-        if first.predicted.criterion >= to_beat:
+        if best.rank + first.predicted.criterion >= chosen.rank:
             refusal = Refusal("costs more than it promises", "the first pass promises less than it costs")
             candidates.append(_unfitted(first, map_fit.space.kind, comparison, refusal))
             continue
-        fit = fit_grid(data, summary, grid, first, options.max_passes, to_beat)
+        fit = fit_grid(data, summary, grid, first, options.max_passes)
         if fit.perturbation is None:
             refusal = Refusal("no step helps", "no step was taken, or none lowered the loss")
             candidates.append(_unfitted(fit, map_fit.space.kind, comparison, refusal))
             continue
         history += [{"grid": grid.size, **step} for step in fit.history]
-        on_grid = [one.candidate for one in _candidates(fit, comparison)]
+        on_grid = [candidate for candidate, _ in _candidates(fit, comparison)]
         candidates += on_grid
         if (better := min(on_grid, key=lambda one: one.rank)).rank < chosen.rank:
             chosen, logits = better, fit.logits
@@ -174,32 +172,10 @@ def _space(kind: OutputMap, moments: LogitMoments, temperature: float, repeats: 
     return map_space(kind, moments, repeats)
 
 
-class _Fitted(NamedTuple):
-    """A candidate with the map that a grid would start from, the best at one strength, and the one that it has itself.
-
-    The maps are None where there is none.
-    """
-
-    candidate: Candidate
-    single: MapFit | None = None
-    mean: MapFit | None = None
-
-
-def _best_to_go_on_from(fitted: Sequence[_Fitted]) -> tuple[Candidate, MapFit, MapFit]:
+def _best_to_go_on_from(fitted: Sequence[tuple[Candidate, MapFit | None]]) -> tuple[Candidate, MapFit]:
     """The best map whose curvature a grid's fits in memory beside; with thousands of classes the temperature."""
-    found = [(one.candidate, one.single, one.mean) for one in fitted if one.single is not None and one.mean is not None]
-    small = [one for one in found if len(one[1].free) ** 2 <= _MOST_CURVATURE]
-    return min(small, key=lambda one: one[0].rank)
-
-
-def _average_error(mean: MapFit, single: MapFit, comparison: _Comparison) -> float:
-    """Standard error from the single strength that a grid starts from to the average over strengths.
-
-    The candidates on a grid are such averages, and charged for it. A uniform share they may do without.
-    """
-    if mean is single or mean.space.share:
-        return 0.0
-    return standard_error(comparison.summary.logits, mean.space, mean.free, (single.space, single.free))
+    small = [(one, fit) for one, fit in fitted if fit is not None and len(fit.free) ** 2 <= _MOST_CURVATURE]
+    return min(small, key=lambda pair: pair[0].rank)
 
 
 def _no_gradient(data: CalibrationSet) -> Refusal | None:
@@ -215,7 +191,7 @@ def _warn_of_unseen(moments: LogitMoments, ranks: Ranks) -> None:
         )
 
 
-def _candidates(fit: GridFit, comparison: _Comparison) -> list[_Fitted]:
+def _candidates(fit: GridFit, comparison: _Comparison) -> list[tuple[Candidate, MapFit | None]]:
     """Every output map on the logits of one grid, and what a grid would start from.
 
     That has no uniform share: what looks like wrong labels may be what a perturbation puts right.
@@ -238,14 +214,16 @@ def _temperatures_on(fit: GridFit, comparison: _Comparison) -> list[MapFit]:
     return [plain] if shared is None else [plain, shared]
 
 
-def _of_temperature(fit: GridFit, starts: Sequence[MapFit], comparison: _Comparison) -> _Fitted:
+def _of_temperature(fit: GridFit, starts: Sequence[MapFit], comparison: _Comparison) -> tuple[Candidate, MapFit | None]:
     if not starts:
         refusal = Refusal("no temperature", "no temperature is best")
-        return _Fitted(_unfitted(fit, "temperature", comparison, refusal))
-    return _Fitted(_fitted(fit, starts[-1], comparison), starts[0], starts[-1])
+        return _unfitted(fit, "temperature", comparison, refusal), None
+    return _fitted(fit, starts[-1], comparison), starts[0]
 
 
-def _best_of_map(fit: GridFit, kind: OutputMap, starts: Sequence[MapFit], comparison: _Comparison) -> _Fitted:
+def _best_of_map(
+    fit: GridFit, kind: OutputMap, starts: Sequence[MapFit], comparison: _Comparison
+) -> tuple[Candidate, MapFit | None]:
     """The output maps of one kind, averaged over strengths of shrinkage; and the best single one to go on from.
 
     Where the temperature wants a uniform share, maps with and without one are fitted: what looked like wrong labels to
@@ -253,29 +231,28 @@ def _best_of_map(fit: GridFit, kind: OutputMap, starts: Sequence[MapFit], compar
     """
     space = comparison.spaces[kind]
     if isinstance(space, Refusal):
-        return _Fitted(_unfitted(fit, kind, comparison, space))
+        return _unfitted(fit, kind, comparison, space), None
     started = time.perf_counter()
     path = shrinkage_path(fit.logits, space, starts[0], dense=comparison.summary.dense)
-    found = [one for start in starts if path and (one := _from_start(fit, space, path, start, comparison))]
+    found = [pair for start in starts if path and (pair := _from_start(fit, space, path, start, comparison))]
     if not found:
         refusal = Refusal("no usable map", "no map of that kind has a positive temperature")
-        return _Fitted(_unfitted(fit, kind, comparison, refusal))
-    best = min(found, key=lambda one: one.candidate.rank)
-    candidate = replace(best.candidate, seconds=fit.seconds + time.perf_counter() - started)
-    return _Fitted(candidate, found[0].single, best.mean)
+        return _unfitted(fit, kind, comparison, refusal), None
+    candidate = min((one for one, _ in found), key=lambda one: one.rank)
+    return replace(candidate, seconds=fit.seconds + time.perf_counter() - started), found[0][1]
 
 
 def _from_start(
     fit: GridFit, space: MapSpace, path: ShrinkagePath, start: MapFit, comparison: _Comparison
-) -> _Fitted | None:
+) -> tuple[Candidate, MapFit] | None:
     """The maps of one kind from a temperature, with its uniform share; None if there are none."""
     n_rows, rows = comparison.summary.n_rows, fit.logits
     space = space.starting_at(start.temperature, start.space.share)
     fits = list(fit_path(rows, space, path, comparison.base, start, n_rows))
     if not fits:
         return None
-    mean = average(fits, start, rows, n_rows)
-    return _Fitted(_fitted(fit, mean, comparison), min(fits, key=lambda pair: pair[1])[0], mean)
+    candidate = _fitted(fit, average(fits, start, rows, n_rows), comparison)
+    return candidate, min(fits, key=lambda pair: pair[1])[0]
 
 
 def _unfitted(fit: GridFit, kind: OutputMap, comparison: _Comparison, refusal: Refusal | None = None) -> Candidate:

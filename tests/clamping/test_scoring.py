@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from lightning_clamp import fit_clamp
 from lightning_clamp.clamping import score_pass as passes_of_scores
-from lightning_clamp.clamping import selection
 from lightning_clamp.clamping.blocks import BlockDerivatives
 from lightning_clamp.clamping.frozen import frozen
 from lightning_clamp.clamping.moments import logit_moments
@@ -295,13 +294,3 @@ def test_gradients_to_the_input_are_those_of_automatic_differentiation(kind, mas
     torch.testing.assert_close(gradient, expected[0], rtol=1e-12, atol=1e-12)
     if not masked:
         torch.testing.assert_close(scores.sum(0), expected[1], rtol=1e-12, atol=1e-9)
-
-
-@pytest.mark.parametrize(("to_beat", "is_left"), [(-math.inf, True), (math.inf, False)])
-def test_a_grid_that_has_fallen_behind_is_left(to_beat, is_left, monkeypatch):
-    """After the first step, which it was let in for."""
-    network, x, y = shifted_images(4000)
-    fit_grid = selection.fit_grid
-    monkeypatch.setattr(selection, "fit_grid", lambda *arguments: fit_grid(*arguments[:-1], to_beat))
-    result = fit_clamp(network, batches(x, y), grids=(1,), output_maps=("temperature",))
-    assert (result.candidates[-1].passes == 2) == is_left
