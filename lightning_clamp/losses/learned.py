@@ -114,19 +114,9 @@ class AdaFocalMixin(LearningFromValidation):
         self.adafocal_gammas = torch.full((adafocal_n_bins,), float(adafocal_gamma), device="cpu")
         self.adafocal_edges = torch.arange(1, adafocal_n_bins, device="cpu") / adafocal_n_bins
 
-    def calibrated_loss_of(
-        self, inputs: Inputs, target: Tensor, index: Tensor | None, log_terms: dict[str, Tensor]
-    ) -> Tensor:
-        """The loss alone; fills ``log_terms``."""
-        return self.calibrated_loss_function(
-            self.calibrated_logits(inputs),
-            target,
-            gamma=self.adafocal_gammas,
-            edges=self.adafocal_edges,
-            task=self.loss_task,
-            ignore_index=self.loss_ignore_index,
-            log_terms=log_terms,
-        )
+    def learned_options(self) -> Mapping[str, Any]:
+        """An exponent for each bin."""
+        return {"gamma": self.adafocal_gammas, "edges": self.adafocal_edges}
 
     def measured(self, logits: Tensor, target: Tensor) -> Tensor:
         """Sums by confidence."""
@@ -176,19 +166,9 @@ class CALSMixin(LearningFromValidation):
         self.cals_rho_every = cals_rho_every
         self.cals_learned = Multipliers.start()
 
-    def calibrated_loss_of(
-        self, inputs: Inputs, target: Tensor, index: Tensor | None, log_terms: dict[str, Tensor]
-    ) -> Tensor:
-        """The loss alone; fills ``log_terms``."""
-        return self.calibrated_loss_function(
-            self.calibrated_logits(inputs),
-            target,
-            multiplier=self.cals_learned.multiplier,
-            rho=self.cals_learned.rho,
-            task=self.loss_task,
-            ignore_index=self.loss_ignore_index,
-            log_terms=log_terms,
-        )
+    def learned_options(self) -> Mapping[str, Any]:
+        """The multipliers of the classes."""
+        return {"multiplier": self.cals_learned.multiplier, "rho": self.cals_learned.rho}
 
     def measured(self, logits: Tensor, target: Tensor) -> Tensor:
         """Sums by class."""

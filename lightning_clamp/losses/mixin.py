@@ -184,7 +184,12 @@ class LossMixin(LightningModule):
             task=self.loss_task,
             ignore_index=self.loss_ignore_index,
             log_terms=log_terms,
+            **self.learned_options(),
         )
+
+    def learned_options(self) -> Mapping[str, Any]:
+        """Options of the function that change as the training goes on; none, but for losses that learn."""
+        return {}
 
     def calibrated_logits(self, inputs: Inputs) -> Tensor:
         """The module's logits of a batch, whatever else it returns.
