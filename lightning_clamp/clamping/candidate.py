@@ -27,6 +27,7 @@ _MapCode: TypeAlias = Literal[
     "too few samples for the map",
     "too many passes",
     "no such matrix",
+    "promises too little",
     "no usable map",
 ]
 RefusalCode: TypeAlias = _GridCode | _MapCode

@@ -1,18 +1,10 @@
-r"""Many classes: the curvature class by class, and no matrix with a row and a column for each.
+"""Many classes: the curvature class by class, and no matrix with a row and a column for each.
 
-What is kept of the curvature H are the blocks B on its diagonal, of a class's own scale and bias. The fit is exact all
-the same: the blocks only say where it steps. Its price is read from them and from a few products of H with a vector u:
-
-.. math:: \operatorname{tr} f(B) + u^T f(H) u - u^T f(B) u, \qquad f(e) = e / (e + \lambda)
-
-with random signs u, which is right on average (Hutchinson, 1990), and nearly exact where the blocks tell most.
-:math:`u^T f(H) u` comes from Lanczos steps, the same for all λ. :math:`\operatorname{tr} f(B)` alone is never below
-:math:`\operatorname{tr} f(H)`, as f is concave, and the price never above it.
+What is kept of the curvature are the blocks on its diagonal, of a class's own scale and bias. The fit is exact all the
+same: the blocks only say where it steps. Its price is read from them and from a few products (:mod:`~.probe`).
 """
 
-from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +14,7 @@ from lightning_clamp.clamping.descent import Inverse
 from lightning_clamp.clamping.map_loss import curvature_product, errors
 from lightning_clamp.clamping.output_map import MapSpace
 from lightning_clamp.clamping.passes import RowSource, summed
+from lightning_clamp.clamping.probe import Probe, profiled_product, quadrature, random_signs
 
 # Products with the curvature, a pass over the rows each. Where they are too few the price comes out too high.
 _STEPS = 6
@@ -94,7 +87,7 @@ class BlockPath(ClassBlocks):
 
     def __init__(self, rows: RowSource, space: MapSpace, free: Tensor, *, dense: bool) -> None:
         super().__init__(rows, space, free)
-        self._costs, self._base, self._probe = self.values, 1.0, None if dense else _probe(self, rows, free)
+        self._costs, self._base, self._probe = self.values, 1.0, None if dense else self._probed(rows, free)
         if dense:
             covariance, corner = _score_blocks(rows, space, free)
             self._costs = ((self.in_metric(covariance) @ self.vectors) * self.vectors).sum(1)
@@ -102,66 +95,21 @@ class BlockPath(ClassBlocks):
 
     def effective_parameters(self, shrinkage: float, n_free: int = 1) -> float:
         """See :class:`~.paths.ShrinkagePath`."""
-        correction = 0.0 if self._probe is None else min(0.0, self._probe.correction(self.values, shrinkage))
-        return n_free * self._base + float((self._costs / (self.values + shrinkage)).sum()) + correction
+        if self._probe is not None:
+            return n_free + self._probe.price(shrinkage)
+        return n_free * self._base + float((self._costs / (self.values + shrinkage)).sum())
 
-
-class _Probe(NamedTuple):
-    """A vector of random signs, u, in the ridge's metric.
-
-    Attributes:
-        squares: Squares of its components along the blocks' eigenvectors, ``(C, m)``.
-        nodes: Eigenvalues of the curvature as Lanczos steps from u see them, the common scale profiled out,
-        weights: and their weights, which sum to u'u.
-    """
-
-    squares: Tensor
-    nodes: Tensor
-    weights: Tensor
-
-    def correction(self, values: Tensor, shrinkage: float) -> float:
-        """``u' f(H) u - u' f(B) u``."""
-        whole = (self.weights * self.nodes / (self.nodes + shrinkage)).sum()
-        return float(whole - (self.squares * values / (values + shrinkage)).sum())
-
-
-def _probe(blocks: ClassBlocks, rows: RowSource, free: Tensor) -> _Probe:
-    space, root = blocks.space, blocks.root
-    common = torch.zeros_like(free)
-    common[-1] = 1.0
-    border = curvature_product(rows, space, free, common)
-    edge = space.by_class(border) * root
-
-    def product(vector: Tensor) -> Tensor:
-        signs = vector.reshape(root.shape)
-        turned = curvature_product(rows, space, free, space.joined(signs * root, free.new_zeros(())))
-        return (space.by_class(turned) * root - edge * ((edge * signs).sum() / border[-1])).flatten()
-
-    signs = torch.randint(0, 2, root.shape, generator=torch.Generator().manual_seed(0)).double() * 2 - 1
-    squares = (blocks.vectors.mT @ signs[:, :, None])[:, :, 0] ** 2
-    return _Probe(squares, *_quadrature(product, signs.flatten()))
-
-
-def _quadrature(product: Callable[[Tensor], Tensor], vector: Tensor) -> tuple[Tensor, Tensor]:
-    """Nodes and weights with which ``vector' f(matrix) vector`` is a sum, by Lanczos steps.
-
-    Reference:
-        Golub and Meurant, "Matrices, Moments and Quadrature with Applications", 2010, chapters 6 and 7.
-    """
-    length = vector.norm()
-    basis = (vector / length)[:, None]
-    small = vector.new_zeros(_STEPS, _STEPS)
-    for step in range(_STEPS):
-        turned = product(basis[:, -1])
-        small[: step + 1, step] = basis.T @ turned
-        for _ in range(2):  # once leaves rounding
-            turned = turned - basis @ (basis.T @ turned)
-        if step + 1 == _STEPS or float(turned.norm()) < 1e-9 * float(small.abs().max()):
-            small = small[: step + 1, : step + 1]
-            break
-        basis = torch.cat([basis, (turned / turned.norm())[:, None]], 1)
-    nodes, vectors = torch.linalg.eigh(small, UPLO="U")
-    return nodes.clamp_min(0.0), (length * vectors[0]) ** 2
+    def _probed(self, rows: RowSource, free: Tensor) -> Probe:
+        root, space = self.root, self.space
+        product = profiled_product(
+            partial(curvature_product, rows, space, free),
+            lambda own: space.joined(own.reshape(root.shape) * root, root.new_zeros(())),
+            lambda whole: (space.by_class(whole) * root).flatten(),
+            like=free,
+        )
+        signs = random_signs(root.numel())
+        squares = (self.vectors.mT @ signs.reshape(root.shape)[:, :, None])[:, :, 0] ** 2
+        return Probe(self.values, squares, *quadrature(product, signs, _STEPS))
 
 
 def _score_blocks(rows: RowSource, space: MapSpace, free: Tensor) -> tuple[Tensor, Tensor]:

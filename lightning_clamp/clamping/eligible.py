@@ -13,8 +13,10 @@ from lightning_clamp.clamping.summary import MIN_SAMPLES, DatasetSummary
 
 # Derivatives of one item's logits that are held at once for dense outputs: half a gigabyte in float64.
 _MOST_ELEMENTS = 2**26
-# A matrix has as many entries as classes squared, and its curvature as many as that squared.
-_MOST_MATRIX_CLASSES = 30
+# A matrix has as many entries as classes squared, and so many more numbers to multiply with in every forward pass; of
+# correlated rows its whole curvature is formed, and that has as many as that squared.
+_MOST_MATRIX_CLASSES = 300
+_MOST_DENSE_MATRIX_CLASSES = 30
 # Below this many samples the estimate of the held-out change is itself too uncertain, for a map of ten parameters.
 FEWEST = 100
 
@@ -36,7 +38,9 @@ def eligible_grids(sizes: Iterable[int], summary: DatasetSummary) -> tuple[list[
     return eligible, refused
 
 
-def refuse_map(kind: OutputMap, moments: LogitMoments, n_independent: float, *, kept: bool) -> Refusal | None:
+def refuse_map(
+    kind: OutputMap, moments: LogitMoments, n_independent: float, *, kept: bool, dense: bool
+) -> Refusal | None:
     """Why an output map of this kind is not fitted; None if it is.
 
     Args:
@@ -45,12 +49,14 @@ def refuse_map(kind: OutputMap, moments: LogitMoments, n_independent: float, *, 
         n_independent: Independent rows that say what the rows of the calibration set do.
         kept: Whether the logits are in memory; where they are not, each of the dozens of times that they are read is a
             forward pass.
+        dense: Whether there are rows for every pixel.
     """
     n_classes, by_label = len(moments.counts), isinstance(moments, LabelMoments)
     if moments.is_one_class:
         return Refusal("one class", "all labels are the same")
-    if kind == "matrix" and n_classes > _MOST_MATRIX_CLASSES:
-        return Refusal("no such matrix", f"a matrix is for {_MOST_MATRIX_CLASSES} classes at most")
+    most = _MOST_DENSE_MATRIX_CLASSES if dense else _MOST_MATRIX_CLASSES
+    if kind == "matrix" and n_classes > most:
+        return Refusal("no such matrix", f"a matrix is for {most} classes at most")
     if kind == "matrix" and not kept:
         return Refusal("too many passes", "the logits exceed `cache_bytes`, and it would take dozens of forward passes")
     if kind == "matrix" and moments.masked:

@@ -21,6 +21,7 @@ class MapLoss:
         self.rows = rows
         self.space = space
         self._last: tuple[Tensor, tuple[float, Tensor]] | None = None
+        self._of_rows: list[Tensor] = []
 
     def __call__(self, free: Tensor) -> tuple[float, Tensor]:
         """Loss and gradient at a point."""
@@ -28,10 +29,18 @@ class MapLoss:
             self._last = free, self._computed(free)
         return self._last[1]
 
+    def of_rows(self, free: Tensor) -> list[Tensor]:
+        """Loss of every row at a point, batch by batch."""
+        self(free)
+        return self._of_rows
+
     def _computed(self, free: Tensor) -> tuple[float, Tensor]:
+        self._of_rows = []
+
         def batch_sums(batch: Rows) -> tuple[Tensor, ...]:
             log_probs = self.space.apply(batch.logits, free, batch.label).log_softmax(1)
             loss, weight = self.space.loss_of_label(log_probs, batch.target)
+            self._of_rows.append(loss)
             return loss.sum(), self.space.pull(batch.logits, errors(log_probs.exp_(), batch, weight), batch.label)
 
         shapes = [(), (len(free),)]
@@ -82,22 +91,31 @@ def errors(probs: Tensor, batch: Rows, weight: Tensor | None = None) -> Tensor:
     return error if weight is None else error.mul_(weight)
 
 
-def standard_error(rows: RowSource, space: MapSpace, free: Tensor, reference: tuple[MapSpace, Tensor]) -> float:
+def row_losses(rows: RowSource, space: MapSpace, free: Tensor) -> list[Tensor]:
+    """Loss of every row, batch by batch."""
+    mapped = ((space.apply(batch.logits, free, batch.label), batch.target) for batch in rows)
+    return [space.loss_of_label(logits.log_softmax(1), target)[0] for logits, target in mapped]
+
+
+def standard_error(rows: RowSource, losses: list[Tensor], reference: list[Tensor]) -> float:
     """Standard error of the mean loss's change from one map, ``reference``, to another on the same rows, in nats.
 
     Items are the independent draws: the rows of one (the pixels of an image) go together.
+
+    Args:
+        rows: Rows of logits.
+        losses: Loss of every row, batch by batch: :func:`row_losses`.
+        reference: The same of the other map.
     """
 
-    def batch_sums(batch: Rows) -> tuple[Tensor, ...]:
-        losses = [
-            one.loss_of_label(one.apply(batch.logits, point, batch.label).log_softmax(1), batch.target)[0]
-            for one, point in ((space, free), reference)
-        ]
-        change = losses[0] - losses[1]
+    def batch_sums(batch: Rows, change: Tensor) -> tuple[Tensor, ...]:
         pair = batch.per_item(torch.stack([change, torch.ones_like(change)], 1))
         return pair.sum(0), pair.T @ pair
 
-    total, products = summed((batch_sums(batch) for batch in rows), [(2,), (2, 2)], rows.ranks)
+    changes = (one - other for one, other in zip(losses, reference, strict=True))
+    total, products = summed(
+        (batch_sums(*pair) for pair in zip(rows, changes, strict=True)), [(2,), (2, 2)], rows.ranks
+    )
     # Of a ratio of sums: items have different numbers of rows, and some none.
     residual = torch.stack([torch.ones_like(total[0]), -total[0] / total[1]])
     return math.sqrt(max(float(residual @ products @ residual), 0.0)) / float(total[1])

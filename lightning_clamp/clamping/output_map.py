@@ -78,6 +78,18 @@ class MapSpace:
         free[-1] = 1 / temperature
         return free
 
+    def widened(self, free: Tensor, narrower: "MapSpace") -> Tensor:
+        """The free parameters of the same map in this space, from those of a kind that this one has in it."""
+        if narrower.kind == self.kind:
+            return free
+        if narrower.kind == "temperature":
+            return self.temperature_only(1 / float(free[-1]))
+        n_own = self.n_classes if narrower.kind == "vector" else 0
+        own, rest = free[:n_own], free[n_own:]
+        if self.kind == "matrix" and n_own:
+            own = own.diag().flatten()
+        return torch.cat([own, own.new_zeros(len(self.weight) - len(own) - len(rest)), rest])
+
     def deviations(self, free: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """D, ``(C,)`` or ``(C, C)``, and b, ``(C,)``; None where the kind has none."""
         classes = self.n_classes

@@ -53,38 +53,38 @@ class WholePath:
     """
 
     def __init__(self, at: LossDerivatives, weight: Tensor) -> None:
-        self._root = weight[:-1].rsqrt()
+        self.root = weight[:-1].rsqrt()
         self._corner = at.curvature[-1, -1]
-        self._border = at.curvature[:-1, -1] * self._root
+        self._border = at.curvature[:-1, -1] * self.root
         share = self._border / self._corner
-        matrix = _scaled(at.curvature, self._root) - torch.outer(self._border, share)
-        values, self._vectors = torch.linalg.eigh(matrix)
-        self._values = values.clamp_min(0.0)
+        matrix = _scaled(at.curvature, self.root) - torch.outer(self._border, share)
+        values, self.vectors = torch.linalg.eigh(matrix)
+        self.values = values.clamp_min(0.0)
         if at.covariance is at.curvature:
-            self._costs, self._base = self._values, 1.0
+            self._costs, self._base = self.values, 1.0
             return
         # Of the deviations' scores with that of the common scale profiled out (Takeuchi, 1976).
-        covariance, edge, corner = at.covariance, at.covariance[:-1, -1] * self._root, at.covariance[-1, -1]
-        profiled = _scaled(covariance, self._root) - torch.outer(edge, share) - torch.outer(share, edge)
+        covariance, edge, corner = at.covariance, at.covariance[:-1, -1] * self.root, at.covariance[-1, -1]
+        profiled = _scaled(covariance, self.root) - torch.outer(edge, share) - torch.outer(share, edge)
         profiled = profiled + corner * torch.outer(share, share)
-        self._costs = ((profiled @ self._vectors) * self._vectors).sum(0).clamp_min(0.0)
+        self._costs = ((profiled @ self.vectors) * self.vectors).sum(0).clamp_min(0.0)
         self._base = float(corner / self._corner)
 
     @property
     def patience(self) -> int:
         """A curvature costs about as many gradients as there are parameters to the hundred."""
-        return 8 + len(self._values) // 100
+        return 8 + len(self.values) // 100
 
     def effective_parameters(self, shrinkage: float, n_free: int = 1) -> float:
         """See :class:`ShrinkagePath`."""
-        return n_free * self._base + float((self._costs / (self._values + shrinkage)).sum())
+        return n_free * self._base + float((self._costs / (self.values + shrinkage)).sum())
 
     def solve(self, shrinkage: float, gradient: Tensor) -> Tensor:
         """``(H + λ diag(weight))⁻¹ gradient``."""
-        right = gradient[:-1] * self._root - gradient[-1] * self._border / self._corner
-        own = self._vectors @ ((self._vectors.T @ right) / (self._values + shrinkage))
+        right = gradient[:-1] * self.root - gradient[-1] * self._border / self._corner
+        own = self.vectors @ ((self.vectors.T @ right) / (self.values + shrinkage))
         common = (gradient[-1] - own @ self._border) / self._corner
-        return torch.cat([own * self._root, common.reshape(1)])
+        return torch.cat([own * self.root, common.reshape(1)])
 
     def renewed(self, rows: RowSource, space: MapSpace, point: Tensor, shrinkage: float) -> Inverse:
         """The inverse at a point; that of the start where rounding leaves none."""

@@ -1,13 +1,15 @@
 r"""How an output map is shrunk: every strength of the ridge is fitted, priced by one curvature, and all are averaged.
 
 Instead of the one strength that looks best, all of them are averaged, weighted by how good they look (exp of minus the
-criterion): the best of many looks good by chance. The loss is convex, so that of the mean map is at most the mean loss.
+criterion): the best of many looks good by chance. Maps of smaller kinds take part, since a matrix can be any of them.
+The loss is convex, so that of the mean map is at most the mean loss.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,12 +19,14 @@ from lightning_clamp.clamping.criterion import estimate
 from lightning_clamp.clamping.descent import minimise
 from lightning_clamp.clamping.label_path import LabelPath
 from lightning_clamp.clamping.labels import LabelSpace
-from lightning_clamp.clamping.map_loss import MapLoss, map_derivatives, standard_error
+from lightning_clamp.clamping.map_loss import MapLoss, map_derivatives, row_losses, standard_error
+from lightning_clamp.clamping.newton import LossDerivatives
 from lightning_clamp.clamping.output_map import MapSpace, temperature_space
 from lightning_clamp.clamping.passes import RowSource
 from lightning_clamp.clamping.paths import ShrinkagePath, WholePath
 from lightning_clamp.clamping.share import fit_temperature_and_share, with_best_share
 from lightning_clamp.clamping.temperature import TemperatureFit, fit_temperature
+from lightning_clamp.clamping.wide_matrix import MatrixBlocks, MatrixPath
 
 # Strengths, strongest first, in half decades: a class's bias has a prior standard deviation from .02 to 6.
 SHRINKAGES = tuple(10 ** (k / 2) for k in range(7, -4, -1))
@@ -77,6 +81,13 @@ class MapFit:
         return 1 / float(self.free[-1])
 
 
+class Rated(NamedTuple):
+    """A map, and its criterion: nats of the summed loss against the temperature alone."""
+
+    fit: MapFit
+    criterion: float
+
+
 def temperature_map(rows: RowSource, n_classes: int, fit: TemperatureFit, *, dense: bool) -> MapFit:
     """A temperature that was fitted to rows, as an output map.
 
@@ -103,7 +114,7 @@ def with_share(rows: RowSource, base: MapFit, fit: TemperatureFit, n_rows: int) 
     if both is None:
         return None
     space = temperature_space(base.space.n_classes, share=both.share)
-    error = standard_error(rows, space, both.free, (base.space, base.free))
+    error = standard_error(rows, row_losses(rows, space, both.free), row_losses(rows, base.space, base.free))
     gain, price = base.nll - both.loss / n_rows, base.effective_parameters
     if not estimate(gain, price, n_rows, error).criterion < 0:
         return None
@@ -175,30 +186,54 @@ def shrinkage_path(rows: RowSource, space: MapSpace, start: MapFit, *, dense: bo
     if isinstance(space, LabelSpace):
         by_label = LabelPath(rows, space, free)
         return by_label if by_label.has_curvature else None
+    if is_wide_matrix(space):
+        return (
+            MatrixPath(rows, space, free)
+            if _has_curvature(map_derivatives(rows, start.space, start.free, dense=False))
+            else None
+        )
     if len(free) > _MOST_TOGETHER:
         path = BlockPath(rows, space, free, dense=dense)
         return path if float(path.corner) > 0 else None
     at = map_derivatives(rows, space, free, dense=dense)
-    if not bool(torch.isfinite(at.curvature).all()) or float(at.curvature[-1, -1]) <= 0:
-        return None
-    return WholePath(at, space.weight)
+    return WholePath(at, space.weight) if _has_curvature(at) else None
+
+
+def _has_curvature(at: LossDerivatives) -> bool:
+    return bool(torch.isfinite(at.curvature).all()) and float(at.curvature[-1, -1]) > 0
+
+
+def is_wide_matrix(space: MapSpace) -> bool:
+    """Whether a matrix has too many entries for a curvature in all pairs of them."""
+    return space.kind == "matrix" and len(space.weight) > _MOST_TOGETHER
+
+
+def promise(rows: RowSource, space: MapSpace, best: MapFit) -> float:
+    """What a wide matrix is expected to change beyond the best smaller map, in nats; below 0 it is worth its fit."""
+    if not _has_curvature(map_derivatives(rows, best.space, best.free, dense=False)):
+        return 0.0
+    space = space.starting_at(best.temperature, best.space.share)
+    free = space.widened(best.free, best.space)
+    _, gradient = MapLoss(rows, space)(free)
+    return MatrixBlocks(rows, space, free).promise(gradient, SHRINKAGES)
 
 
 def fit_path(
-    rows: RowSource, space: MapSpace, path: ShrinkagePath, base: MapFit, start: MapFit, n_rows: int
-) -> Iterator[tuple[MapFit, float]]:
-    """The map at every strength, from the strongest on, each with its criterion: nats of the summed loss against base.
+    rows: RowSource, space: MapSpace, path: ShrinkagePath, start: MapFit, plain: MapFit, repeats: float, n_rows: int
+) -> Iterator[Rated]:
+    """The map at every strength, from the strongest on.
 
     Args:
         rows: Rows of logits.
         space: The free parameters.
         path: What is stepped with, and what the maps cost.
-        base: What changes are measured against; for dense outputs its effective parameters are the design effect, by
-            which rows are too many.
         start: The temperature alone on these rows, with the space's uniform share.
+        plain: The same without a share: what criteria are taken against.
+        repeats: For dense outputs, how many rows say what one independent row would; 1 otherwise.
         n_rows: Number of rows.
     """
     free, best, loss = space.temperature_only(start.temperature), 0.0, MapLoss(rows, space)
+    reference = row_losses(rows, plain.space, plain.free)
     for shrinkage in SHRINKAGES:
         if loss.space.share:
             # From where the stronger shrinkage ended: the share has to follow the map.
@@ -208,30 +243,45 @@ def fit_path(
             # Such as a network whose logits say the opposite: so strongly shrunk, only a negative temperature would do.
             continue
         free = fit.free
-        criterion = _criterion(rows, fit, start, n_rows) / base.effective_parameters
-        yield fit, criterion
+        error = standard_error(rows, loss.of_rows(free), reference)
+        criterion = _criterion(fit, plain, error, n_rows) / repeats
+        yield Rated(fit, criterion)
         best = min(best, criterion)
         if criterion > best + _HOPELESS:
             return
 
 
-def _criterion(rows: RowSource, fit: MapFit, start: MapFit, n_rows: int) -> float:
-    change = n_rows * (fit.nll - start.nll) + fit.effective_parameters - start.effective_parameters
-    error = standard_error(rows, fit.space, fit.free, (start.space, start.free))
+def rated_share(rows: RowSource, shared: MapFit, plain: MapFit, n_rows: int) -> Rated:
+    """A temperature with a uniform share, against that without."""
+    losses = [row_losses(rows, fit.space, fit.free) for fit in (shared, plain)]
+    return Rated(shared, _criterion(shared, plain, standard_error(rows, *losses), n_rows) / plain.effective_parameters)
+
+
+def _criterion(fit: MapFit, plain: MapFit, error: float, n_rows: int) -> float:
+    change = n_rows * (fit.nll - plain.nll) + fit.effective_parameters - plain.effective_parameters
     return change + _CAUTION * n_rows * error
 
 
-def average(fits: list[tuple[MapFit, float]], start: MapFit, rows: RowSource, n_rows: int) -> MapFit:
-    """The mean of maps of one kind and the temperature alone, weighted by exp(-criterion / 3 nats).
+def average(fits: Sequence[Rated], plain: MapFit, rows: RowSource, n_rows: int) -> MapFit:
+    """The mean of maps and the temperature alone, weighted by exp(-criterion / 3 nats).
 
-    Its effective parameters are the mean of theirs; its shrinkage is that of the map with the most weight.
+    Its effective parameters are the mean of theirs, and so is its uniform share, if that is none; else it has the share
+    that is best beside it.
+
+    Args:
+        fits: Those of the widest kind last.
+        plain: The temperature alone, without a uniform share.
+        rows: Rows of logits.
+        n_rows: Number of rows.
     """
-    space = min(fits, key=lambda pair: pair[1])[0].space
-    weights = torch.softmax(-torch.tensor([-_HEAD_START, *(criterion for _, criterion in fits)]).double() / _TEMPER, 0)
-    points = [space.temperature_only(start.temperature), *(fit.free for fit, _ in fits)]
-    costs = torch.tensor([start.effective_parameters, *(fit.effective_parameters for fit, _ in fits)]).double()
-    free = (weights[:, None] * torch.stack(points)).sum(0)
-    strongest = min(fits, key=lambda pair: pair[1])[0]
+    weights = torch.softmax(-torch.tensor([-_HEAD_START, *(one.criterion for one in fits)]).double() / _TEMPER, 0)
+    space, maps = fits[-1].fit.space, [plain, *(one.fit for one in fits)]
+    free = weights @ torch.stack([space.widened(fit.free, fit.space) for fit in maps])
+    costs, shares = (
+        float(weights @ torch.tensor(values).double())
+        for values in ([fit.effective_parameters for fit in maps], [fit.space.share for fit in maps])
+    )
+    space = replace(space, share=shares)
     loss, _ = MapLoss(rows, space)(free)
-    mean = MapFit(space, free, loss / n_rows, float(weights @ costs), strongest.shrinkage)
-    return with_share_again(rows, mean, n_rows)
+    strongest = min(fits, key=lambda one: one.criterion).fit
+    return with_share_again(rows, MapFit(space, free, loss / n_rows, costs, strongest.shrinkage), n_rows)

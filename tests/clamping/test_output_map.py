@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from lightning_clamp import fit_clamp
 from lightning_clamp.clamping.descent import minimise
-from lightning_clamp.clamping.map_loss import MapLoss, map_derivatives, standard_error
+from lightning_clamp.clamping.map_loss import MapLoss, map_derivatives, row_losses, standard_error
 from lightning_clamp.clamping.moments import logit_moments
 from lightning_clamp.clamping.newton import effective_parameters, solve
 from lightning_clamp.clamping.output_map import map_space, n_parameters
@@ -248,7 +248,7 @@ def test_the_average_is_no_worse_than_the_mean_and_counts_the_temperature():
     logits, target = distorted(400)
     data, base = rows(logits, target), base_of(logits, target)
     space = map_space("matrix", logit_moments(data, 5))
-    path = list(fit_path(data, space, shrinkage_path(data, space, base, dense=False), base, base, 400))
+    path = list(fit_path(data, space, shrinkage_path(data, space, base, dense=False), base, base, 1.0, 400))
     mean = average(path, base, data, 400)
     weights = torch.softmax(-torch.tensor([-3.0, *(criterion for _, criterion in path)]).double() / 3, 0)
     losses = torch.tensor([base.nll, *(fit.nll for fit, _ in path)]).double()
@@ -263,8 +263,9 @@ def test_the_standard_error_is_that_of_the_paired_differences():
     change = [F.cross_entropy(fit.space.apply(logits, fit.free), target, reduction="none") for fit in (one, other)]
     expected = float((change[0] - change[1]).std(correction=0)) / math.sqrt(500)
     data = rows(logits, target)
-    assert standard_error(data, one.space, one.free, (other.space, other.free)) == pytest.approx(expected, rel=1e-9)
-    assert standard_error(data, one.space, one.free, (one.space, one.free)) == 0
+    first, second = (row_losses(data, fit.space, fit.free) for fit in (one, other))
+    assert standard_error(data, first, second) == pytest.approx(expected, rel=1e-9)
+    assert standard_error(data, first, first) == 0
 
 
 @pytest.mark.slow

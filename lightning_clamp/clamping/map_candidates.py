@@ -1,0 +1,188 @@
+"""The output maps on given logits, as candidates: every kind, averaged over strengths of shrinkage."""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lightning_clamp._rows import Task
+from lightning_clamp.clamping.candidate import Candidate, Refusal
+from lightning_clamp.clamping.clamp import Clamp
+from lightning_clamp.clamping.comparison import Comparison
+from lightning_clamp.clamping.criterion import estimate
+from lightning_clamp.clamping.map_loss import row_losses, standard_error
+from lightning_clamp.clamping.output_map import MapSpace, OutputMap, n_parameters
+from lightning_clamp.clamping.paths import ShrinkagePath
+from lightning_clamp.clamping.scoring import GridFit
+from lightning_clamp.clamping.shrinkage import (
+    MapFit,
+    Rated,
+    average,
+    fit_path,
+    is_wide_matrix,
+    promise,
+    rated_share,
+    shrinkage_path,
+    temperature_map,
+    with_share,
+)
+from lightning_clamp.clamping.temperature import fit_temperature
+
+# Products of a pass with a matrix of many classes that are not worth asking first whether it will pay.
+_CHEAP = 2e7
+
+
+def candidates_on(fit: GridFit, comparison: Comparison) -> list[tuple[Candidate, MapFit | None]]:
+    """Every output map on the logits of one grid, and what a grid would start from.
+
+    That has no uniform share: what looks like wrong labels may be what a perturbation puts right.
+    """
+    starts = _temperatures_on(fit, comparison)
+    alone = _of_temperature(fit, starts, comparison)
+    found = _FittedMaps(fit, starts or [comparison.base], comparison)
+    return [alone, *(found.best_of(kind) for kind in comparison.spaces)]
+
+
+def _temperatures_on(fit: GridFit, comparison: Comparison) -> list[MapFit]:
+    """The temperature alone on these logits, and with a uniform share if that pays; none if undetermined."""
+    if not fit.size:
+        return comparison.alone
+    summary, rows, dense = comparison.summary, fit.logits, comparison.summary.dense
+    found = fit_temperature(rows, -math.log(float(fit.map_fit.free[-1])))
+    if not found.determined:
+        return []
+    plain = temperature_map(rows, summary.n_classes, found, dense=dense)
+    shared = with_share(rows, plain, found, summary.n_rows) if len(comparison.alone) > 1 else None
+    return [plain] if shared is None else [plain, shared]
+
+
+def _of_temperature(fit: GridFit, starts: Sequence[MapFit], comparison: Comparison) -> tuple[Candidate, MapFit | None]:
+    if not starts:
+        refusal = Refusal("no temperature", "no temperature is best")
+        return unfitted(fit, "temperature", comparison, refusal), None
+    return _fitted(fit, starts[-1], comparison), starts[0]
+
+
+class _FittedMaps:
+    """The output maps on the logits of one grid, kind by kind, the smaller first.
+
+    Where the temperature wants a uniform share, maps with and without one are fitted: what looked like wrong labels to
+    the temperature may be what a map puts right.
+
+    Args:
+        fit: The grid.
+        starts: The temperature alone on these logits, and with a uniform share if that pays.
+        comparison: What to fit, and what to compare with.
+    """
+
+    def __init__(self, fit: GridFit, starts: Sequence[MapFit], comparison: Comparison) -> None:
+        self._fit, self._starts, self._comparison = fit, starts, comparison
+        self._plain, self._n_rows = starts[0], comparison.summary.n_rows
+        self._rated = [rated_share(fit.logits, shared, starts[0], self._n_rows) for shared in starts[1:]]
+
+    def best_of(self, kind: OutputMap) -> tuple[Candidate, MapFit | None]:
+        """The average of all maps so far and those of this kind; and the best single one of these to go on from."""
+        started, fit, comparison = time.perf_counter(), self._fit, self._comparison
+        space = comparison.spaces[kind]
+        refusal = space if isinstance(space, Refusal) else self._refuse(space)
+        if isinstance(space, Refusal) or refusal is not None:
+            return unfitted(fit, kind, comparison, refusal), None
+        path = shrinkage_path(fit.logits, space, self._plain, dense=comparison.summary.dense)
+        by_start = [list(self._along(space, path, start)) for start in self._starts] if path else []
+        if not any(by_start):
+            refusal = Refusal("no usable map", "no map of that kind has a positive temperature")
+            return unfitted(fit, kind, comparison, refusal), None
+        self._rated += [one for rated in by_start for one in rated]
+        candidate = _fitted(fit, average(self._rated, self._plain, fit.logits, self._n_rows), comparison)
+        first = next(rated for rated in by_start if rated)
+        seconds = fit.seconds + time.perf_counter() - started
+        return replace(candidate, seconds=seconds), min(first, key=lambda one: one.criterion).fit
+
+    def _refuse(self, space: MapSpace) -> Refusal | None:
+        if not is_wide_matrix(space) or self._n_rows * space.n_classes**2 <= _CHEAP:
+            return None
+        best = min(self._rated, key=lambda one: one.criterion, default=None)
+        if promise(self._fit.logits, space, self._plain if best is None else best.fit) < 0:
+            return None
+        return Refusal("promises too little", "its first step promises less than it costs")
+
+    def _along(self, space: MapSpace, path: ShrinkagePath, start: MapFit) -> Iterator[Rated]:
+        space = space.starting_at(start.temperature, start.space.share)
+        repeats = self._comparison.base.effective_parameters
+        return fit_path(self._fit.logits, space, path, start, self._plain, repeats, self._n_rows)
+
+
+def unfitted(fit: GridFit, kind: OutputMap, comparison: Comparison, refusal: Refusal | None = None) -> Candidate:
+    """A candidate's name and cost, and what the first pass said of its grid."""
+    candidate = Candidate(
+        fit.size,
+        kind,
+        fit.n_coefficients + n_parameters(kind, comparison.summary.n_classes, comparison.summary.n_labels),
+        passes=fit.passes,
+        seconds=fit.seconds,
+        refusal=refusal,
+    )
+    if fit.test is None:
+        return candidate
+    gain_before = comparison.base.nll - fit.history[0]["nll"]
+    return replace(
+        candidate,
+        lm_statistic=fit.test.statistic,
+        p_value=fit.test.p_value,
+        predicted_gain=gain_before + fit.predicted_gain,
+    )
+
+
+def _fitted(fit: GridFit, map_fit: MapFit, comparison: Comparison) -> Candidate:
+    """A candidate with all its figures."""
+    summary, base, kind = comparison.summary, comparison.base, map_fit.space.kind
+    effective = fit.effective_coefficients(dense=summary.dense) + map_fit.effective_parameters
+    error = fit.standard_error
+    if map_fit is not fit.map_fit:
+        losses = [row_losses(fit.logits, one.space, one.free) for one in (map_fit, fit.map_fit)]
+        error += standard_error(fit.logits, *losses)
+    gain = base.nll - map_fit.nll
+    expected = estimate(gain, effective - base.effective_parameters, summary.n_rows, error)
+    bare = unfitted(fit, kind, comparison)
+    return replace(
+        bare,
+        n_parameters=bare.n_parameters + map_fit.space.n_free - 1,
+        shrinkage=None if kind == "temperature" else map_fit.shrinkage,
+        effective_parameters=effective,
+        achieved_gain=gain,
+        expected_change=expected.change,
+        standard_error=expected.standard_error,
+        criterion=expected.criterion,
+        clamp=_clamp(fit, map_fit, comparison),
+    )
+
+
+def _clamp(fit: GridFit, map_fit: MapFit, comparison: Comparison) -> Clamp:
+    """The clamp of a grid and an output map: the common scale is the temperature, the rest is relative to it.
+
+    A common scale that is not positive is no temperature: the mean size of the classes' own scales takes its place.
+    """
+    dtype, common = comparison.summary.parameter_dtype, map_fit.free[-1]
+    own, bias = map_fit.space.deviations(map_fit.free)
+    parts: dict[str, Tensor] = {}
+    if own is not None:
+        whole = own + common * (torch.ones_like(own) if own.ndim == 1 else torch.eye(len(own), dtype=own.dtype))
+        if map_fit.is_negative:
+            common = (whole if own.ndim == 1 else whole.diagonal()).abs().mean()
+        parts["class_scale" if own.ndim == 1 else "class_matrix"] = (whole / common).to(dtype)
+    if bias is not None:
+        offset = map_fit.space.offset(map_fit.free)
+        parts["class_bias"] = _bias(offset, comparison.task).to(dtype)
+    if share := map_fit.space.share:
+        parts["uniform_share"] = torch.full((1,) if comparison.task == "binary" else (), share, dtype=dtype)
+    return Clamp(fit.perturbation, -common.log().to(dtype), **parts)
+
+
+def _bias(offset: Tensor, task: Task) -> Tensor:
+    """Of classes only differences count."""
+    if task == "multilabel":
+        return offset
+    return offset[1:] - offset[:1] if task == "binary" else offset - offset.mean()
