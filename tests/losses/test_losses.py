@@ -293,7 +293,12 @@ LAYOUTS = {
     [
         # Layouts are read by one function for all; of them this one leaves positions out as well.
         *((name, "dense") for name in LOSSES),
-        *((name, layout) for name in ("focal_loss", "mmce_loss", "acls_loss") for layout in LAYOUTS if layout != "dense"),
+        *(
+            (name, layout)
+            for name in ("focal_loss", "mmce_loss", "acls_loss")
+            for layout in LAYOUTS
+            if layout != "dense"
+        ),
     ],
 )
 def test_compiled_losses_are_the_same(name, layout):
