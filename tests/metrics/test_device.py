@@ -57,9 +57,15 @@ def waits(metric, *batch):
     return seen.found
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("validate", "kind"),
+    [
+        *((False, kind) for kind in KINDS),
+        # All check in the same place.
+        *((True, kind) for kind in ("logits", "one probability", "labels")),
+    ],
+)
 @pytest.mark.parametrize("metric_class", METRICS)
-@pytest.mark.parametrize("validate", [False, True])
 def test_no_update_waits_for_the_device_or_for_one_number_if_it_is_to_check(metric_class, kind, validate):
     options, shape, labels = KINDS[kind]
     if options.get("task") == "multilabel":
