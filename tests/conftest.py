@@ -9,6 +9,7 @@ os.environ.setdefault("TQDM_MONITOR_INTERVAL", "0")
 import matplotlib as mpl
 import pytest
 import torch
+from matplotlib import pyplot
 
 mpl.use("Agg")
 # The tensors here are tiny: threads would only wait for each other, above all on a busy machine.
@@ -20,14 +21,19 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
 
 
+# Also on a device that nothing has used yet.
+torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
-    torch.manual_seed(0)
+    # torch.manual_seed notes where it was called from, until there is a device: as long as a short test.
+    if torch.cuda.is_initialized():
+        torch.manual_seed(0)
+    else:
+        torch.default_generator.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def _no_figures_left():
-    from matplotlib import pyplot as plt
-
-    yield
-    plt.close("all")
+def pytest_runtest_teardown():
+    """No figures are left."""
+    pyplot.close("all")
