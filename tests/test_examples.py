@@ -41,7 +41,7 @@ def ran(monkeypatch, capsys):
 
 
 def test_the_quickstart_runs_and_writes_what_it_says(ran, tmp_path):
-    assert "held-out test" in ran("quickstart.py", "--epochs", "8", "--out", tmp_path)
+    assert "held-out test" in ran("quickstart.py", "--epochs", "3", "--out", tmp_path)
     assert (tmp_path / "reliability.png").stat().st_size > 10_000
     assert list((tmp_path / "checkpoints").glob("*-calibrated.ckpt"))
     assert list(tmp_path.rglob("events.out.tfevents.*"))
@@ -76,7 +76,7 @@ def test_the_epoch_is_chosen_in_three_ways(ran):
 
 
 def test_other_class_frequencies_are_found_without_labels(ran):
-    printed = ran("label_shift.py", "--seeds", "1", "--draws", "2", "--epochs", "15")
+    printed = ran("label_shift.py", "--seeds", "1", "--draws", "2", "--epochs", "5")
     assert "| NLL before | change |" in printed
 
 

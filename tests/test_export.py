@@ -411,6 +411,7 @@ def test_compiled_it_is_the_same():
             assert close(compiled(images(n)), module(images(n)))
 
 
+@pytest.mark.slow
 def test_compiled_it_is_the_same_with_and_without_a_perturbation_inside_of_the_network():
     """Torch uses what it compiled for the first module also for the second, unless it sees where they differ."""
     for perturbation in (None, torch.randn(3, 8, 8)):

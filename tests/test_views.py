@@ -80,7 +80,6 @@ def test_the_mean_is_that_of_log_probabilities_to_a_softmax():
     torch.testing.assert_close(probs, (log_probs / torch.tensor(0.7).exp()).softmax(1))
 
 
-@pytest.mark.slow
 def test_a_symmetric_network_is_calibrated_alike_with_and_without():
     network, x = Symmetric(), images(400)
     y = sampled(network(x + SHIFT).detach().double() / 2)
@@ -114,7 +113,6 @@ def test_a_fit_takes_views_and_says_so():
     assert f"{result.passes} passes of 2 views, " in str(result)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"cache_bytes": 0}, {"size": 37}, {"views": ("vflip", "hflip")}])
 def test_batches_caches_and_the_order_of_views_change_nothing(options):
     network, x, y = problem(300)
@@ -204,7 +202,6 @@ def test_outputs_per_pixel_are_turned_back(task):
     torch.testing.assert_close(module(x), module.clamp.scale(mean))
 
 
-@pytest.mark.slow
 def test_outputs_per_pixel_are_fitted():
     network, x = DenseNet(), images(60)
     truth = (network(x) + network(x.flip(-1)).flip(-1)) / 4

@@ -360,6 +360,7 @@ def repeats():
     return said
 
 
+@pytest.mark.slow
 def test_samples_that_several_ranks_read_are_said_on_the_first(tmp_path):
     first, second = on_ranks(2, tmp_path / "run", repeats)
     assert not any(second.values())
@@ -401,6 +402,7 @@ def collectives():
     return calls
 
 
+@pytest.mark.slow
 def test_every_sum_is_one_all_reduce(tmp_path):
     for calls in on_ranks(2, tmp_path / "run", collectives):
         assert calls["all_reduce"] == calls["sums"] > 10

@@ -164,6 +164,7 @@ def test_the_validation_set_is_read_without_lightnings_repeats(tmp_path):
         assert callback.result.n_samples == 51
 
 
+@pytest.mark.slow
 def test_rank_0s_batch_statistics_are_calibrated_and_all_ranks_are_clamped(tmp_path):
     run, _, callback = fitted(tmp_path / "run", 2, model=Normalised())
     module = CalibrationModule.from_checkpoint(callback.checkpoint_path, Normalised)
@@ -272,6 +273,7 @@ def test_the_published_solver_is_refused_before_training(tmp_path):
         fitted(tmp_path / "run", 2, callback=NeuralClamping(loader(301, seed=30), method="published", epochs=1))
 
 
+@pytest.mark.slow
 def test_one_rank_logs_and_saves(tmp_path):
     logger = CSVLogger(tmp_path / "csv")
     _, _, callback = fitted(tmp_path / "run", 2, logger=logger, log_every_n_steps=1)
