@@ -73,6 +73,32 @@ def test_the_perturbation_is_added_to_a_view_and_not_turned_with_it():
     torch.testing.assert_close(module({"input": x[:3]}), module(x)[:3])
 
 
+class InPlace(nn.Module):
+    """A network that changes its input in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.sub_(0.5).mul_(2.0))
+
+
+@pytest.mark.parametrize("perturbed", [False, True])
+def test_a_network_may_change_its_input_in_place(perturbed):
+    """Views are made of the images as they were, in a module, around somebody else's, and in an export."""
+    network, x = InPlace(), images(6)
+    clamp = Clamp(delta() if perturbed else None, 0.4)
+    views = [network.net(2 * (clamp.perturb(view) - 0.5)) for view in (x, x.flip(-1), x.flip(-2))]
+    expected = clamp.scale(sum(views) / 3)
+    module = CalibrationModule(network, clamp, views=("hflip", "vflip"))
+    torch.testing.assert_close(module(x.clone()), expected)
+    torch.testing.assert_close(to_exported_program(module, x).module()(x.clone()), expected)
+    hooks = ClampHooks(network, clamp, Spec(views=("hflip", "vflip")))
+    torch.testing.assert_close(network(x.clone()), expected)
+    hooks.remove()
+
+
 def test_the_mean_is_that_of_log_probabilities_to_a_softmax():
     network, x = SmallNet(), images(5)
     log_probs = (network(x).log_softmax(1) + network(x.flip(-1)).log_softmax(1)) / 2
