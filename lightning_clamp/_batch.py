@@ -157,6 +157,11 @@ def map_tensors(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
     return tuple(map(change, inputs)) if isinstance(inputs, tuple) else change(inputs)
 
 
+def copied(inputs: Inputs) -> Inputs:
+    """A copy of every tensor, for a network that may change its input in place where it is used again."""
+    return map_tensors(inputs, Tensor.clone)
+
+
 def tensors_of(inputs: Inputs) -> list[Tensor]:
     """The tensors that an input consists of."""
     if isinstance(inputs, Tensor):

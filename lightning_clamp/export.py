@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from lightning_clamp._batch import Inputs, map_tensors
+from lightning_clamp._batch import Inputs, copied, map_tensors
 from lightning_clamp.clamping.clamp import Clamp
 from lightning_clamp.clamping.copies import independent_copy
 from lightning_clamp.spec import Spec
@@ -158,9 +158,10 @@ def fold(module: Calibrated, example: Any = None) -> Folded:
     folded = cast(Calibrated, independent_copy(cast(nn.Module, module)).cpu())
     inputs, perturbation = _inputs(folded, example), folded.clamp.perturbation
     with torch.no_grad():
-        expected, output_map = folded(inputs), _output_map(folded.clamp)
+        # Of copies: a network may change its input in place.
+        expected, output_map = folded(copied(inputs)), _output_map(folded.clamp)
         folded.clamp = Clamp(perturbation)
-        if torch.equal(folded(inputs), expected):
+        if torch.equal(folded(copied(inputs)), expected):
             return Folded(folded.network, perturbation)
         refusals = []
         for name in _last_layers(module.network, 1 if module.spec.binary else expected.shape[1]):
@@ -238,7 +239,7 @@ def _tried(
     layer = module.network.get_submodule(name)
     kept = copy.deepcopy(layer.state_dict())
     _put_into(layer, output_map)
-    error = float((module(inputs) - expected).abs().max() / expected.abs().max())
+    error = float((module(copied(inputs)) - expected).abs().max() / expected.abs().max())
     if error <= TOLERANCE:
         return None
     layer.load_state_dict(kept)

@@ -15,7 +15,7 @@ from torchmetrics import Metric, MetricCollection
 from typing_extensions import Unpack
 
 from lightning_clamp import export
-from lightning_clamp._batch import Inputs, call_network, logits_of
+from lightning_clamp._batch import Inputs, call_network, copied, logits_of
 from lightning_clamp.clamping.clamp import Clamp
 from lightning_clamp.clamping.options import names_of, unknown_keyword
 from lightning_clamp.clamping.result import CalibrationResult
@@ -158,7 +158,8 @@ class CalibrationModule(LightningModule):
             raise TypeError("A CalibrationModule is called with a batch of inputs, module(x), or module(**batch).")
         if inputs is None:
             inputs = cast(Inputs, self.spec.inputs(named))
-        logits = self._logits(inputs)
+        # A network may change its input in place, and views are made of it as it was.
+        logits = self._logits(copied(inputs) if self.spec.views else inputs)
         self.spec.check_logits(logits)
         if self._perturbing is not None and not self._perturbing.calls and not torch.compiler.is_compiling():
             raise RuntimeError(
@@ -223,7 +224,8 @@ class CalibrationModule(LightningModule):
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Update and log the metrics of a batch ``(inputs, target)``, or with the entries that ``batch_keys`` names."""
         inputs, target = self.spec.pair(batch)
-        logits = self(inputs)
+        # The network is called again where there are groups, and may change its input in place.
+        logits = self(inputs if self._by_group is None else copied(inputs))
         self.metrics.update(logits, target)
         self.log_dict(self.metrics, on_step=False, on_epoch=True, batch_size=len(target))
         if self._test is None:

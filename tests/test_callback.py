@@ -468,6 +468,7 @@ def test_an_interrupted_calibration_leaves_the_model_as_it_was(tmp_path, calibra
     assert_same({**first.taken[0], "rng": after["rng"], "random": after["random"]}, after)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("averaging", ["ema", "swa"])
 def test_it_moves_behind_callbacks_that_still_change_the_weights(tmp_path, calibration_set, averaging, caplog):
     other = EMAWeightAveraging(decay=0.5) if averaging == "ema" else StochasticWeightAveraging(1e-3, swa_epoch_start=1)
@@ -557,6 +558,7 @@ class Remember(Callback):
         self.seen = pl_module.outputs, pl_module.kept["conv"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("validates", [True, False])
 def test_kept_activations_are_those_of_training(tmp_path, calibration_set, validates):
     before, model, callback = Remember(), Keeping(), NeuralClamping(calibration_set)

@@ -183,6 +183,7 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.setattr("lightning.pytorch.Trainer", quiet)
 
 
+@pytest.mark.slow
 def test_the_readmes_python_runs(elsewhere):
     (block,) = python_blocks("README.md")
     names = given()
@@ -190,6 +191,7 @@ def test_the_readmes_python_runs(elsewhere):
     assert names["probabilities"].shape == (5, 4)
 
 
+@pytest.mark.slow
 def test_ones_own_data_take_less_than_15_lines(elsewhere):
     blocks = python_blocks("docs/getting-started.md")
     assert len(blocks[0].splitlines()) < 15

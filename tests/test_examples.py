@@ -3,6 +3,7 @@
 import logging
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def ran(monkeypatch, capsys):
 
 
 def test_the_quickstart_runs_and_writes_what_it_says(ran, tmp_path):
-    assert "held-out test" in ran("quickstart.py", "--epochs", "8", "--out", tmp_path)
+    assert "held-out test" in ran("quickstart.py", "--epochs", "3", "--out", tmp_path)
     assert (tmp_path / "reliability.png").stat().st_size > 10_000
     assert list((tmp_path / "checkpoints").glob("*-calibrated.ckpt"))
     assert list(tmp_path.rglob("events.out.tfevents.*"))
@@ -76,7 +77,7 @@ def test_the_epoch_is_chosen_in_three_ways(ran):
 
 
 def test_other_class_frequencies_are_found_without_labels(ran):
-    printed = ran("label_shift.py", "--seeds", "1", "--draws", "2", "--epochs", "15")
+    printed = ran("label_shift.py", "--seeds", "1", "--draws", "2", "--epochs", "5")
     assert "| NLL before | change |" in printed
 
 
@@ -155,13 +156,35 @@ def test_the_benchmarks_judge_output_maps_on_saved_logits(ran, tmp_path):
 
 
 def test_the_benchmarks_time_a_device_without_data(ran, tmp_path):
-    options = ("--parts", "resnet", "maps", "loader", "--out", tmp_path)
-    printed = ran("benchmarks", "--smoke", "--only", "device", *options)
+    options = ("--parts", "resnet", "classes", "maps", "loader", "metrics", "losses", "--out", tmp_path)
+    printed = ran("benchmarks", "--smoke", "--only", "device", "--device", "cpu", *options)
     assert '| bf16-mixed | `method="temperature"` |' in printed
     assert "1 + 0 (`result.passes`: 1)" in printed
+    (row,) = [line for line in printed.splitlines() if line.startswith("| 3 | ")]
+    passes, forwards, ratio = (row.split(" | ")[i] for i in (3, 6, 7))
+    assert passes.startswith("1 + ")
+    assert float(forwards) > 0
+    assert float(ratio) > 0
     assert "| 200 × 10 |" in printed
+    assert "| 20 x 10 | ExpectedCalibrationError | " in printed
+    assert "| eager | (4, 5) | (2, 3, 2, 2) |" in printed
     assert "| kept in memory (default) |" in printed
     assert "failed" not in printed
+
+
+@pytest.mark.parametrize("in_time", [True, False])
+def test_the_outcome_of_the_tests_is_printed(in_time, monkeypatch):
+    def run(command, **options):
+        if not in_time:
+            raise subprocess.TimeoutExpired(command, options["timeout"])
+        return subprocess.CompletedProcess(command, 1, "F.\nFAILED a.py::test - KeyError\n1 failed, 1 passed\n", "")
+
+    monkeypatch.syspath_prepend(ROOT / "examples" / "benchmarks")
+    outcome_of = runpy.run_path(str(ROOT / "examples" / "benchmarks" / "device.py"))["outcome_of"]
+    monkeypatch.setattr(subprocess, "run", run)
+    said = outcome_of(ROOT / "tests" / "gpu").splitlines()[2:]
+    failed = ["FAILED a.py::test - KeyError", "1 failed, 1 passed", "pytest's exit code: 1"]
+    assert said == (failed if in_time else ["not done after 200 s"])
 
 
 def test_the_losses_are_timed_on_a_device(monkeypatch):

@@ -354,6 +354,20 @@ def test_ends_that_fold(network, clamp):
     assert list(folded.state_dict()) == list(network.state_dict())
 
 
+class InPlace(Ends):
+    """A network that changes its input in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.sub_(0.5))
+
+
+def test_a_network_that_changes_its_input_in_place_folds_and_leaves_the_example():
+    module, x = CalibrationModule(InPlace(nn.Linear(216, 4)), scaled()), images(10)
+    folded = fold(module, x).network
+    assert torch.equal(x, images(10))
+    assert close(folded(x.clone()), module(x.clone()))
+
+
 class TiedHead(nn.Module):
     """Invariant under a scale of its embedding: to fold a temperature into the head gives the logits asked for."""
 
@@ -411,6 +425,7 @@ def test_compiled_it_is_the_same():
             assert close(compiled(images(n)), module(images(n)))
 
 
+@pytest.mark.slow
 def test_compiled_it_is_the_same_with_and_without_a_perturbation_inside_of_the_network():
     """Torch uses what it compiled for the first module also for the second, unless it sees where they differ."""
     for perturbation in (None, torch.randn(3, 8, 8)):

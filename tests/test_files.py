@@ -16,6 +16,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.slow
 def test_two_writers_and_a_reader_on_one_path_see_whole_files_only(tmp_path):
     path, failed = tmp_path / "it.pt", []
     write_atomically(torch.zeros(2000), path)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -232,6 +232,27 @@ def grouped(n: int, n_groups: int = 3) -> DataLoader:
     x, y = loader(n, 1).dataset.tensors
     groups = (torch.arange(n) * n_groups // (n - 40)).clamp(max=n_groups)
     return DataLoader(TensorDataset(x, y, groups), batch_size=100)
+
+
+class InPlace(nn.Module):
+    """A network that changes its input in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = SmallNet()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.sub_(0.5))
+
+
+def test_a_network_that_changes_its_input_in_place_is_told_by_group_what_it_would_say_alone(tmp_path):
+    network, data = InPlace(), grouped(640)
+    x, y, groups = data.dataset.tensors
+    values, _ = by_group(negative_log_likelihood, network.net(x - 0.5), y, groups, n_groups=4)
+    module = CalibrationModule(network, Clamp(log_temperature=0.4), batch_keys=(0, 1))
+    module.groups = Groups(2, 4)
+    (numbers,) = trainer(tmp_path).test(module, data, verbose=False)
+    assert numbers["bare/groups/0/nll"] == pytest.approx(float(values[0]), rel=1e-5)
 
 
 @pytest.mark.parametrize("where", [None, "net"])

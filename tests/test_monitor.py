@@ -111,6 +111,7 @@ def test_three_callbacks_choose_stop_and_calibrate(tmp_path):
     assert clamping.result.after["nll"] == pytest.approx(min(values), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_loggers_get_numbers_every_time_and_a_diagram_now_and_then(tmp_path):
     logger = TensorBoardLogger(tmp_path)
     run = trainer(tmp_path, CalibrationMonitor("held_out", diagram_every=2), logger=logger, max_epochs=3)

@@ -63,7 +63,6 @@ def test_intervals_hold_the_truth_and_no_shift_is_seldom_taken_for_one():
     assert false_alarms <= 12
 
 
-@pytest.mark.slow
 def test_the_estimate_is_the_most_likely_one():
     """Found by another optimiser."""
     logits, _, old, _ = shifted_data(1500)

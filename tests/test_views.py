@@ -73,6 +73,32 @@ def test_the_perturbation_is_added_to_a_view_and_not_turned_with_it():
     torch.testing.assert_close(module({"input": x[:3]}), module(x)[:3])
 
 
+class InPlace(nn.Module):
+    """A network that changes its input in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.sub_(0.5).mul_(2.0))
+
+
+@pytest.mark.parametrize("perturbed", [False, True])
+def test_a_network_may_change_its_input_in_place(perturbed):
+    """Views are made of the images as they were, in a module, around somebody else's, and in an export."""
+    network, x = InPlace(), images(6)
+    clamp = Clamp(delta() if perturbed else None, 0.4)
+    views = [network.net(2 * (clamp.perturb(view) - 0.5)) for view in (x, x.flip(-1), x.flip(-2))]
+    expected = clamp.scale(sum(views) / 3)
+    module = CalibrationModule(network, clamp, views=("hflip", "vflip"))
+    torch.testing.assert_close(module(x.clone()), expected)
+    torch.testing.assert_close(to_exported_program(module, x).module()(x.clone()), expected)
+    hooks = ClampHooks(network, clamp, Spec(views=("hflip", "vflip")))
+    torch.testing.assert_close(network(x.clone()), expected)
+    hooks.remove()
+
+
 def test_the_mean_is_that_of_log_probabilities_to_a_softmax():
     network, x = SmallNet(), images(5)
     log_probs = (network(x).log_softmax(1) + network(x.flip(-1)).log_softmax(1)) / 2
@@ -80,7 +106,6 @@ def test_the_mean_is_that_of_log_probabilities_to_a_softmax():
     torch.testing.assert_close(probs, (log_probs / torch.tensor(0.7).exp()).softmax(1))
 
 
-@pytest.mark.slow
 def test_a_symmetric_network_is_calibrated_alike_with_and_without():
     network, x = Symmetric(), images(400)
     y = sampled(network(x + SHIFT).detach().double() / 2)
@@ -114,7 +139,6 @@ def test_a_fit_takes_views_and_says_so():
     assert f"{result.passes} passes of 2 views, " in str(result)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"cache_bytes": 0}, {"size": 37}, {"views": ("vflip", "hflip")}])
 def test_batches_caches_and_the_order_of_views_change_nothing(options):
     network, x, y = problem(300)
@@ -204,7 +228,6 @@ def test_outputs_per_pixel_are_turned_back(task):
     torch.testing.assert_close(module(x), module.clamp.scale(mean))
 
 
-@pytest.mark.slow
 def test_outputs_per_pixel_are_fitted():
     network, x = DenseNet(), images(60)
     truth = (network(x) + network(x.flip(-1)).flip(-1)) / 4

@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--only", choices=sections, help="one of the six")
     parser.add_argument("--parts", nargs="+", choices=device.PARTS, default=list(device.PARTS), help="of --only device")
     parser.add_argument("--case", action="append", help='one case of the quality tables, such as "nuclei-unet"; again')
-    parser.add_argument("--device", default="cpu", help="where the networks of the quality tables run, such as cuda")
+    parser.add_argument("--device", help="where networks run: by default on the CPU, and for --only device on a GPU")
     parser.add_argument("--sizes", type=int, nargs="+", help="other calibration sizes for them, such as 250 1000")
     parser.add_argument("--out", type=Path, default=Path("benchmarks"), help="for CSV and figure (default: benchmarks)")
     options = parser.parse_args()
@@ -63,7 +63,7 @@ def main() -> None:
             plan = plan._replace(sizes=sorted(options.sizes))
         rows = []
         try:
-            for row in quality.run(plan, options.data, options.device):
+            for row in quality.run(plan, options.data, options.device or "cpu"):
                 rows.append(row)
                 quality.save(rows, options.out / "quality.csv")
         except KeyboardInterrupt:
@@ -74,9 +74,8 @@ def main() -> None:
         for part in maps.report(options.data, plan_of(maps, options)):
             print(part, flush=True)
     if options.only == "device":
-        for part in device.report(
-            "cuda" if torch.cuda.is_available() else "cpu", plan_of(device, options), options.parts
-        ):
+        where = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        for part in device.report(where, plan_of(device, options), options.parts):
             print(part, flush=True)
     for name, section in {"criterion": criterion, "views": views, "speed": speed}.items():
         if options.only in (None, name) and not options.smoke:

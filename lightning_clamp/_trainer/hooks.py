@@ -92,7 +92,7 @@ class ClampHooks:
 
     def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._spec.views and not self._in_view:
-            self._call = (args, kwargs)
+            self._call = _copied(args, kwargs)
         if self._belongs is not None and not torch.compiler.is_compiling():
             self.idle = not self._belongs()
             self._belongs = None
@@ -114,7 +114,7 @@ class ClampHooks:
         (args, kwargs), self._call = self._call, ((), {})
 
         def again(view: Tensor) -> Tensor:
-            args_again, kwargs_again = map_first_argument(args, kwargs, self._first, lambda _: view)
+            args_again, kwargs_again = map_first_argument(*_copied(args, kwargs), self._first, lambda _: view)
             return logits_of(self.module(*args_again, **kwargs_again))
 
         self._in_view = True
@@ -122,6 +122,15 @@ class ClampHooks:
             return self._spec.mean_over_views(logits, first_argument(args, kwargs, self._first), again)
         finally:
             self._in_view = False
+
+
+def _copied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Copies of a call's tensors: a module may change them in place, and a view is made of them as they were."""
+
+    def copied(value: Any) -> Any:
+        return value.clone() if isinstance(value, Tensor) else value
+
+    return tuple(map(copied, args)), {name: copied(value) for name, value in kwargs.items()}
 
 
 def _has_loss(output: Any) -> bool:

@@ -87,7 +87,7 @@ class KeptBatches:
     def __iter__(self) -> Iterator[Pair]:
         """Yield the batches, each on the device that it was on; who changes them in place takes a copy."""
         for (inputs, target), device in self._pairs or ():
-            yield map_tensors(inputs, lambda value: value.to(device)), target.to(device)  # noqa: B023
+            yield map_tensors(inputs, lambda value: _sent(value, device)), _sent(target, device)  # noqa: B023
 
     def _measured(self, device: torch.device) -> tuple[int, int]:
         """Bytes for batches on the device, and for more of them in the host's memory."""
@@ -100,6 +100,24 @@ class KeptBatches:
 
 def _copied(inputs: Inputs, target: Tensor, place: torch.device) -> Pair:
     return map_tensors(inputs, lambda value: value.detach().to(place, copy=True)), target.to(place, copy=True)
+
+
+def _sent(value: Tensor, device: torch.device) -> Tensor:
+    """On the device that it was on; out of the host's memory while a GPU is still at work on the batch before.
+
+    Only what is on its way is pinned: torch holds on to pinned memory, and rounds it up.
+    """
+    if device.type != "cuda" or value.is_cuda:
+        return value.to(device)
+    return _pinned(value).to(device, non_blocking=True)
+
+
+def _pinned(value: Tensor) -> Tensor:
+    """A copy that a GPU can read by itself, or the tensor itself where the system has no such memory left."""
+    try:
+        return value.pin_memory()
+    except RuntimeError:
+        return value
 
 
 def _free_on(device: torch.device) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_clamp._batch import Inputs, logits_of, map_tensors, n_items
+from lightning_clamp._batch import Inputs, copied, logits_of, map_tensors, n_items
 from lightning_clamp._rows import Rows, merged
 from lightning_clamp.clamping.frozen import kept_random_state, module_of
 from lightning_clamp.clamping.kept import KeptBatches, most_of_logits
@@ -239,7 +239,7 @@ class CalibrationSet:
     def _logits(self, inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Tensor:
         """Logits of one batch; says what to do if the network does not return one row of them per input."""
         # Of a copy: a network that changes its input in place must find it as it was in the next pass.
-        logits = logits_of(self.site.run(map_tensors(inputs, torch.clone), change))
+        logits = logits_of(self.site.run(copied(inputs), change))
         if len(logits.shape[:1]) == 0 or len(logits) != n_items(inputs):
             raise ValueError(
                 f"The network returned logits of shape {tuple(logits.shape)} for a batch of {n_items(inputs)} inputs: "

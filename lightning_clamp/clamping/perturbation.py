@@ -2,6 +2,7 @@ r"""Smooth perturbations: a few coefficients per channel, spread over the image 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -15,17 +16,20 @@ class Grid:
     Attributes:
         size: r. 1 is one number per channel (or per feature of a flat input).
         shape: Shape of one input, channel first: ``(C, H, W)``, ``(C, L)``, ``(D,)``.
-        basis: What each coefficient adds to the positions of its channel, ``(r * r, positions)``, float64.
+        rows: What a coefficient adds to the positions of its channel is the product of two: a number for each row of
+            the image, ``(r, H)``, float64,
+        columns: and one for each column, ``(r, W)``. What is no image counts as one row.
     """
 
     size: int
     shape: tuple[int, ...]
-    basis: Tensor
+    rows: Tensor
+    columns: Tensor
 
     @property
     def n_coefficients(self) -> int:
         """Number of coefficients, channels times r²."""
-        return self.channels * len(self.basis)
+        return self.channels * self.size**2
 
     @property
     def channels(self) -> int:
@@ -34,16 +38,29 @@ class Grid:
 
     def image(self, coefficients: Tensor) -> Tensor:
         """The perturbation with these coefficients ``(n_coefficients,)``, shaped like one input, float64."""
-        return (coefficients.reshape(self.channels, -1) @ self.basis.to(coefficients)).reshape(self.shape)
+        corners = coefficients.reshape(self.channels, self.size, self.size)
+        return (self.rows.to(corners).T @ corners @ self.columns.to(corners)).reshape(self.shape)
 
-    def project(self, gradient: Tensor) -> Tensor:
-        """Gradients in the coefficients, ``(N, n_coefficients)`` float64, from input gradients ``(N, ..., *shape)``.
 
-        Over axes between, such as the positions of a sequence, they are summed, as the perturbation is the same there.
-        """
-        shared = gradient[:, None].flatten(1, -1 - len(self.shape)).sum(1)
-        flat = shared.reshape(len(gradient), self.channels, -1).double()
-        return (flat @ self.basis.to(flat).T).flatten(1)
+def project(gradient: Tensor, grids: Sequence[Grid]) -> list[Tensor]:
+    """Gradients in the coefficients of every grid, ``(N, n_coefficients)`` float64, all grids in one go.
+
+    Over axes between, such as the positions of a sequence, they are summed, as the perturbation is the same there.
+
+    Args:
+        gradient: Input gradients, ``(N, ..., *shape)``.
+        grids: Grids of the same shape, at least one.
+    """
+    n, between = len(gradient), gradient.ndim - 1 - len(grids[0].shape)
+    gradient = gradient.flatten(1, between).sum(1, dtype=torch.float64) if between else gradient.double()
+    rows = torch.cat([grid.rows for grid in grids]).to(gradient)
+    columns = torch.cat([grid.columns for grid in grids]).to(gradient)
+    (r, height), width = rows.shape, columns.shape[1]
+    of_rows = (gradient.reshape(-1, width) @ columns.T).reshape(-1, height, r).mT
+    corners = of_rows @ rows.T  # (N * channels, columns, rows) of every grid with every other
+    ends = accumulate(grid.size for grid in grids)
+    own = [slice(end - grid.size, end) for grid, end in zip(grids, ends, strict=True)]
+    return [corners[:, part, part].mT.reshape(n, -1) for part in own]
 
 
 def make_grid(size: int, shape: Sequence[int]) -> Grid:
@@ -59,12 +76,20 @@ def make_grid(size: int, shape: Sequence[int]) -> Grid:
     shape = tuple(shape)
     if size not in available_sizes([size], shape):
         raise ValueError(f"Inputs of shape {shape} have no grid of size {size}: only images of at least that size do.")
-    spatial = shape[1:]
+    return Grid(size, shape, *(_along(size, side) for side in _sides(shape)))
+
+
+def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns of an image; all that is no image is one row."""
+    return (shape[1], shape[2]) if len(shape) == 3 else (1, torch.Size(shape[1:]).numel())
+
+
+def _along(size: int, side: int) -> Tensor:
+    """Bicubic interpolation along one axis, ``(size, side)``: of each coefficient, to every position."""
     if size == 1:
-        return Grid(1, shape, torch.ones(1, torch.Size(spatial).numel(), dtype=torch.float64))
-    corners = torch.eye(size * size, dtype=torch.float64).reshape(-1, 1, size, size)
-    basis = F.interpolate(corners, size=spatial, mode="bicubic", align_corners=False)
-    return Grid(size, shape, basis.flatten(1))
+        return torch.ones(1, side, dtype=torch.float64)
+    corners = torch.eye(size, dtype=torch.float64).reshape(size, 1, 1, size)
+    return F.interpolate(corners, size=(1, side), mode="bicubic", align_corners=False).reshape(size, side)
 
 
 def available_sizes(sizes: Sequence[int], shape: Sequence[int]) -> list[int]:

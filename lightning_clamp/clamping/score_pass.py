@@ -12,7 +12,7 @@ from lightning_clamp.clamping.map_loss import errors
 from lightning_clamp.clamping.newton import LossDerivatives
 from lightning_clamp.clamping.output_map import MapSpace
 from lightning_clamp.clamping.passes import CalibrationSet, Logits, summed
-from lightning_clamp.clamping.perturbation import Grid
+from lightning_clamp.clamping.perturbation import Grid, project
 
 Derivatives: TypeAlias = LossDerivatives | BlockDerivatives
 
@@ -21,7 +21,7 @@ Derivatives: TypeAlias = LossDerivatives | BlockDerivatives
 _STEP = 0.01
 # Items whose scores are multiplied at once: adding up products takes as long as forming them for some hundred.
 _LEAST_ROWS = 2048
-# Parameters of a map whose block is most of the work: it is formed in float32, and factorised once.
+# Parameters of a map whose block is most of the work: its scores are float32, and it is factorised once.
 _MANY = 1000
 # Rows of finite differences held at once, in elements.
 _CHUNK_ELEMENTS = 2**25
@@ -64,7 +64,7 @@ def score_pass(
         for inputs, target in data.read(what):
             logits, gradient, scores = _input_scores(data, inputs, target, perturbation, space, free)
             logits_seen.keep(logits, target)
-            held.append((scores, *(grid.project(gradient) for grid in grids)))
+            held.append((scores, torch.cat(project(gradient, grids), 1)))
             curvatures = []
             if differences:
                 most = _CHUNK_ELEMENTS // logits[:1].numel()
@@ -73,47 +73,49 @@ def score_pass(
                     for grid in grids
                 ]
             if curvatures or sum(len(batch[0]) for batch in held) >= _LEAST_ROWS:
-                yield _products(held, curvatures, with_map=of_map is None)
+                yield (*_products(held, sizes, with_map=of_map is None), *curvatures)
                 held.clear()
         if held:
-            yield _products(held, [], with_map=of_map is None)
+            yield _products(held, sizes, with_map=of_map is None)
 
-    held: list[tuple[Tensor, ...]] = []
-    q = len(free)
-    shapes = [(q,), *([(q, q)] if of_map is None else [])]
-    for p in (grid.n_coefficients for grid in grids):
-        shapes += [(p,), (p, p), (p, q), *([(p + q, p + q)] if differences else [])]
-    sum_of_map, *total = summed(batch_sums(), shapes, data.ranks)
-    block = of_map or MapBlock(total.pop(0))
+    held: list[tuple[Tensor, Tensor]] = []
+    q, sizes = len(free), [grid.n_coefficients for grid in grids]
+    shapes = [(q,), (sum(sizes),), (sum(sizes), q), *((p, p) for p in sizes), *([(q, q)] if of_map is None else [])]
+    shapes += [(p + q, p + q) for p in sizes] if differences else []
+    sum_of_map, sum_of_grids, cross, *squares = summed(batch_sums(), shapes, data.ranks)
+    own, squares = squares[: len(grids)], squares[len(grids) :]
+    block = of_map or MapBlock(squares.pop(0))
     if differences:
         # The curvature of dense outputs took a forward pass per coefficient, and one to compare with.
-        data.passes += sum(grid.n_coefficients + 1 for grid in grids)
-    each = len(total) // len(grids)
-    parts = [total[i : i + each] for i in range(0, len(total), each)]
+        data.passes += sum(p + 1 for p in sizes)
+    curvatures: list[Tensor | None] = [*squares] or [None] * len(grids)
     if dense_scale is not None and isinstance(known, LossDerivatives):
-        parts = [[*part, known.curvature] for part in parts]
+        curvatures = [known.curvature]
+    parts = zip(torch.split(sum_of_grids, sizes), own, torch.split(cross, sizes), curvatures, strict=True)
     return [_derivatives(sum_of_map, block, *part) for part in parts], logits_seen
 
 
-def _products(held: list[tuple[Tensor, ...]], curvatures: list[Tensor], *, with_map: bool) -> tuple[Tensor, ...]:
-    """Sums of the scores of some batches, and their outer products: the map's, each grid's, and those of both.
+def _products(held: list[tuple[Tensor, Tensor]], sizes: list[int], *, with_map: bool) -> tuple[Tensor, ...]:
+    """Sums of the scores of some batches, and their outer products.
 
     Args:
-        held: Of every batch the scores in the map, ``(N, q)``, and in every grid, ``(N, p)``.
-        curvatures: Of every grid, for dense outputs.
+        held: Of every batch the scores in the map, ``(N, q)``, and in all grids, ``(N, p)``.
+        sizes: Numbers of the grids' coefficients.
         with_map: Whether to form the outer products of the map's own.
+
+    Returns:
+        The map's sum and the grids'; the outer products of grids and map, of each grid, and of the map.
     """
-    of_map, *of_grids = (torch.cat(scores) for scores in zip(*held, strict=True))
-    # They say where to step and how sure that is, for which seven digits are enough.
-    many = of_map.float() if of_map.shape[1] > _MANY else of_map
-    terms = [of_map.sum(0), *([many.T @ many] if with_map else [])]
-    for i, of_grid in enumerate(of_grids):
-        terms += [of_grid.sum(0), of_grid.T @ of_grid, of_grid.to(many.dtype).T @ many, *curvatures[i : i + 1]]
-    return tuple(terms)
+    # Batch by batch, so that no copy of all is made in float64.
+    sum_of_map = torch.stack([scores.sum(0, dtype=torch.float64) for scores, _ in held]).sum(0)
+    of_map, of_grids = (torch.cat(scores) for scores in zip(*held, strict=True))
+    cross = of_grids.to(of_map.dtype).T @ of_map
+    own = [part.T @ part for part in torch.split(of_grids, sizes, dim=1)]
+    return (sum_of_map, of_grids.sum(0), cross, *own, *([of_map.T @ of_map] if with_map else []))
 
 
 def _derivatives(
-    sum_of_map: Tensor, block: MapBlock, gradient: Tensor, own: Tensor, cross: Tensor, curvature: Tensor | None = None
+    sum_of_map: Tensor, block: MapBlock, gradient: Tensor, own: Tensor, cross: Tensor, curvature: Tensor | None
 ) -> Derivatives:
     """Of one grid: in blocks where the map has many parameters, else as one."""
     gradient, q = torch.cat([gradient, sum_of_map]), len(sum_of_map)
@@ -138,6 +140,9 @@ def _input_scores(
     error = errors(space.apply(fixed.logits, free, fixed.label).softmax(1), fixed)
     in_logits = space.pull_logits(fixed.logits, error, free, fixed.label).to(rows.logits.dtype)
     (gradient,) = torch.autograd.grad(rows.logits, moved, in_logits)
+    if len(free) > _MANY:
+        # The scores say where to step and how sure that is, for which seven digits are enough.
+        fixed, error = fixed._replace(logits=fixed.logits.float()), error.float()
     return logits.detach(), gradient, space.pull_per_item(fixed, error)
 
 

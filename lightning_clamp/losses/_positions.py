@@ -84,7 +84,9 @@ class Positions(NamedTuple):
         return self.kept(self.cross_entropy()).sum()
 
     def accuracy(self, log_probs: Tensor, top: Tensor) -> Tensor:
-        """Probability that the label is the prediction (where several logits are largest: one of them), ``(N, ...)``.
+        """Whether the label is the prediction (where several logits are largest: one of them), ``(N, ...)``, bool.
+
+        If the target is soft, the probability that it is.
 
         Args:
             log_probs: What :meth:`log_probs` gives.
@@ -93,7 +95,7 @@ class Positions(NamedTuple):
         log_probs, top = log_probs.detach(), top.detach()
         if self.soft:
             return (self.target * (log_probs == top.unsqueeze(1))).sum(1)
-        return (log_probs.gather(1, self.target.unsqueeze(1)).squeeze(1) == top).to(top.dtype)
+        return log_probs.gather(1, self.target.unsqueeze(1)).squeeze(1) == top
 
     def frequencies(self) -> Tensor:
         """How many positions that count have each label, ``(C,)``; of a soft target the sum of their probabilities."""
@@ -101,7 +103,7 @@ class Positions(NamedTuple):
             target = self.target if self.keep is None else self.target * self.keep.unsqueeze(1)
             return target.sum([0, *range(2, target.ndim)])
         ones = self.kept(torch.ones_like(self.target, dtype=self.logits.dtype))
-        return self.logits.new_zeros(self.logits.shape[1]).index_add(0, self.target.flatten(), ones.flatten())
+        return self.logits.new_zeros(self.logits.shape[1]).index_add_(0, self.target.flatten(), ones.flatten())
 
     def kept(self, values: Tensor) -> Tensor:
         """``values``, one for each position, with 0 where a position is ignored."""

@@ -5,6 +5,8 @@ The gap is one number for the batch that the loss sees; it is added to the loss 
 mostly noise, and more devices are no larger batch.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -61,8 +63,8 @@ def mdca_loss(
     if positions.keep is not None:
         probs = probs * positions.keep.unsqueeze(1)
     excess = probs.sum([0, *range(2, probs.ndim)]) - positions.frequencies()
-    gap = torch.linalg.vector_norm(excess, 1) / (positions.n_kept() * len(excess))
-    return _with_gap(positions, log_probs, gap, beta, reduction, log_terms)
+    gap = torch.linalg.vector_norm(excess, 1)
+    return _with_gap(positions, log_probs, gap, positions.n_kept() * len(excess), beta, reduction, log_terms)
 
 
 def dca_loss(
@@ -105,8 +107,8 @@ def dca_loss(
     )
     log_probs = positions.log_probs()
     top = log_probs.max(1).values
-    gap = positions.mean(top.exp() - positions.accuracy(log_probs, top)).abs()
-    return _with_gap(positions, log_probs, gap, beta, reduction, log_terms)
+    gap = positions.mean(torch.add(top.exp(), positions.accuracy(log_probs, top), alpha=-1)).abs()
+    return _with_gap(positions, log_probs, gap, 1, beta, reduction, log_terms)
 
 
 def mmce_loss(
@@ -162,46 +164,46 @@ def mmce_loss(
     )
     log_probs = positions.log_probs()
     top = log_probs.max(1).values
-    found = _kernel_error(top, positions.accuracy(log_probs, top), positions.keep, positions.n_kept())
-    error = known_gradient(top, *found, "mmce_loss")
-    return _with_gap(positions, log_probs, error, lambda_, reduction, log_terms)
+    error = known_gradient(top, *_kernel_sum(top, positions.accuracy(log_probs, top), positions.keep), "mmce_loss")
+    return _with_gap(positions, log_probs, error, positions.n_kept() ** 2, lambda_, reduction, log_terms)
 
 
 @torch.no_grad()
-def _kernel_error(
-    log_confidence: Tensor, correct: Tensor, keep: Tensor | None, n: Tensor | int
-) -> tuple[Tensor, Tensor]:
-    """Sum of ``w_i w_j exp(-|r_i - r_j| / 0.4)`` over all pairs / n², w the correctness less the confidence r.
+def _kernel_sum(log_confidence: Tensor, correct: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sum of ``w_i w_j exp(-|r_i - r_j| / 0.4)`` over all pairs, w the correctness less the confidence r.
 
     And its gradient in the logarithm of r: autograd would sort and sum once more. In sorted order the kernel is a
     product of one factor of i and one of j, neither of them beyond ``exp(2.5)``.
     """
     # Sums with changing signs over many positions: float64, which costs nothing beside the softmax.
     confidence, order = log_confidence.flatten().double().exp_().sort()
-    weight = correct.flatten()[order] - confidence
+    weight = torch.add(correct.flatten()[order], confidence, alpha=-1)
     if keep is not None:
         weight = weight * keep.flatten()[order]
-    rise = (confidence / _WIDTH).exp_()
-    fall = rise.reciprocal()
-    # Of each i: the sum over those up to it, and that over those beyond.
-    upto, beyond = (weight * rise).cumsum_(0).mul_(fall), (weight * fall).cumsum_(0)
-    beyond = (beyond[-1:] - beyond).mul_(rise)
-    pull = upto + beyond
-    slope = torch.addcmul(-pull, weight, beyond - upto + weight, value=1 / _WIDTH).mul_(confidence)
-    slope = torch.empty_like(slope).scatter_(0, order, slope).mul_(2 / n**2).reshape(log_confidence.shape)
-    dtype = log_confidence.dtype
-    return ((weight * pull).sum() / n**2).to(dtype), (slope if keep is None else slope * keep).to(dtype)
+    rise = torch.pow(math.exp(1 / _WIDTH), confidence)
+    # Of each i: the sum over those up to it, and that over all.
+    upto, beyond = (weight * rise).cumsum_(0).div_(rise), (weight / rise).cumsum_(0)
+    pull = torch.addcmul(upto, beyond[-1:] - beyond, rise)
+    ahead = torch.sub(pull, upto, alpha=2).add_(weight)
+    slope = torch.addcmul(pull, weight, ahead, value=-1 / _WIDTH).mul_(confidence)
+    slope = torch.empty_like(slope).scatter_(0, order, slope).reshape(log_confidence.shape)
+    slope = torch.mul(slope, -2 if keep is None else -2 * keep, out=torch.empty_like(log_confidence))
+    return weight.dot(pull).to(log_confidence.dtype), slope
 
 
 def _with_gap(
     positions: Positions,
     log_probs: Tensor,
     gap: Tensor,
+    size: int | Tensor,
     weight: float,
     reduction: Reduction,
     log_terms: dict[str, Tensor] | None,
 ) -> Tensor:
-    """Cross-entropy, and ``weight`` times the gap at every position that counts."""
-    positions.note(log_terms, log_probs, regularizer=gap)
+    """Cross-entropy, and ``weight`` times the gap over ``size`` at every position that counts."""
+    if isinstance(size, Tensor):
+        gap, size = gap / size, 1
+    if log_terms is not None:
+        positions.note(log_terms, log_probs, regularizer=gap / size)
     cross_entropy = positions.reduced_cross_entropy(log_probs, reduction)
-    return torch.add(cross_entropy, positions.reduced_gap(gap, reduction), alpha=weight)
+    return torch.add(cross_entropy, positions.reduced_gap(gap, reduction), alpha=weight / size)

@@ -52,7 +52,7 @@ def focal_loss(
     )
     log_probs = positions.log_probs()
     nll = positions.nll(log_probs)
-    loss = _focal(nll, 1 - torch.exp(-nll), gamma)
+    loss = _focal(nll, _doubt(nll), gamma)
     return positions.reduced(positions.expected(loss), reduction, log_terms, log_probs)
 
 
@@ -95,8 +95,8 @@ def flsd_loss(
     )
     log_probs = positions.log_probs()
     nll = positions.nll(log_probs)
-    prob = torch.exp(-nll)
-    loss = _focal(nll, 1 - prob, gamma, _exponent(prob.detach(), gamma))
+    doubt = _doubt(nll)
+    loss = _focal(nll, doubt, gamma, _exponent(doubt.detach(), gamma))
     return positions.reduced(positions.expected(loss), reduction, log_terms, log_probs)
 
 
@@ -142,8 +142,8 @@ def dual_focal_loss(
     log_probs = positions.log_probs()
     nll = positions.nll(log_probs)
     lower = _next_lower(log_probs) if positions.soft else _largest_below(log_probs, -nll)
-    doubt = 1 - torch.exp(-nll) + lower.exp()
-    return positions.reduced(positions.expected(_focal(nll, doubt, gamma)), reduction, log_terms, log_probs)
+    loss = _focal(nll, _doubt(nll) + lower.exp(), gamma)
+    return positions.reduced(positions.expected(loss), reduction, log_terms, log_probs)
 
 
 def brier_loss(
@@ -185,6 +185,12 @@ def brier_loss(
     return positions.reduced(score, reduction, log_terms)
 
 
+def _doubt(nll: Tensor) -> Tensor:
+    """One minus the probability, of -log p."""
+    # 1 - exp(-nll) in one step, also in the backward pass, and without its rounding where p is near 1.
+    return F.elu(-nll, alpha=-1.0)
+
+
 def _focal(nll: Tensor, doubt: Tensor, gamma: float, exponent: Tensor | None = None) -> Tensor:
     """``doubt ** gamma * nll``; or of ``exponent``, one for each, of which ``gamma`` may be the least."""
     if gamma < 2:
@@ -193,10 +199,10 @@ def _focal(nll: Tensor, doubt: Tensor, gamma: float, exponent: Tensor | None = N
     return doubt.pow(gamma if exponent is None else exponent) * nll
 
 
-def _exponent(prob: Tensor, gamma: float) -> Tensor:
-    """FLSD's exponent, a constant in each band of the probability of the target."""
-    upper = torch.where(prob < _HARD, _HARD_GAMMA, torch.full_like(prob, gamma))
-    return torch.where(prob < _HARDEST, _HARDEST_GAMMA, upper)
+def _exponent(doubt: Tensor, gamma: float) -> Tensor:
+    """FLSD's exponent, a constant in each band of the probability of the target, which is one minus ``doubt``."""
+    upper = torch.where(doubt > 1 - _HARD, _HARD_GAMMA, doubt.new_full((), gamma))
+    return torch.where(doubt > 1 - _HARDEST, _HARDEST_GAMMA, upper)
 
 
 def _largest_below(log_probs: Tensor, of_target: Tensor) -> Tensor:

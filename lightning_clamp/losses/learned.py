@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_clamp._batch import Inputs
-from lightning_clamp._checks import check_number, check_whole
+from lightning_clamp._checks import OptionError, check_number, check_whole
 from lightning_clamp.losses._learning import LearningBySample, LearningFromValidation
 from lightning_clamp.losses.adafocal import adafocal_loss, confidence_cells, equal_mass_bins, updated_gamma
 from lightning_clamp.losses.cals import Multipliers, cals_loss, distance_sums, updated_multipliers
@@ -29,6 +29,10 @@ class CRLMixin(LearningBySample):
         crl_confidence: ``"softmax"``, ``"entropy"`` or ``"margin"``.
         **kwargs: The module's own.
 
+    Raises:
+        ValueError: If an option is out of range, or ``loss_task`` is ``"multilabel"``: several predictions per item have
+            no one rank.
+
     Reference:
         Moon et al., "Confidence-Aware Learning for Deep Neural Networks", ICML 2020.
     """
@@ -37,6 +41,11 @@ class CRLMixin(LearningBySample):
         self, *args: Any, crl_lambda: float = 1.0, crl_confidence: Confidence = "softmax", **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
+        if self.loss_task == "multilabel":
+            raise OptionError(
+                "CRLMixin ranks items of one prediction each, and loss_task='multilabel' has several per item: train "
+                "with another loss, such as MDCAMixin."
+            )
         self.train_with(crl_loss, prefix="crl_", lambda_=crl_lambda, confidence=crl_confidence)
         self.crl_counts = SampleValues()
         self._crl_epochs = 0

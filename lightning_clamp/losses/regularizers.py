@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from lightning_clamp._checks import check_at_least, check_between, check_choice
 from lightning_clamp._rows import Task
-from lightning_clamp.losses._margins import AdaptiveMargins, Margins
+from lightning_clamp.losses._margins import AdaptiveMargins, Margins, Penalty
 from lightning_clamp.losses._positions import Positions, Reduction, as_positions
 
 Reference: TypeAlias = Literal["code", "paper"]
@@ -155,7 +155,7 @@ def mbls_loss(
     positions = as_positions(
         logits, target, task=task, ignore_index=ignore_index, reduction=reduction, weight=weight, why_hard=""
     )
-    return _penalised(positions, Margins, (margin,), alpha, reduction, log_terms)
+    return _penalised(positions, Margins, (margin,), alpha, 1.0, reduction, log_terms)
 
 
 def acls_loss(
@@ -219,22 +219,28 @@ def acls_loss(
     )
     classes = positions.logits.shape[1]
     weights = (pos_lambda, neg_lambda / (classes - 1)) if reference == "code" else (pos_lambda / 2, neg_lambda / 2)
-    options = (*((classes * one) ** 0.5 for one in weights), margin, reference == "paper")
-    return _penalised(positions, AdaptiveMargins, options, alpha, reduction, log_terms)
+    positive, negative = (classes * one for one in weights)
+    options = (positive, negative, margin, reference == "paper")
+    return _penalised(positions, AdaptiveMargins, options, alpha, positive or negative, reduction, log_terms)
 
 
 def _penalised(
     positions: Positions,
-    penalty: type[torch.autograd.Function],
+    penalty: type[Penalty],
     options: tuple[float, ...],
     alpha: float,
+    unit: float,
     reduction: Reduction,
     log_terms: dict[str, Tensor] | None,
 ) -> Tensor:
-    """Cross-entropy plus ``alpha`` times the penalty of the logits."""
-    log_probs = positions.log_probs()
+    """Cross-entropy plus ``alpha`` times the penalty of the logits, which is given in ``unit``."""
+    # One step over all logits; compiled code has it from the rows, of which it makes one step anyway.
     of_all = reduction == "mean" and positions.keep is None and positions.n_all > 0
-    added: Tensor = penalty.apply(positions.logits, of_all, *options)
-    positions.note(log_terms, log_probs, regularizer=added)
+    of_all = of_all and not torch.compiler.is_compiling()
+    logits, added = penalty.apply(positions.logits, of_all, *options)
+    positions = positions._replace(logits=logits)
+    log_probs = positions.log_probs()
+    if log_terms is not None:
+        positions.note(log_terms, log_probs, regularizer=unit * added)
     added = added if of_all else positions.unweighted().reduced(added, reduction)
-    return torch.add(positions.reduced_cross_entropy(log_probs, reduction), added, alpha=alpha)
+    return torch.add(positions.reduced_cross_entropy(log_probs, reduction), added, alpha=alpha * unit)

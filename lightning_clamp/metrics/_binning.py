@@ -57,9 +57,7 @@ def no_sums(n_groups: int, device: torch.device) -> Tensor:
 def addends(confidence: Tensor, correct: Tensor) -> Tensor:
     """What a sample adds to the sums of its group, ``(3, M)`` float64: 1, its confidence, and whether it is right."""
     added = confidence.new_ones(3, len(confidence), dtype=torch.float64)
-    _, of_confidence, of_correct = added.unbind()
-    of_confidence.copy_(confidence)
-    of_correct.copy_(correct)
+    added[1], added[2] = confidence, correct
     return added
 
 

@@ -153,7 +153,7 @@ class Reader:
         check_range(
             target, preds.shape[1], " Labels start at 0. Positions that have no label are left out with ignore_index."
         )
-        if self.probs and not bool(_are_probs(preds).all()):
+        if self.probs and not self.can_be_probs(*torch.stack(_extremes(preds)).tolist()):
             raise ValueError(
                 "With probs=True `preds` must be probabilities, non-negative and adding up to 1 over the classes; for "
                 "logits leave probs=True out."
@@ -166,9 +166,12 @@ class Reader:
         """Whether logits may still turn out to be probabilities that nobody said to be any."""
         return not (self.probs or self._told_kind)
 
-    def seem_probs(self, preds: Tensor) -> Tensor:
-        """Whether all values of logits ``(m, C)`` could be probabilities, a bool."""
-        return _are_probs(preds).all() if self.task == "multiclass" else ((preds >= 0) & (preds <= 1)).all()
+    def can_be_probs(self, least: float, lowest: float, highest: float) -> bool:
+        """Whether values from ``least`` on, whose rows add up to ``lowest`` to ``highest``, can be probabilities."""
+        if self.task == "multiclass" or self.probs:
+            return least >= 0 and lowest >= 1 - _SUM_TOLERANCE and highest <= 1 + _SUM_TOLERANCE
+        # The rows are (0, z) as yet.
+        return least >= 0 and highest <= 1
 
     def learn(self, rows: int, *, seem_probs: bool) -> None:
         """Warn, once, of logits that look like probabilities; some that do not settle it."""
@@ -224,33 +227,40 @@ class PredictedRows:
         """Refuse the rows if they cannot be used; an accelerator is waited for once, for all that there is to know.
 
         Args:
-            derived: What was derived from the rows, or its sum: nan or inf in them has made it nan. Asked of few
-                numbers per row, in place of a look at every logit.
+            derived: A number that was derived from each row, ``(m,)``: nan or inf in the row has made it nan. Asked of
+                one number per row, in place of a look at every logit. It becomes nan where the label is out of range,
+                and so must not share memory with what somebody else holds.
 
         Raises:
             ValueError: If there is nan or inf, a label out of range, or no probability where there should be.
         """
-        reader = self.reader
-        if not reader.validate_args or not len(self.preds):
-            return
-        right = self.given == self.target
-        if reader.probs:
-            right &= _are_probs(self.preds)
-        total = derived.sum() if derived.ndim else derived
-        total = torch.where(right.all(), total, torch.nan)
-        if not reader.wonders:
-            number = float(total)
-        else:
-            number, seem_probs = torch.stack([total, reader.seem_probs(self.preds).to(total.dtype)]).tolist()
-            if not math.isnan(number):
-                reader.learn(len(self.preds), seem_probs=bool(seem_probs))
-        if math.isnan(number):
-            reader.refuse(self.preds, self.given)
+        if self.reader.validate_args:
+            self.total(derived)
+
+    def total(self, derived: Tensor) -> Tensor:
+        """Sum of what was derived from the rows, a float64 scalar; arguments and errors as :meth:`check`."""
+        if not self.reader.validate_args or not len(self.preds):
+            return derived.sum(dtype=torch.float64)
+        # In place, since `where` would have to bring the nan to the accelerator.
+        total = derived.masked_fill_(self.given != self.target, torch.nan).sum(dtype=torch.float64)
+        number, can_be_probs = self._read(total)
+        if math.isnan(number) or (self.reader.probs and not can_be_probs):
+            self.reader.refuse(self.preds, self.given)
+        if self.reader.wonders:
+            self.reader.learn(len(self.preds), seem_probs=can_be_probs)
+        return total
+
+    def _read(self, total: Tensor) -> tuple[float, bool]:
+        """A number, and whether preds can be probabilities (False if nobody wonders), in one wait."""
+        if not (self.reader.probs or self.reader.wonders):
+            return float(total), False
+        number, *extremes = torch.stack([total.to(self.preds.dtype), *_extremes(self.preds)]).tolist()
+        return number, self.reader.can_be_probs(*extremes)
 
 
-def _are_probs(rows: Tensor) -> Tensor:
-    """Which rows ``(m, C)`` are non-negative and add up to 1, ``(m,)`` bool; nan are not."""
-    return ((rows.sum(1) - 1).abs() <= _SUM_TOLERANCE) & (rows.amin(1) >= 0)
+def _extremes(rows: Tensor) -> list[Tensor]:
+    """The least value of rows ``(m, C)``, and the lowest and the highest sum of a row."""
+    return [rows.amin(), *rows.sum(1).aminmax()]
 
 
 def _top_label(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -270,7 +280,8 @@ def _top_label(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 def _top_label_at_once(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """The same in few launches, and without waiting for the number of ties: what counts on an accelerator."""
-    return logits.softmax(1).amax(1), logits.max(1).indices == target
+    top = logits.argmax(1, keepdim=True)
+    return logits.softmax(1).gather(1, top)[:, 0], top[:, 0] == target
 
 
 def _top_probability(probs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -59,7 +59,7 @@ def classwise_calibration_error(
     reader = Reader("classwise_calibration_error", probs=probs, task=task, ignore_index=ignore_index)
     blocks = reader.blocks(preds, target)
     first = next(blocks)
-    sums = torch.zeros(3, first.preds.shape[1], n_bins, dtype=torch.float64, device=preds.device)
+    sums = torch.zeros(3, n_bins, first.preds.shape[1], dtype=torch.float64, device=preds.device)
     for rows in chain([first], blocks):
         _add(sums, rows)
     reader.warn_unless(bool(sums[0].any()))
@@ -67,7 +67,7 @@ def classwise_calibration_error(
 
 
 class ClasswiseCalibrationError(RowMetric):
-    """Streaming :func:`classwise_calibration_error`, exact; its state ``(3, C, n_bins)`` takes 360 KB for C = 1,000.
+    """Streaming :func:`classwise_calibration_error`, exact; its state ``(3, n_bins, C)`` takes 360 KB for C = 1,000.
 
     Args:
         num_classes: Number of classes; 2 for ``task="binary"``.
@@ -87,7 +87,7 @@ class ClasswiseCalibrationError(RowMetric):
         self.num_classes = num_classes
         self.n_bins = checked_bins(n_bins)
         self.average: Average = _checked(average)
-        self.add_sums("classes", 3, num_classes, n_bins)
+        self.add_sums("classes", 3, n_bins, num_classes)
 
     def add(self, rows: PredictedRows) -> None:
         """Add rows to the histograms of the classes."""
@@ -115,47 +115,47 @@ def _refuse_labels(task: Task) -> None:
 
 
 def _add(sums: Tensor, rows: PredictedRows) -> None:
-    """Add to the count, summed probability and occurrences per class and bin, ``(3, C, n_bins)`` float64, in place."""
+    """Add to the count, summed probability and occurrences per bin and class, ``(3, n_bins, C)`` float64, in place."""
     probs = rows.class_probs()
-    summed = probs.sum(0, dtype=torch.float64)
-    rows.check(summed)
-    if probs.device.type == "cpu":
-        _add_chosen(sums, probs, rows.target, summed)
-    else:
-        _add_all(sums, probs, rows.target)
+    # nan or inf in one logit makes all probabilities of its row nan; of given probabilities the sums are looked at.
+    rows.check(probs[:, 0].clone())
+    (_add_chosen if probs.device.type == "cpu" else _add_all)(sums, probs, rows.target)
 
 
-def _add_chosen(sums: Tensor, probs: Tensor, target: Tensor, summed: Tensor) -> None:
+def _add_chosen(sums: Tensor, probs: Tensor, target: Tensor) -> None:
     """In a row at most ``n_bins`` probabilities lie above the first bin.
 
     Only these are sorted into bins; the first gets what is then missing in the totals.
     """
-    _, classes, n_bins = sums.shape
+    _, n_bins, classes = sums.shape
     # A shade below the edge, which float32 may not hit: the exact comparison is made in float64 by `bin_index`.
     row, column = (probs > (1 - 1e-6) / n_bins).nonzero(as_tuple=True)
     added = addends(probs[row, column], target[row] == column)
     occurrences = torch.bincount(target, minlength=classes).double()
-    totals = torch.stack([torch.full_like(occurrences, len(probs)), summed, occurrences])
+    totals = torch.stack([torch.full_like(occurrences, len(probs)), probs.sum(0, dtype=torch.float64), occurrences])
     # Labels out of range, where nobody looked for them, have failed by now: the sums are changed last.
-    sums[:, :, 0] += totals.index_add(1, column, added, alpha=-1)
-    sums.view(3, -1).index_add_(1, column * n_bins + bin_index(added[1], n_bins), added)
+    sums[:, 0] += totals.index_add(1, column, added, alpha=-1)
+    sums.view(3, -1).index_add_(1, bin_index(added[1], n_bins) * classes + column, added)
 
 
 def _add_all(sums: Tensor, probs: Tensor, target: Tensor) -> None:
-    """All of them, in a few launches, and without waiting for a number of those above the first bin."""
-    count, confidence, _ = sums.transpose(1, 2).unbind()
-    correct = sums[2].view(-1)
-    size = max(1, _AT_ONCE_DEVICE // probs.shape[1])
-    for part, labels in zip(torch.split(probs.double(), size), torch.split(target, size), strict=True):
-        index = bin_index(part, len(count))
-        one = part.new_ones(()).expand_as(part)
-        count.scatter_add_(0, index, one)
+    """All of them, in a few launches, and without waiting for a number of those above the first bin.
+
+    The classes of a bin lie side by side, so that threads side by side add to one piece of memory.
+    """
+    count, confidence, correct = sums
+    n_bins, classes = count.shape
+    size = max(1, _AT_ONCE_DEVICE // classes)
+    for start in range(0, len(probs), size):
+        part, labels = probs[start : start + size].double(), target[start : start + size, None]
+        index = bin_index(part, n_bins)
+        count.scatter_(0, index, 1, reduce="add")
         confidence.scatter_add_(0, index, part)
-        of_target = labels * len(count) + index.gather(1, labels[:, None])[:, 0]
-        correct.index_add_(0, of_target, one[:, 0])
+        of_target = labels.add(index.gather(1, labels), alpha=classes)
+        correct.view(-1).scatter_(0, of_target.flatten(), 1, reduce="add")
 
 
 def _error(sums: Tensor, average: Average) -> Tensor:
     count, confidence, correct = sums.unbind()
-    error = (confidence - correct).abs().sum(1) / count.sum(1)
+    error = (confidence - correct).abs().sum(0) / count.sum(0)
     return error.mean() if average == "macro" else error

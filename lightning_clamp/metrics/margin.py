@@ -31,12 +31,18 @@ def class_margin(logits: Tensor, target: Tensor) -> Tensor:
     Reference:
         Morosini, Gjika, Poggio and Beneventano, "Too Sharp, Too Sure", 2026 (arXiv 2604.20614).
     """
+    true, other = _true_and_other(logits, target)
+    return (true - other).reshape(target.shape)
+
+
+def _true_and_other(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The logit of the label, and the largest of the others; see :func:`class_margin`."""
     labels = checked_target(logits, target, "multiclass")
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         check_range(labels.flatten(), logits.shape[1])
     index = labels.unsqueeze(1)
     others = logits.scatter(1, index, -torch.inf)
-    return (logits.gather(1, index).squeeze(1) - others.amax(1)).reshape(target.shape)
+    return logits.gather(1, index).squeeze(1), others.amax(1)
 
 
 def exponential_margin_tail(
@@ -74,4 +80,5 @@ class ExponentialMarginTail(MeanMetric):
 
 
 def _tails(rows: PredictedRows) -> Tensor:
-    return class_margin(rows.log_probs().double(), rows.target).neg().exp()
+    true, other = _true_and_other(rows.log_probs(), rows.target)
+    return (other.double() - true.double()).exp()

@@ -118,21 +118,28 @@ def _sums(batch: Rows, rows: PredictedRows) -> Tensor:
     probs = log_probs.exp()
     target = rows.target[:, None]
     columns = [_score(probs, log_probs, target), _score(probs, probs, target), _class_scores(probs, target)]
-    score, variance, third = (torch.cat(parts, 1).double() for parts in zip(*columns, strict=True))
+    scores, *others = zip(*columns, strict=True)
+    score = torch.cat(scores, 1).double()
+    variance, third = (torch.cat([part.sum(0, dtype=torch.float64) for part in parts]) for parts in others)
     rows.check(score[:, 0])
     of_item = batch.per_item(score)
     ladder = [_slope(log_probs, target, temperature) for temperature in LADDER]
     of_items = batch.per_item(score.new_ones(len(score)))
     counts = torch.stack([(of_items > 0).sum(dtype=torch.float64), of_items.sum()])
-    moments = torch.stack([score.sum(0), variance.sum(0), third.sum(0), of_item.square().sum(0)])
+    moments = torch.stack([score.sum(0), variance, third, of_item.square().sum(0)])
     return torch.cat([counts, torch.stack(ladder).T.flatten(), moments.flatten()])
 
 
 def _score(probs: Tensor, weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A weight at the target minus its expectation, per row, with its variance and third moment; ``(m, 1)`` each."""
-    distance = weights - (probs * weights).sum(1, keepdim=True)
-    weighted = probs * distance.square()
+    distance, weighted = _deviations(probs, weights)
     return distance.gather(1, target), weighted.sum(1, keepdim=True), (weighted * distance).sum(1, keepdim=True)
+
+
+def _deviations(probs: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Each class's weight minus the expected one, and its square times the probability; ``(m, C)``."""
+    distance = weights - (probs * weights).sum(1, keepdim=True)
+    return distance, probs * distance.square()
 
 
 def _class_scores(probs: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,8 +151,8 @@ def _class_scores(probs: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 def _slope(log_probs: Tensor, target: Tensor, temperature: float) -> Tensor:
     """The temperature's score and its variance at another temperature, summed over the rows, ``(2,)`` float64."""
-    score, variance, _ = _score((log_probs / temperature).softmax(1), log_probs, target)
-    return torch.stack([score.sum(dtype=torch.float64), variance.sum(dtype=torch.float64)])
+    distance, weighted = _deviations((log_probs / temperature).softmax(1), log_probs)
+    return torch.stack([distance.gather(1, target).sum(dtype=torch.float64), weighted.sum(dtype=torch.float64)])
 
 
 def _evidence(sums: Tensor) -> CalibrationEvidence:

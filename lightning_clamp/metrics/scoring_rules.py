@@ -5,12 +5,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_clamp._rows import Task
 from lightning_clamp.metrics._base import RowMetric
 from lightning_clamp.metrics._labels import LabelAverage, over_labels
 from lightning_clamp.metrics._reading import PredictedRows, Reader
+
+# Torch's loss leaves a target of -100 out unasked, unless it is told another number: one that is nobody's label.
+_NO_LABEL = torch.iinfo(torch.int64).min
 
 
 def negative_log_likelihood(
@@ -135,11 +138,9 @@ class MeanMetric(RowMetric):
             rows.check(values)
             self.sums.add_(rows.by_label(torch.stack([values, torch.ones_like(values)], 1).double(), self.num_labels))
             return
-        added = values.sum(dtype=torch.float64)
-        rows.check(added)
-        total, count = self.sums.unbind()
-        total += added
-        count += len(values)
+        total = rows.total(values)
+        self.sums[0].add_(total)
+        self.sums[1].add_(len(values))
 
     def value(self, sums: Tensor) -> Tensor:
         """The mean."""
@@ -201,23 +202,23 @@ def mean_over_rows(values: Callable[[PredictedRows], Tensor], preds: Tensor, tar
 
 def nll_per_row(rows: PredictedRows) -> Tensor:
     """Negative log-likelihood per row."""
-    # Not torch's nll_loss, which leaves targets of -100 out unasked.
-    return -rows.log_probs().gather(1, rows.target[:, None])[:, 0]
+    return nn.functional.nll_loss(rows.log_probs(), rows.target, ignore_index=_NO_LABEL, reduction="none")
 
 
 def _squared_errors(rows: PredictedRows) -> Tensor:
     probs = rows.class_probs()
-    error = probs.scatter_add(1, rows.target[:, None], -torch.ones_like(probs[:, :1]))
+    error = probs.scatter(1, rows.target[:, None], -1, reduce="add")
     squared = error.square().sum(1, dtype=torch.float64)
     # One of the two equal terms.
     return squared if rows.reader.task == "multiclass" else squared / 2
 
 
 def _entropies(rows: PredictedRows) -> Tensor:
-    terms: Tensor = torch.special.entr(rows.log_probs().exp())
+    terms: Tensor = torch.special.entr(rows.class_probs())
     return terms.sum(1, dtype=torch.float64)
 
 
 def _hits(rows: PredictedRows) -> Tensor:
     largest, predicted = rows.preds.max(1)
-    return torch.where(largest.isfinite(), (predicted == rows.target).double(), torch.nan)
+    # The difference is 0, or nan where the largest is nan or inf.
+    return (predicted == rows.target) + (largest - largest)

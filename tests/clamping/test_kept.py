@@ -124,6 +124,16 @@ def kept_of(limit, *sizes, **options):
     return batches
 
 
+def test_what_cannot_be_pinned_is_sent_all_the_same(monkeypatch):
+    def fail(value):
+        raise RuntimeError("out of memory")
+
+    value = torch.arange(3)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", fail)
+    assert kept._pinned(value) is value
+    assert kept._sent(value, torch.device("cpu")) is value
+
+
 def test_all_are_kept_or_none():
     assert [len(x) for x, _ in kept_of(100, 40, 60)] == [40, 60]
     over = kept_of(100, 40, 61, 1)

@@ -95,7 +95,6 @@ def test_the_clamp_is_that_of_the_whole_curvature(monkeypatch, n):
     assert blocks.chosen.expected_change == pytest.approx(whole.chosen.expected_change, abs=0.005)
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The calibration set has no samples")
 def test_no_sum_has_a_row_and_a_column_for_every_class(monkeypatch):
     """What ranks add up, and what an accelerator hands to the processor, are vectors."""

@@ -151,6 +151,7 @@ def test_correlated_rows_are_charged_by_their_covariance():
     assert WholePath(at, space.weight).effective_parameters(3) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bias", "vector", "matrix"])
 def test_shrinkage_leads_from_the_temperature_to_the_free_map(kind):
     """The weaker, the more effective parameters and the larger the gain."""

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lightning_clamp.clamping.perturbation import available_sizes, make_grid
+from lightning_clamp.clamping.perturbation import available_sizes, make_grid, project
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])
@@ -28,12 +28,21 @@ def test_projection_is_the_adjoint_of_the_image(size, shape):
     coefficients = torch.randn(grid.n_coefficients, dtype=torch.float64)
     gradient = torch.randn(5, *shape, dtype=torch.float64)
     inner = (gradient * grid.image(coefficients)).flatten(1).sum(1)
-    torch.testing.assert_close(grid.project(gradient) @ coefficients, inner)
+    torch.testing.assert_close(project(gradient, [grid])[0] @ coefficients, inner)
+
+
+def test_several_grids_are_projected_on_together_and_axes_between_are_summed():
+    grids = [make_grid(size, (2, 6, 5)) for size in (2, 1, 4)]
+    gradient = torch.randn(5, 3, 2, 6, 5)
+    alone = [project(gradient.double().sum(1), [grid])[0] for grid in grids]
+    torch.testing.assert_close(project(gradient, grids), alone)
+    (sums,) = project(torch.ones(5, 3, 7), [make_grid(1, (7,))])
+    assert torch.equal(sums, 3 * torch.ones(5, 7, dtype=torch.float64))
 
 
 def test_a_grid_as_large_as_the_image_spans_every_image():
     grid = make_grid(8, (1, 8, 8))
-    assert torch.linalg.matrix_rank(grid.basis) == 64
+    assert torch.linalg.matrix_rank(torch.stack([grid.image(one).flatten() for one in torch.eye(64)])) == 64
 
 
 def test_grids_larger_than_the_image_or_of_non_images_do_not_exist():

@@ -30,11 +30,11 @@ def space_of(kind, y):
     return map_space(kind, logit_moments(rows(*logits), logits[0].shape[1]))
 
 
-def sums_at(network, x, y, size, coefficients=None, free=(0.7,), kind="temperature"):
+def sums_at(network, x, y, size, coefficients=None, free=(0.7,), kind="temperature", per_batch=16):
     """Score sums of a grid and an output map at these coefficients and free parameters of the map."""
     grid = make_grid(size, x.shape[1:])
     space, free = space_of(kind, y), torch.as_tensor(free, dtype=torch.float64)
-    data = CalibrationSet(network, batches(x, y, 16), Spec(), cache_bytes=2**20)
+    data = CalibrationSet(network, batches(x, y, per_batch), Spec(), cache_bytes=2**20)
     image = None if coefficients is None else grid.image(coefficients).to(x.dtype)
     with frozen(network):
         (sums,), _ = score_pass(data, image, space, free, [grid], dense_scale=1e-4 if y.ndim > 1 else None, what="")
@@ -48,7 +48,7 @@ def sums_at(network, x, y, size, coefficients=None, free=(0.7,), kind="temperatu
 def test_gradient_and_curvature_are_those_of_automatic_differentiation(dense, size, kind):
     """Curvature: for class outputs the sum of score outer products, for dense ones the exact Gauss-Newton matrix."""
     network = DenseNet().double() if dense else SmallNet(dtype=torch.float64)
-    n = 12 if dense else 40
+    n = 4 if dense else 40
     x = images(n, dtype=torch.float64)
     y = torch.randint(3, (n, 8, 8)) if dense else torch.randint(4, (n,))
     grid = make_grid(size, (3, 8, 8))
@@ -95,7 +95,7 @@ def test_the_score_test_is_chi_squared_where_the_input_is_right():
     for seed in range(150):
         x = images(1000, seed)
         y = sampled(network(x).detach().double(), 1000 + seed)
-        sums, _ = sums_at(network, x, y, 1, free=(1.0,))
+        sums, _ = sums_at(network, x, y, 1, free=(1.0,), per_batch=1000)
         statistics.append(score_test(sums, 3).statistic)
     statistics = torch.tensor(statistics)
     assert float(statistics.mean()) == pytest.approx(3, abs=4 * math.sqrt(6 / 150))

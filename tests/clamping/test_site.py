@@ -127,6 +127,7 @@ def test_tokens_without_a_place_to_perturb_have_their_outputs_calibrated():
     assert "nothing can be added to integer inputs: perturb_at can name the submodule" in result.reason
 
 
+@pytest.mark.slow
 def test_a_trainer_tests_predicts_saves_and_restores_with_the_submodule(tmp_path):
     data = DataLoader(token_batches(1200, shift=0.15), batch_size=None)
     callback = NeuralClamping(

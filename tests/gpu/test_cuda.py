@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_clamp import CalibrationModule, NeuralClamping, calibrate, fit_clamp
+from lightning_clamp.clamping import kept
 from lightning_clamp.losses import ASLPMixin, Indexed, MarginAwareMixin
 from tests.scenarios import (
     DenseNet,
@@ -70,6 +71,22 @@ def test_every_candidate_is_that_of_the_cpu(kind):
         assert (one.name, one.refusal) == (other.name, other.refusal)
         if not one.refusal:
             assert other.criterion == pytest.approx(one.criterion, abs=1e-4)
+
+
+def test_batches_kept_on_the_host_come_back_through_pinned_memory_with_the_same_bits(monkeypatch):
+    """Those that there is room for on the device do not leave it."""
+    pinned = []
+    monkeypatch.setattr(kept, "_pinned", lambda value: pinned.append(value.pin_memory()) or pinned[-1])
+    data = [(torch.randn(100, 3, 8, 8, device="cuda"), torch.arange(100, device="cuda")) for _ in range(20)]
+    for room, n_pinned in ((2**30, 0), (0, 40)):
+        monkeypatch.setattr(kept, "_free_on", lambda device, room=room: 4 * room)
+        batches_kept = kept.KeptBatches(None)
+        for inputs, target in data:
+            batches_kept.add(inputs, target)
+        for one, other in zip(data, batches_kept, strict=True):
+            assert all(torch.equal(*pair) and pair[1].is_cuda for pair in zip(one, other, strict=True))
+        assert len(pinned) == n_pinned
+    assert all(value.is_pinned() for value in pinned)
 
 
 def test_a_compiled_network(tmp_path):

@@ -419,6 +419,7 @@ def test_what_was_learned_is_in_the_checkpoint_and_the_plain_module_takes_it(mix
         assert torch.equal(state(fresh)[name], value)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize("interval", [1.0, 1])
 @every_mixin

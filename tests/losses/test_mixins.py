@@ -116,12 +116,18 @@ def test_several_labels_are_trained_on_single_ones_of_them(name):
     assert value.isfinite()
 
 
+def test_crl_refuses_several_labels_when_the_module_is_made():
+    with pytest.raises(ValueError, match="CRLMixin ranks items of one prediction each, and loss_task='multilabel' has"):
+        made(losses.CRLMixin, loss_task="multilabel")
+    assert made(losses.CRLMixin, loss_task="binary").loss_task == "binary"
+
+
 def test_crl_ranks_items_of_one_prediction():
-    model = made(losses.CRLMixin, loss_task="multilabel")
+    model = made(losses.CRLMixin)
     inputs, target = next(iter(loader(100, 20)))
-    labels = F.one_hot(target, model(inputs).shape[1])
+    model.forward = lambda x: torch.zeros(len(x), 3, 2, requires_grad=True)
     with pytest.raises(ValueError, match="CRL is for one prediction per item"):
-        model.calibrated_loss(inputs, labels, torch.arange(len(inputs)))
+        model.calibrated_loss(inputs, target.unsqueeze(1).expand(-1, 2) % 3, torch.arange(len(inputs)))
 
 
 def test_options_reach_the_function():

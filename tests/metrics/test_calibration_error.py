@@ -177,6 +177,7 @@ def test_torrvision_leaves_out_classes_above_the_largest_label(key):
 # NumPy.
 
 
+@pytest.mark.slow
 @given(st.integers(1, 60), st.integers(2, 6), st.integers(1, 20), st.integers(0, 10**6))
 @settings(deadline=None, max_examples=60)
 def test_every_error_is_that_of_numpy(n, k, n_bins, seed):
@@ -204,6 +205,7 @@ def test_every_error_is_that_of_numpy(n, k, n_bins, seed):
     same(classwise_calibration_error(probs, target, n_bins=n_bins, probs=True), ref.classwise(p, y, n_bins))
 
 
+@pytest.mark.slow
 @given(st.integers(1, 80), st.integers(1, 20), st.integers(0, 10**6))
 @settings(deadline=None, max_examples=60)
 def test_laws_of_the_errors(n, n_bins, seed):

@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_clamp.metrics import BootstrapSums, BrierScore, ClasswiseCalibrationError, ExpectedCalibrationError
+from lightning_clamp.metrics import (
+    Accuracy,
+    BootstrapSums,
+    BrierScore,
+    ClasswiseCalibrationError,
+    ExpectedCalibrationError,
+    NegativeLogLikelihood,
+    PredictiveEntropy,
+    ReliabilityDiagram,
+)
 from lightning_clamp.metrics._binning import _cell_edges, bin_index, cell_count, cell_index, merged
 from lightning_clamp.metrics._reading import _top_label, _top_label_at_once
 from lightning_clamp.metrics.classwise import _add_all
@@ -30,7 +39,7 @@ WITHOUT_LABELS = [ClasswiseCalibrationError]
 
 
 class Waits(TorchDispatchMode):
-    """Counts what an accelerator would be waited for; every number that is read is 0."""
+    """Counts what an accelerator would be waited for; every number that is read is 1, as a sum of probabilities is."""
 
     def __init__(self):
         super().__init__()
@@ -45,9 +54,9 @@ class Waits(TorchDispatchMode):
         if name in WAITING or masks or moved:
             self.found.append(name)
             if name == "_to_copy":
-                return torch.zeros(args[0].shape, dtype=kwargs.get("dtype", args[0].dtype))
+                return torch.ones(args[0].shape, dtype=kwargs.get("dtype", args[0].dtype))
             if name == "_local_scalar_dense":
-                return 0.0
+                return 1.0
         return function(*args, **kwargs)
 
 
@@ -57,9 +66,16 @@ def waits(metric, *batch):
     return seen.found
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore:.* was given values that look like probabilities")
+@pytest.mark.parametrize(
+    ("validate", "kind"),
+    [
+        *((False, kind) for kind in KINDS),
+        # All check in the same place.
+        *((True, kind) for kind in ("logits", "one probability", "labels")),
+    ],
+)
 @pytest.mark.parametrize("metric_class", METRICS)
-@pytest.mark.parametrize("validate", [False, True])
 def test_no_update_waits_for_the_device_or_for_one_number_if_it_is_to_check(metric_class, kind, validate):
     options, shape, labels = KINDS[kind]
     if options.get("task") == "multilabel":
@@ -74,6 +90,7 @@ def test_no_update_waits_for_the_device_or_for_one_number_if_it_is_to_check(metr
     assert len(found) == validate, found
 
 
+@pytest.mark.filterwarnings("ignore:.* was given values that look like probabilities")
 @pytest.mark.parametrize("task", ["binary", "multilabel"])
 @pytest.mark.parametrize("validate", [False, True])
 def test_float_targets_are_looked_at_with_the_rest(task, validate):
@@ -81,6 +98,44 @@ def test_float_targets_are_looked_at_with_the_rest(task, validate):
     for metric_class in (BrierScore, BootstrapSums):
         metric = metric_class(task=task, validate_args=validate, **options).to("meta")
         assert len(waits(metric, torch.empty(9, 2, device="meta"), torch.empty(9, 2, device="meta"))) == validate
+
+
+# Of an update without checks; one of torchmetrics' MulticlassCalibrationError takes 9. Checks take at most 4 more.
+KERNELS = {
+    ExpectedCalibrationError: 9,
+    ReliabilityDiagram: 9,
+    ClasswiseCalibrationError: 9,
+    NegativeLogLikelihood: 5,
+    Accuracy: 7,
+    BrierScore: 7,
+    PredictiveEntropy: 6,
+}
+
+
+class Kernels(Waits):
+    """Also counts what an accelerator would be given to do: all but views and new memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.launched = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if not function.is_view and name not in ("promote_types", "empty", "_local_scalar_dense"):
+            self.launched.append(name)
+        return super().__torch_dispatch__(function, types, args, kwargs)
+
+
+@pytest.mark.parametrize("metric_class", KERNELS)
+@pytest.mark.parametrize("validate", [False, True])
+def test_an_update_is_few_kernels(metric_class, validate):
+    """What decides about the time of a small batch; the first batches also ask whether logits are probabilities."""
+    metric = make(metric_class, 5, validate_args=validate).to("meta")
+    metric.reader.learn(40, seem_probs=False)
+    for _ in range(2):
+        with Kernels() as seen:
+            metric.update(torch.empty(40, 5, device="meta"), torch.empty(40, device="meta", dtype=torch.int64))
+    assert len(seen.launched) <= KERNELS[metric_class] + 4 * validate, seen.launched
 
 
 def test_leaving_positions_out_costs_one_wait():

@@ -116,10 +116,19 @@ def batch(layout, probs, ignore_index, dtype):
 
 
 @every_pair
-@pytest.mark.parametrize("layout", ["classes", "dense", "one logit", "one logit, dense"])
-@pytest.mark.parametrize("probs", [False, True], ids=["logits", "probs"])
-@pytest.mark.parametrize("ignore_index", [None, 255])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize(
+    ("layout", "probs", "ignore_index", "dtype"),
+    [  # every pair of two of them
+        ("classes", False, None, torch.float64),
+        ("classes", True, 255, torch.float16),
+        ("dense", False, 255, torch.float16),
+        ("dense", True, None, torch.float64),
+        ("one logit", False, 255, torch.float64),
+        ("one logit", True, None, torch.float16),
+        ("one logit, dense", False, None, torch.float16),
+        ("one logit, dense", True, 255, torch.float64),
+    ],
+)
 def test_the_function_is_the_metric_of_one_batch(function, layout, probs, ignore_index, dtype):
     preds, target = batch(layout, probs, ignore_index, dtype)
     task = "binary" if layout.startswith("one logit") else "multiclass"
@@ -176,9 +185,11 @@ def test_what_is_refused_is_refused_in_the_same_sentence(function, case):
     preds, target, options, error, message = BAD_PREDICTIONS[case]
     with pytest.raises(error, match=message) as by_function:
         function(preds, target, **options)
+    metric = metric_of(function, **options)
     with pytest.raises(error) as by_metric:
-        metric_of(function, **options).update(preds, target)
+        metric.update(preds, target)
     assert str(by_function.value) == str(by_metric.value)
+    assert not metric.sums.any()
 
 
 @every_pair

@@ -7,7 +7,6 @@ import warnings
 
 import pytest
 import torch
-import torch.multiprocessing
 from lightning.pytorch import LightningModule, Trainer
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -38,6 +37,8 @@ from lightning_clamp.metrics import (
     SmoothCalibrationError,
     expected_calibration_error,
 )
+from tests.metrics.test_functions import PAIRS
+from tests.ranks import on_ranks
 from tests.references import flat
 from tests.scenarios import BAD_PREDICTIONS, NAN, calibrated_logits
 
@@ -100,12 +101,12 @@ def test_any_split_gives_the_same_value(metric_class, dtype):
 @pytest.mark.parametrize("metric_class", METRICS)
 def test_batches_larger_than_a_block_give_the_same_value(metric_class, monkeypatch):
     """Rows, and positions of a single image, that do not fit in one block."""
-    logits, target = torch.randn(3, 5, 8, 9), torch.randint(5, (3, 8, 9))
+    logits, target = torch.randn(3, 5, 4, 5), torch.randint(5, (3, 4, 5))
     target[0, 0] = 255
     rows = (logits.movedim(1, -1).flatten(0, 2), target.flatten())
     expected = computed(make(metric_class, ignore_index=255), (logits, target))
     by_row = computed(make(metric_class, ignore_index=255), rows)
-    for elements in (1, 7, 100, 400):
+    for elements in (1, 7, 40, 120):
         monkeypatch.setattr("lightning_clamp._rows._BLOCK_ELEMENTS", elements)
         for batch, value in (((logits, target), expected), (rows, by_row)):
             actual = computed(make(metric_class, ignore_index=255), batch)
@@ -291,9 +292,9 @@ def overall(value):
     return value.blocks.sum(0)[1:] if isinstance(value, BlockSums) else value
 
 
-def two_ranks(rank: int, folder: str) -> None:
+def shards() -> dict:
     """Shards of 431 and 69 rows, of 500 and none, of none and none; and a batch of ignored rows on one rank."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    rank = torch.distributed.get_rank()
     warnings.simplefilter("ignore")  # the rank without rows is told so
     logits, target = calibrated_logits(500)
     values = {}
@@ -307,14 +308,12 @@ def two_ranks(rank: int, folder: str) -> None:
                 metric.update(logits[:7], torch.full((7,), -1))
             values[metric_class.__name__, name] = overall(metric.compute())
         values[metric_class.__name__, "empty"] = overall(make(metric_class).compute())
-    torch.save(values, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return values
 
 
 @pytest.mark.slow
 def test_any_number_of_ranks_gives_the_same_value(tmp_path):
-    torch.multiprocessing.spawn(two_ranks, (str(tmp_path),), nprocs=2)
-    results = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+    results = on_ranks(2, tmp_path / "run", shards)
     logits, target = calibrated_logits(500)
     for metric_class in METRICS:
         metric = make(metric_class)
@@ -376,8 +375,12 @@ def test_forward_gives_the_batch_value_and_adds_to_the_whole(metric_class):
     torch.testing.assert_close(flat(metric.compute()), computed(make(metric_class), (logits, target)))
 
 
+# One for each way to add a batch.
 @pytest.mark.slow
-@pytest.mark.parametrize("metric_class", METRICS)
+@pytest.mark.parametrize(
+    "metric_class",
+    [ExpectedCalibrationError, BrierScore, NegativeLogLikelihood, BestTemperature, BootstrapSums, *BY_CLASS],
+)
 def test_a_compiled_caller_gets_the_same(metric_class):
     logits, target = calibrated_logits(64)
     metric = make(metric_class)
@@ -470,7 +473,8 @@ def test_it_is_logged_by_a_lightning_module(tmp_path):
     assert result["ece"] == pytest.approx(float(expected_calibration_error(logits, target)), abs=1e-6)
 
 
-@pytest.mark.parametrize("metric_class", METRICS)
+# test_functions.py has those that have a function beside them.
+@pytest.mark.parametrize("metric_class", [one for one in METRICS if one not in PAIRS.values()])
 @pytest.mark.parametrize("case", BAD_PREDICTIONS)
 def test_bad_input_is_named(metric_class, case):
     preds, target, options, error, message = BAD_PREDICTIONS[case]

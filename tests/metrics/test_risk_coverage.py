@@ -68,6 +68,7 @@ def test_torch_uncertainty_takes_the_trapezoid_rule_of_the_same_curve(key):
     assert coverage == pytest.approx(expected["coverage_at_30_risk"], abs=1e-6)
 
 
+@pytest.mark.slow
 @given(st.integers(1, 60), st.integers(0, 10**6), st.sampled_from([None, 1, 3, 20]))
 @settings(deadline=None, max_examples=25)
 def test_every_value_is_that_of_numpy(n, seed, values):

@@ -127,6 +127,7 @@ def test_who_wants_no_warnings_gets_none(tmp_path):
         warn_every_time("unheard")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_validation_of_its_own_is_bare_and_says_so(tmp_path):

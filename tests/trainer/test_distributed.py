@@ -3,8 +3,6 @@
 import atexit
 import os
 import socket
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -114,6 +112,8 @@ class Shipping(LitClassifier):
 def test_spawned_processes_leave_their_result_behind_and_end_in_order(tmp_path):
     run, model, callback = fitted(tmp_path / "run", 2, strategy="ddp_spawn", model=Shipping(tmp_path / "exit"))
     assert [path.read_text() for path in tmp_path.glob("exit.*")] == 2 * ["group at exit: False"]
+    # Into one process, as every rank takes the model along in the same way.
+    run = trainer(tmp_path, callback, devices=1, strategy="ddp_spawn")
     (metrics,) = run.test(model, loader(60, seed=53), verbose=False)
     assert metrics["clamped"] == 1.0
     _, _, alone = fitted(tmp_path / "alone", 1)
@@ -127,23 +127,23 @@ def free_port():
         return probe.getsockname()[1]
 
 
+def on_node(rank, port, folder):
+    """A process on a host of its own, which torchrun tells where it is by these variables."""
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank),
+        "GROUP_RANK": str(rank), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "none",
+    }  # fmt: skip
+    callback = NeuralClamping(loader(301, seed=30), output_maps=("temperature",), grids=(1,), save_to=False)
+    run = trainer(folder / f"node-{rank}", callback, num_nodes=2, devices=1, strategy="ddp")
+    run.fit(LitClassifier(lr=0.0), loader(100, seed=20, shift=False))
+    assert run.node_rank == run.global_rank == rank
+    content = {"clamp": callback.result.clamp.state_dict(), "n_samples": callback.result.n_samples}
+    torch.save(content, folder / f"{rank}.pt")
+
+
 @pytest.mark.slow
 def test_two_nodes_fit_the_clamp_of_one(tmp_path):
-    """Two agents of torchrun on one machine, as on two hosts."""
-    port, script = free_port(), Path(__file__).with_name("multinode.py")
-    agents = [
-        subprocess.Popen(
-            [
-                sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1",
-                f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={port}", str(script), str(tmp_path),
-            ],
-            cwd=script.parents[1], env={**os.environ, "PYTHONPATH": str(script.parents[1])},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for node in (0, 1)
-    ]  # fmt: skip
-    said = [agent.communicate(timeout=180)[0] for agent in agents]
-    assert [agent.returncode for agent in agents] == [0, 0], "\n".join(said)
+    torch.multiprocessing.start_processes(on_node, (free_port(), tmp_path), nprocs=2, start_method="fork")
     callback = NeuralClamping(loader(301, seed=30), output_maps=("temperature",), grids=(1,), save_to=False)
     _, _, alone = fitted(tmp_path / "alone", 1, callback=callback)
     for rank in (0, 1):
@@ -164,6 +164,7 @@ def test_the_validation_set_is_read_without_lightnings_repeats(tmp_path):
         assert callback.result.n_samples == 51
 
 
+@pytest.mark.slow
 def test_rank_0s_batch_statistics_are_calibrated_and_all_ranks_are_clamped(tmp_path):
     run, _, callback = fitted(tmp_path / "run", 2, model=Normalised())
     module = CalibrationModule.from_checkpoint(callback.checkpoint_path, Normalised)
@@ -272,6 +273,7 @@ def test_the_published_solver_is_refused_before_training(tmp_path):
         fitted(tmp_path / "run", 2, callback=NeuralClamping(loader(301, seed=30), method="published", epochs=1))
 
 
+@pytest.mark.slow
 def test_one_rank_logs_and_saves(tmp_path):
     logger = CSVLogger(tmp_path / "csv")
     _, _, callback = fitted(tmp_path / "run", 2, logger=logger, log_every_n_steps=1)
@@ -282,11 +284,11 @@ def test_one_rank_logs_and_saves(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_spawn"])
-def test_a_model_that_was_trained_earlier_is_calibrated_on_several_devices(tmp_path, strategy):
+@pytest.mark.parametrize(("n", "strategy"), [(2, "ddp_fork"), (1, "ddp_spawn")])
+def test_a_model_that_was_trained_earlier_is_calibrated_in_other_processes(tmp_path, n, strategy):
     model, options = LitClassifier(), {"output_maps": ("temperature",), "grids": (1,)}
     alone = calibrate(trainer(tmp_path), model, loader(301, seed=30), **options)
-    several = trainer(tmp_path, devices=2, strategy=strategy)
+    several = trainer(tmp_path, devices=n, strategy=strategy)
     together = calibrate(several, model, loader(301, seed=30), save_to=tmp_path / "a-calibrated.ckpt", **options)
     assert_same(alone.result, together.result)
     x = loader(20, seed=3).dataset.tensors[0]

@@ -1,0 +1,56 @@
+"""How many kernels a step of each loss starts, which is what small batches on a GPU take their time for."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.scenarios import LOSSES
+
+# At most so many beyond the five of cross-entropy, forward and backward. A version of torch may need one more.
+BEYOND = {
+    "acls_loss": 14,
+    "adafocal_loss": 28,
+    "brier_loss": 14,
+    "cals_loss": 34,
+    "crl_loss": 4,
+    "dca_loss": 16,
+    "dual_focal_loss": 25,
+    "entropy_penalty_loss": 21,
+    "flsd_loss": 25,
+    "focal_loss": 14,
+    "label_smoothing_loss": 14,
+    "mbls_loss": 13,
+    "mdca_loss": 13,
+    "mmce_loss": 30,
+}
+
+
+class Kernels(TorchDispatchMode):
+    """Counts operations, but those that compute nothing."""
+
+    started = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        self.started += not (func.is_view or "empty" in name or name in ("detach", "_unsafe_view"))
+        return func(*args, **(kwargs or {}))
+
+
+def started(loss, *shape):
+    # Tensors without data: none is read, as on a GPU.
+    logits = torch.zeros(shape, device="meta", requires_grad=True)
+    target = torch.zeros((shape[0], *shape[2:]), dtype=torch.long, device="meta")
+    with Kernels() as kernels:
+        loss(logits, target).backward()
+    return kernels.started
+
+
+@pytest.mark.parametrize("shape", [(8, 5), (2, 5, 3, 3)], ids=["classes", "dense"])
+@pytest.mark.parametrize("name", BEYOND)
+def test_a_step_takes_few_kernels(name, shape):
+    assert started(LOSSES[name], *shape) - started(F.cross_entropy, *shape) <= BEYOND[name] + 1
+
+
+def test_every_loss_has_a_bound_but_that_whose_pairs_grow_with_the_classes():
+    assert {*BEYOND, "cpc_loss"} == set(LOSSES)
