@@ -179,7 +179,7 @@ def test_the_gradient_of_a_perturbation_is_that_of_all_views():
 
 
 class Masking(nn.Module):
-    """Masks the second class of bright images where their left half is the brighter one: in one view, not its mirror."""
+    """Masks the second class of bright images whose left half is the brighter one: in one view, not its mirror."""
 
     def __init__(self, mask: float) -> None:
         super().__init__()
