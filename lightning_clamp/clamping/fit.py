@@ -177,11 +177,9 @@ _METHODS: dict[Method, Callable[[CalibrationSet, DatasetSummary, TemperatureFit,
 def _metric_sums(clamp: Clamp, logits: Logits, data: CalibrationSet, n_labels: int) -> BlockSums:
     """What the metrics are computed from, of the clamped logits, through the clamp itself."""
     ranks = data.ranks
-    options = data.spec.of_metrics
-    if n_labels:
-        n_blocks = min(1024, max(_FEWEST_BLOCKS, _BLOCKS // n_labels))
-        options |= {"num_labels": n_labels, "average": "macro", "n_blocks": n_blocks}
-    metric = BootstrapSums(**options, validate_args=False, rank=ranks.rank, world_size=ranks.size)
+    n_blocks = min(1024, max(_FEWEST_BLOCKS, _BLOCKS // max(n_labels, 1)))
+    options = data.spec.of_means(n_labels)
+    metric = BootstrapSums(n_blocks=n_blocks, **options, validate_args=False, rank=ranks.rank, world_size=ranks.size)
 
     def batch_sums() -> Iterator[tuple[Tensor, ...]]:
         for batch, target in logits.batches():
