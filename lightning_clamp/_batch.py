@@ -17,6 +17,7 @@ _LOGITS = ("logits", "out")
 # How targets are called, for a hint.
 _TARGETS = ("label", "target", "class", "y")
 
+_OF_NAMES = ": number the classes from 0 on, and put the numbers of a batch into one tensor."
 _OF_SAMPLES = ": if the loader yields samples, pass DataLoader(dataset, batch_size=...), which makes batches of them."
 
 
@@ -41,10 +42,8 @@ def as_pair(batch: Any, keys: BatchKeys | None = None) -> tuple[Inputs, Tensor]:
         keys = (0, 1)
     inputs, target = input_of(batch, keys), _entry(batch, keys[1])
     if not isinstance(target, Tensor):
-        samples = isinstance(target, int | float)
-        raise TypeError(
-            f"The target of a batch must be a tensor, got {type(target).__name__}{_OF_SAMPLES if samples else '.'}"
-        )
+        way_out = _OF_SAMPLES if isinstance(target, int | float) else _OF_NAMES
+        raise TypeError(f"The target of a batch must be a tensor, got {type(target).__name__}{way_out}")
     if target.ndim == 0:
         raise TypeError(f"The target of a batch must have one value per item, got a single number{_OF_SAMPLES}")
     return inputs, target

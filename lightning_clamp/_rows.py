@@ -191,7 +191,10 @@ def checked_target(logits: Tensor, target: Tensor, task: Task) -> Tensor:
         The target; of class indices without the axis of length 1 that it may have where the logits have the classes.
     """
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        raise TypeError(f"The network must return one float tensor of logits, got {_kind(logits)}.")
+        raise TypeError(
+            f"The network must return one float tensor of logits, got {_kind(logits)}: the numbers before the softmax "
+            "or argmax are wanted."
+        )
     if not isinstance(target, Tensor):
         raise TypeError(f"The target must be a tensor, got {_kind(target)}.")
     if task == "binary":

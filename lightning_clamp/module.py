@@ -15,6 +15,7 @@ from typing_extensions import Unpack
 
 from lightning_clamp import export
 from lightning_clamp._batch import Inputs, call_network, logits_of
+from lightning_clamp._checks import check_made
 from lightning_clamp.clamping.by_label import by_log_key
 from lightning_clamp.clamping.clamp import Clamp
 from lightning_clamp.clamping.options import names_of, unknown_keyword
@@ -59,6 +60,7 @@ class CalibrationModule(LightningModule):
 
     def __init__(self, network: nn.Module, clamp: Clamp, **settings: Unpack[SpecKeywords]) -> None:
         super().__init__()
+        check_made(network)
         for name in settings:
             if name not in names_of(Spec):
                 raise TypeError(unknown_keyword(name, ["network", "clamp", *names_of(Spec)], CalibrationModule))

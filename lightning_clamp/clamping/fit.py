@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from typing_extensions import Unpack
 
-from lightning_clamp._checks import counted
+from lightning_clamp._checks import check_made, counted
 from lightning_clamp.clamping.by_label import LabelMetrics
 from lightning_clamp.clamping.clamp import Clamp
 from lightning_clamp.clamping.frozen import frozen, module_of
@@ -105,6 +105,7 @@ def fit_by_plan(
     """:func:`fit_clamp` with its keywords sorted."""
     started = time.perf_counter()
     with ranks.raise_together():
+        check_made(network)
         plan.check_ranks(ranks.size)
         data = CalibrationSet(
             network,

@@ -4,6 +4,7 @@ Every number the methods use is a sum over samples, formed in :func:`summed` alo
 order or the size of the batches, nor on how they are shared out to ranks.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeAlias
 
@@ -85,6 +86,8 @@ def check_batches(batches: Any) -> None:
         way_out = ": pass DataLoader(dataset, batch_size=...)"
     elif hasattr(batches, "val_dataloader"):
         way_out = ": pass one of its loaders, such as datamodule.val_dataloader()"
+    elif inspect.isroutine(batches):
+        way_out = ": call it, and pass what it returns"
     raise TypeError(
         f"The calibration set must be a DataLoader or a list of batches, got {type(batches).__name__}{way_out}."
     )
