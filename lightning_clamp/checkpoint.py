@@ -52,7 +52,8 @@ def calibrated_path(save_to: SaveTo, folder: str | os.PathLike[str] | None, stem
     """
     if save_to is False or (save_to is True and folder is None):
         return None
-    place = os.fspath(folder or "") if save_to is True else os.fspath(save_to)
+    # As a ModelCheckpoint reads its folder.
+    place = os.fspath(folder or "") if save_to is True else os.path.expanduser(os.fspath(save_to))
     if save_to is not True and place.endswith(_SUFFIX):
         return place
     # What is calibrated once more has the mark already, perhaps before the number that Lightning gives to a copy.

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -64,6 +65,7 @@ class CalibrationMonitor(Callback):
 
     Raises:
         ValueError: If ``diagram_every`` is no whole number of at least 0, or a setting has no such value.
+        TypeError: If ``metrics`` holds anything but metrics.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class CalibrationMonitor(Callback):
         batch_keys: BatchKeys | None = None,
     ) -> None:
         check_whole("diagram_every", diagram_every, least=0)
+        _check_metrics(metrics)
         self.name = name
         self.diagram_every = diagram_every
         self.spec = Spec(task, ignore_index, batch_keys)
@@ -89,6 +92,14 @@ class CalibrationMonitor(Callback):
     def state_key(self) -> str:
         """Another one for every name, or Lightning takes two monitors for one."""
         return f"{type(self).__qualname__}[{self.name}]"
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a second one of the same name: what both log, a Trainer would average."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if sum(isinstance(other, CalibrationMonitor) and other.name == self.name for other in callbacks) > 1:
+            raise MisconfigurationException(
+                f"Two CalibrationMonitors log as '{self.name}/…': give one another name, CalibrationMonitor('other')."
+            )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if there will be nothing to log."""
@@ -209,6 +220,14 @@ class _Validation:
     calls: list[tuple[Any, Any]] = field(default_factory=list)
     collections: dict[int, MetricCollection] = field(default_factory=dict)
     error: str | None = None
+
+
+def _check_metrics(metrics: object) -> None:
+    given = metrics.values() if isinstance(metrics, Mapping) else [metrics]
+    if metrics is not None and not all(isinstance(metrics, Mapping) and isinstance(one, Metric) for one in given):
+        raise TypeError(
+            f"`metrics` must be a dict of metrics by name, such as {{'accuracy': Accuracy()}}, got {metrics!r}."
+        )
 
 
 def _output(calls: list[tuple[Any, Any]], inputs: Inputs, module: LightningModule) -> Any:

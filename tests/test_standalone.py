@@ -197,6 +197,14 @@ def test_where_it_is_saved(tmp_path, save_to, where):
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.ckpt")] == ([] if where is None else [where])
 
 
+@pytest.mark.parametrize("name", ["~/runs", "~/runs/mine.ckpt"])
+def test_a_place_in_the_home_folder(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    calibrate(trainer(tmp_path), LitClassifier(), HELD_OUT, save_to=name, **OPTIONS)
+    (saved,) = tmp_path.rglob("*.ckpt")
+    assert saved.parent == tmp_path / "runs"
+
+
 def test_a_place_that_is_none_is_refused_before_any_work(tmp_path):
     with pytest.raises(
         ValueError, match=r"`save_to` must be a folder, a file that ends in .ckpt, True or False, got 5"

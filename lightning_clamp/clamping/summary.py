@@ -119,17 +119,16 @@ def summarize(data: CalibrationSet, *, trial: bool = False) -> DatasetSummary:
             counts = [len(logits), len(rows.target), value.numel(), *_not_probabilities(logits)]
             yield (value.double() ** 2).sum(), losses.sum(), torch.tensor(counts, dtype=torch.float64)
 
-    squares, loss, counts = summed(batch_sums(), [(), (), (5,)], data.ranks)
+    squares, loss, counts = summed(batch_sums(), [(), (), (6,)], data.ranks)
     all_kinds, all_marks, all_heaviest = zip(*data.ranks.gather((kinds, marks, max(heaviest))), strict=True)
     kinds = set().union(*all_kinds)
     kind = _of_all(kinds)
-    n_samples, n_rows, n_values, n_outside, n_unnormalised = (int(count) for count in counts)
+    n_samples, n_rows, n_values, *outputs = (int(count) for count in counts)
     if not trial:
         warn_of_repeats(all_marks, data.ranks)
         check_size(n_samples, n_rows)
         warn_of_one_sample(all_heaviest, float(loss), data.ranks)
-    if n_outside == 0:
-        _complain_of_probabilities(data, normalised=n_unnormalised == 0, trial=trial)
+    _refuse_probabilities(data, *outputs, trial=trial)
     return DatasetSummary(
         logits=logits_seen,
         bare_logits=bare_seen,
@@ -244,23 +243,25 @@ def check_size(n_samples: int, n_rows: int) -> None:
         )
 
 
-def _not_probabilities(logits: Tensor) -> tuple[int, int]:
-    """How many outputs lie outside [0, 1], and how many rows of classes do not sum to 1."""
+def _not_probabilities(logits: Tensor) -> tuple[int, int, int]:
+    """How many outputs lie outside [0, 1] and how many within, and how many rows of classes do not sum to 1."""
     # NaN is outside, too.
-    outside = (~((logits >= 0) & (logits <= 1))).sum()
+    outside, within = (~((logits >= 0) & (logits <= 1))).sum(), ((logits > 0) & (logits < 1)).sum()
     tolerance = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 2e-2
     sums = logits.float().sum(1) if logits.ndim > 1 else logits.float()
-    return int(outside), int((~((sums - 1).abs() <= tolerance)).sum())
+    return int(outside), int(within), int((~((sums - 1).abs() <= tolerance)).sum())
 
 
-def _complain_of_probabilities(data: CalibrationSet, *, normalised: bool, trial: bool) -> None:
-    if normalised and not data.spec.sigmoid:
+def _refuse_probabilities(data: CalibrationSet, outside: int, within: int, unnormalised: int, *, trial: bool) -> None:
+    if outside:
+        return
+    if not unnormalised and not data.spec.sigmoid:
         raise ValueError(
             "The network returns probabilities (every row lies in [0, 1] and sums to 1): return the logits, that is "
             "leave the final softmax out, or return their logarithm."
         )
-    # Before training they may be as small by chance.
-    if not trial:
+    # Before training they may be as small by chance, and zeros are no sigmoid's.
+    if within and not trial:
         data.ranks.warn(
             "Every output of the network lies in [0, 1]: if these are probabilities, return the logits instead "
             "(leave the final sigmoid out).",

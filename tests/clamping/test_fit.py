@@ -364,6 +364,11 @@ BAD = {
         "has the label 4, but the network has 4 classes, 0 to 3",
     ),
     "label negative": (bad(batches=[(X, -Y)]), ValueError, "start the labels at 0, or name a padding label"),
+    "a regression": (
+        bad(batches=[(X, Y + 0.5)]),
+        TypeError,
+        "got torch.float32 between whole numbers: only a classifier can be calibrated",
+    ),
     "float labels": (bad(batches=[(X, Y.float())]), TypeError, r"use target.long\(\)"),
     "one-hot": (bad(batches=[(X, F.one_hot(Y, 4))]), ValueError, "one-hot"),
     "one class": (bad(network=lambda x: x.mean((1, 2, 3))[:, None]), ValueError, 'say task="binary"'),
