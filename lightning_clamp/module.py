@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -206,12 +207,20 @@ class CalibrationModule(LightningModule):
         super().train(False)
         return self
 
+    def on_test_start(self) -> None:
+        """Refuse several sets, whose figures would be mixed."""
+        if (several := len(self.trainer.num_test_batches)) > 1:
+            raise MisconfigurationException(
+                f"A CalibrationModule is tested on one set at a time, and there are {several} loaders: call "
+                "trainer.test(module, loader) for each."
+            )
+
     def on_test_epoch_start(self) -> None:
         """Forget a test that did not end."""
         self._tested = None
         self._by_group = None if self.groups is None else GroupReport(self.groups, self.spec).to(self.device)
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measure a batch ``(inputs, target)``, or with the entries that ``batch_keys`` names."""
         inputs, target = self.spec.pair(batch)
         logits = self(inputs)

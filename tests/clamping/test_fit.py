@@ -409,6 +409,13 @@ BAD = {
         TypeError,
         "float tensor of logits, got torch.int64: the numbers before the softmax or argmax",
     ),
+    "arrays": (
+        bad(batches=[(X.numpy(), Y)]),
+        TypeError,
+        r"tensors, got ndarray: convert it, torch.as_tensor\(\.\.\.\)",
+    ),
+    "an array of labels": (bad(batches=[(X, Y.numpy())]), TypeError, "must be a tensor, got ndarray: convert it"),
+    "images one by one": (bad(batches=[(list(X), Y)]), TypeError, "got list: stack items into one, or give several"),
     "names for labels": (
         bad(batches=[(X, ["cat"] * len(X))]),
         TypeError,
