@@ -78,7 +78,9 @@ def check_batches(batches: Any) -> None:
         TypeError: With what to pass instead.
     """
     way_out = ""
-    if isinstance(batches, Iterator) or (isinstance(batches, Iterable) and _is_spent_by_reading(batches)):
+    if isinstance(batches, str):
+        way_out = ": pass the loader itself"
+    elif isinstance(batches, Iterator) or (isinstance(batches, Iterable) and _is_spent_by_reading(batches)):
         way_out = ", which can be read once: no generator will do, nor an __iter__ that always returns the same one"
     elif isinstance(batches, Iterable):
         return

@@ -210,6 +210,12 @@ def _check_values(rows: Rows, offset: int, ranks: Ranks) -> None:
 def _check_labels(rows: Rows) -> None:
     n_classes = rows.logits.shape[1]
     wrong = rows.target[(rows.target < 0) | (rows.target >= n_classes)]
+    if n_classes == 2 and len(wrong) and bool((rows.target.abs() == 1).all()):
+        # To leave out -1 would be to leave out every no.
+        raise ValueError(
+            "The calibration set has the labels -1 and 1: let them be 0 and 1, (target + 1) // 2, or if -1 stands for "
+            "what is not known, pass ignore_index=-1."
+        )
     if len(wrong) and rows.label is not None:
         raise ValueError(
             f"The calibration set has the target {int(wrong[0])}, and each of several labels is 0 or 1: if it stands "

@@ -398,6 +398,17 @@ BAD = {
         r"got Module: pass one of its loaders, such as .*val_dataloader\(\)",
     ),
     "number": (bad(batches=3), TypeError, r"must be a DataLoader or a list of batches, got int\."),
+    "the name of a loader": (bad(batches="val"), TypeError, "a list of batches, got str: pass the loader itself"),
+    "signs for labels": (
+        bad(network=lambda x: SmallNet()(x)[:, 0], batches=[(X, Y % 2 * 2 - 1)], task="binary"),
+        ValueError,
+        r"has the labels -1 and 1: let them be 0 and 1, \(target \+ 1\) // 2",
+    ),
+    "signs for several labels": (
+        bad(batches=[(X, F.one_hot(Y, 4) * 2 - 1)], task="multilabel"),
+        ValueError,
+        "has the labels -1 and 1: let them be 0 and 1",
+    ),
     "no parentheses": (bad(batches=lambda: [(X, Y)]), TypeError, "got function: call it, and pass what it returns"),
     "a class for a network": (
         bad(network=SmallNet),
