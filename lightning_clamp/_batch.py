@@ -17,6 +17,8 @@ _LOGITS = ("logits", "out")
 # How targets are called, for a hint.
 _TARGETS = ("label", "target", "class", "y")
 
+_OF_SEVERAL = ": stack items into one, or give several inputs the names that forward's arguments have."
+_OF_NAMES = ": number the classes from 0 on, and put the numbers of a batch into one tensor."
 _OF_SAMPLES = ": if the loader yields samples, pass DataLoader(dataset, batch_size=...), which makes batches of them."
 
 
@@ -41,10 +43,8 @@ def as_pair(batch: Any, keys: BatchKeys | None = None) -> tuple[Inputs, Tensor]:
         keys = (0, 1)
     inputs, target = input_of(batch, keys), _entry(batch, keys[1])
     if not isinstance(target, Tensor):
-        samples = isinstance(target, int | float)
-        raise TypeError(
-            f"The target of a batch must be a tensor, got {type(target).__name__}{_OF_SAMPLES if samples else '.'}"
-        )
+        way_out = _OF_SAMPLES if isinstance(target, int | float) else _OF_NAMES
+        raise TypeError(f"The target of a batch must be a tensor, got {_converted(target) or _named(target) + way_out}")
     if target.ndim == 0:
         raise TypeError(f"The target of a batch must have one value per item, got a single number{_OF_SAMPLES}")
     return inputs, target
@@ -58,15 +58,16 @@ def input_of(batch: Any, keys: BatchKeys) -> Inputs:
             return inputs
         if not isinstance(inputs, Mapping):
             raise TypeError(
-                f"The input of a batch must be a tensor or a dict of tensors, got {type(inputs).__name__}: give "
-                "several inputs the names that forward's arguments have."
+                "The input of a batch must be a tensor or a dict of tensors, got "
+                f"{_converted(inputs) or _named(inputs) + _OF_SEVERAL}"
             )
         several = dict(inputs)
     else:
         several = {name: _entry(batch, name) for name in keys[0]}
     for name, value in several.items():
         if not isinstance(value, Tensor):
-            raise TypeError(f"The input {name!r} of a batch must be a tensor, got {type(value).__name__}.")
+            got = _converted(value) or f"{_named(value)}."
+            raise TypeError(f"The input {name!r} of a batch must be a tensor, got {got}")
     in_order = all(isinstance(name, int) for name in several)
     return tuple(several.values()) if in_order else several
 
@@ -103,6 +104,15 @@ def entry_of(batch: Any, key: str | int, option: str) -> Any:
         return batch[key]
     except (AttributeError, KeyError, IndexError, TypeError) as error:
         raise TypeError(f"A batch has no entry {key!r}, which `{option}` names: got {_described(batch)}.") from error
+
+
+def _named(value: object) -> str:
+    return type(value).__name__
+
+
+def _converted(value: object) -> str:
+    """What an array is and how it becomes a tensor; "" for what is none."""
+    return f"{_named(value)}: convert it, torch.as_tensor(...)." if hasattr(value, "__array__") else ""
 
 
 def _described(batch: Any) -> str:

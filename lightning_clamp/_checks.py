@@ -41,6 +41,17 @@ def check_package(*things: object) -> None:
             )
 
 
+def check_made(network: object) -> None:
+    """Refuse the class of a network in the place of a network.
+
+    Raises:
+        TypeError: If it is one.
+    """
+    if isinstance(network, type):
+        name = network.__name__
+        raise TypeError(f"A network is calibrated, and not its class; got the class {name}: pass one, {name}(...).")
+
+
 def check_range(target: Tensor, classes: int, way_out: str = "") -> None:
     """Refuse class indices out of range; ``way_out`` says what to do about it.
 

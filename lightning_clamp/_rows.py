@@ -6,7 +6,7 @@ Everything that computes (metrics, temperature, scores) works on :class:`Rows`; 
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -53,14 +53,6 @@ class Rows(NamedTuple):
         logits = self.logits.double()
         return self._replace(logits=logits.where(logits > MASKED, _NEVER))
 
-    def kept(self, ignore_index: int | None) -> "Rows":
-        """Without the rows whose target is ``ignore_index``; all of them if it is None."""
-        if ignore_index is None:
-            return self
-        kept = _kept(self.target, ignore_index)
-        label = None if self.label is None else self.label[kept]
-        return Rows(self.logits[kept], self.target[kept], self.item[kept], self.n_items, label)
-
 
 class Block(NamedTuple):
     """Some of the rows of a batch, in no item's terms; see :class:`Rows`.
@@ -74,6 +66,9 @@ class Block(NamedTuple):
     logits: Tensor
     target: Tensor
     label: Tensor | None
+
+
+_Part = TypeVar("_Part", Rows, Block)
 
 
 def is_dense(logits: Tensor, task: Task) -> bool:
@@ -100,7 +95,7 @@ def as_rows(logits: Tensor, target: Tensor, *, task: Task = "multiclass", ignore
     """
     logits, target = _checked(logits, target, task)
     check_hard(target)
-    rows = _in_items(logits, target, task).kept(ignore_index)
+    rows = _kept(_in_items(logits, target, task), ignore_index)
     return rows._replace(target=rows.target.long())
 
 
@@ -114,12 +109,7 @@ def row_blocks(
     """
     logits, target = _checked(logits, target, task)
     for part, labels in [(logits, target)] if is_one_block(logits) else _parts(logits, target, _block_elements(logits)):
-        block = _flat(part, labels, task)
-        if ignore_index is not None:
-            kept = _kept(block.target, ignore_index)
-            label = None if block.label is None else block.label[kept]
-            block = Block(block.logits[kept], block.target[kept], label)
-        yield block
+        yield _kept(_flat(part, labels, task), ignore_index)
 
 
 def item_blocks(
@@ -132,7 +122,7 @@ def item_blocks(
     logits, target = _checked(logits, target, task)
     size = max(1, _block_elements(logits) * len(logits) // max(1, logits.numel()))
     for part, labels in zip(torch.split(logits, size), torch.split(target, size), strict=True):
-        yield _in_items(part, labels, task).kept(ignore_index)
+        yield _kept(_in_items(part, labels, task), ignore_index)
 
 
 def merged(parts: Iterable[Rows]) -> Iterator[Rows]:
@@ -201,7 +191,10 @@ def checked_target(logits: Tensor, target: Tensor, task: Task) -> Tensor:
         The target; of class indices without the axis of length 1 that it may have where the logits have the classes.
     """
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        raise TypeError(f"The network must return one float tensor of logits, got {_kind(logits)}.")
+        raise TypeError(
+            f"The network must return one float tensor of logits, got {_kind(logits)}: the numbers before the softmax "
+            "or argmax are wanted."
+        )
     if not isinstance(target, Tensor):
         raise TypeError(f"The target must be a tensor, got {_kind(target)}.")
     if task == "binary":
@@ -278,9 +271,14 @@ def _in_items(logits: Tensor, target: Tensor, task: Task) -> Rows:
     return Rows(block.logits, block.target, item, n, block.label)
 
 
-def _kept(target: Tensor, ignore_index: int) -> Tensor:
-    """Which rows are scored: their numbers, for which an accelerator is waited once; a mask is counted at every use."""
-    return (target != ignore_index).nonzero()[:, 0]
+def _kept(part: _Part, ignore_index: int | None) -> _Part:
+    """Without the rows whose target is ``ignore_index``; all of them if it is None."""
+    if ignore_index is None:
+        return part
+    # Numbers, for which an accelerator is waited once; a mask is counted at every use.
+    kept = (part.target != ignore_index).nonzero()[:, 0]
+    chosen: dict[str, Any] = {name: of[kept] for name, of in part._asdict().items() if isinstance(of, Tensor)}
+    return part._replace(**chosen)
 
 
 def _class_indices(logits: Tensor, target: Tensor) -> Tensor:
@@ -301,7 +299,9 @@ def _class_indices(logits: Tensor, target: Tensor) -> Tensor:
             f"{tuple(target.shape)}{_way_out(logits, target)}."
         )
     if target.is_floating_point() or target.dtype == torch.bool:
-        raise TypeError(f"The target must hold class indices as int64, got {target.dtype}; use target.long().")
+        whole = target.dtype == torch.bool or bool((target == target.round()).all())
+        way_out = "; use target.long()" if whole else " between whole numbers: only a classifier can be calibrated"
+        raise TypeError(f"The target must hold class indices as int64, got {target.dtype}{way_out}.")
     return target
 
 

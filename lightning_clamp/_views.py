@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_clamp._batch import Inputs, tensors_of
+from lightning_clamp._rows import MASKED
 
 View: TypeAlias = Literal["hflip", "vflip"]
 # The axis of (N, C, H, W) that each turns round; views are taken in this order, whatever the order they are named in.
@@ -43,6 +44,7 @@ def mean_over_views(
     """Mean of the logits of images as they are and of their views.
 
     That of the log-probabilities is the same but for a number that all classes of a row share, which no softmax sees.
+    What is masked in one view, of probability 0 there, stays masked.
 
     Args:
         logits: Of the images as they are.
@@ -55,10 +57,12 @@ def mean_over_views(
         ValueError: If these are no images, or outputs per pixel are of another size.
     """
     _check_images(images)
-    total = logits
+    total = lowest = logits
     for view in (view for view in VIEWS if view in views):
-        total = total + _back(again(images.flip(_AXES[view])), _AXES[view], images, one_logit)
-    return total / (1 + len(views))
+        seen = _back(again(images.flip(_AXES[view])), _AXES[view], images, one_logit)
+        total, lowest = total + seen, torch.minimum(lowest, seen)
+    # The mean of a mask and of a score may lie above what counts as a mask.
+    return (total / (1 + len(views))).where(lowest > MASKED, lowest)
 
 
 def _check_images(images: Tensor) -> None:

@@ -28,6 +28,7 @@ from lightning_clamp._trainer.weights import Weights, averages_weights, check_be
 from lightning_clamp.checkpoint import (
     STATE_KEY,
     SaveTo,
+    check_resumable,
     check_save_to,
     check_seal,
     read_checkpoint,
@@ -439,7 +440,12 @@ class NeuralClamping(Callback):
             checkpoint.setdefault("callbacks", {})[STATE_KEY] = state_of_result(self._result)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Restore the clamp, if the checkpoint has one; refuse a calibrated file that is not as it was saved."""
+        """Restore the clamp, if the checkpoint has one; refuse a calibrated file that is not as it was saved.
+
+        And a model without its training to go on from, for which Lightning blames ``save_weights_only``.
+        """
+        if trainer.state.fn == "fit":
+            check_resumable(checkpoint, trainer.ckpt_path)
         # The module's own hook may have changed what the file holds.
         if not is_overridden("on_load_checkpoint", pl_module):
             check_seal(checkpoint, str(trainer.ckpt_path), migrated=True)

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import lightning
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -26,6 +27,7 @@ STATE_KEY = "NeuralClamping"
 SEAL_KEY = "lightning_clamp_digests"
 VERSION_KEY = "pytorch-lightning_version"
 _MARK, _SUFFIX = "-calibrated", ".ckpt"
+_OTHER_SUFFIXES = (".pt", ".pth", ".pkl", ".bin", ".safetensors", ".onnx")
 
 
 # Where to save: True beside the checkpoints that are there, False nowhere; or a folder, or a file that ends in .ckpt.
@@ -34,8 +36,9 @@ SaveTo: TypeAlias = bool | str | os.PathLike[str]
 
 
 def check_save_to(save_to: object) -> None:
-    """Refuse what is neither a path nor a bool."""
-    if not isinstance(save_to, str | os.PathLike | bool):
+    """Refuse what is neither a path nor a bool, and files of other kinds, which would be taken for folders."""
+    other_file = isinstance(save_to, str | os.PathLike) and os.fspath(save_to).endswith(_OTHER_SUFFIXES)
+    if other_file or not isinstance(save_to, str | os.PathLike | bool):
         raise ValueError(f"`save_to` must be a folder, a file that ends in .ckpt, True or False, got {save_to!r}.")
 
 
@@ -49,12 +52,26 @@ def calibrated_path(save_to: SaveTo, folder: str | os.PathLike[str] | None, stem
     """
     if save_to is False or (save_to is True and folder is None):
         return None
-    place = os.fspath(folder or "") if save_to is True else os.fspath(save_to)
+    # As a ModelCheckpoint reads its folder.
+    place = os.fspath(folder or "") if save_to is True else os.path.expanduser(os.fspath(save_to))
     if save_to is not True and place.endswith(_SUFFIX):
         return place
     # What is calibrated once more has the mark already, perhaps before the number that Lightning gives to a copy.
     plain = re.sub(rf"({_MARK})+(?=(-v\d+)?$)", "", stem)
     return os.path.join(place, f"{plain}{_MARK}{_SUFFIX}")
+
+
+def check_resumable(checkpoint: Mapping[str, Any], path: object) -> None:
+    """Refuse to go on with a training of which a checkpoint has the model alone.
+
+    Raises:
+        MisconfigurationException: If it has no state of an optimizer.
+    """
+    if "optimizer_states" not in checkpoint:
+        raise MisconfigurationException(
+            f"{str(path)!r} is a model without its training, such as a calibrated one: a fit is resumed from a "
+            "checkpoint that ModelCheckpoint saved."
+        )
 
 
 def state_of_result(result: CalibrationResult) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from lightning_utilities.core.imports import RequirementCache
 from lightning_clamp import __version__
 from lightning_clamp._trainer.devices import check_method
 from lightning_clamp.callback import NeuralClamping
-from lightning_clamp.checkpoint import calibrated_path, read_checkpoint, read_result
+from lightning_clamp.checkpoint import calibrated_path, check_resumable, read_checkpoint, read_result
 from lightning_clamp.clamping.result import CalibrationResult
 from lightning_clamp.module import CalibrationModule
 from lightning_clamp.report import figures
@@ -263,11 +263,8 @@ class ClampCLI(LightningCLI):
         folder = path not in (None, *_WORDS) and command != "validate" and os.path.isdir(path)
         if path is not None and (folder or os.path.isfile(path)):
             checkpoint = _checkpoint(path)
-            if command == "fit" and "optimizer_states" not in checkpoint:
-                raise MisconfigurationException(
-                    f"{path!r} is a model without its training, such as a calibrated one: a fit is resumed from a "
-                    "checkpoint that ModelCheckpoint saved."
-                )
+            if command == "fit":
+                check_resumable(checkpoint, path)
             model = {command: {"model": _as_trained(options.model, checkpoint)}}
             self.config = parser.parse_object(model, self.config)
             # Lightning would do this next, and cannot for what was trained without its command line.

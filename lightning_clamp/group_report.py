@@ -81,10 +81,18 @@ class GroupReport(nn.Module):
     Args:
         groups: Which groups.
         spec: What the outputs mean.
+
+    Raises:
+        TypeError: If the groups are of another kind.
     """
 
     def __init__(self, groups: Groups, spec: Spec) -> None:
         super().__init__()
+        if not isinstance(groups, Groups):
+            raise TypeError(
+                "The groups of a module must be Groups(key, names), such as Groups(2, ['Basel', 'Bern']), got "
+                f"{groups!r}."
+            )
         self.groups = groups
         by_group = {
             f"{side}_{name}": ByGroup(metric(**spec.of_metrics), groups.count)

@@ -4,30 +4,27 @@ import os
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torchmetrics import Metric, MetricCollection
 from typing_extensions import Unpack
 
 from lightning_clamp import export
 from lightning_clamp._batch import Inputs, call_network, copied, logits_of
+from lightning_clamp._checks import check_made
+from lightning_clamp.clamping.by_label import by_log_key
 from lightning_clamp.clamping.clamp import Clamp
 from lightning_clamp.clamping.options import names_of, unknown_keyword
 from lightning_clamp.clamping.result import CalibrationResult
 from lightning_clamp.clamping.site import InputHook, PerturbationSite, map_single_tensor
 from lightning_clamp.group_report import GroupFindings, GroupReport, Groups
-from lightning_clamp.metrics import (
-    Accuracy,
-    CalibrationEvidence,
-    CalibrationTest,
-    ExpectedCalibrationError,
-    NegativeLogLikelihood,
-)
+from lightning_clamp.metrics import BootstrapSums, CalibrationEvidence, CalibrationTest
+from lightning_clamp.metrics.bootstrap import BlockSums
 from lightning_clamp.restore import load_calibrated
 from lightning_clamp.spec import Spec, SpecKeywords
 
@@ -38,9 +35,10 @@ if TYPE_CHECKING:
 class CalibrationModule(LightningModule):
     """A frozen network and its clamp: ``module(x)`` are calibrated logits.
 
-    ``trainer.test`` logs ``calibrated/nll``, ``calibrated/ece`` and ``calibrated/accuracy``, tests whether the clamp
-    still holds (``calibrated/p`` and its parts) and says so in a sentence; ``trainer.predict`` returns calibrated
-    logits. The network stays in eval mode, and nothing here has a gradient.
+    ``trainer.test`` logs ``calibrated/nll``, ``calibrated/ece`` and ``calibrated/accuracy`` (of several labels the
+    means over them, and NLL and ECE of each), tests whether the clamp still holds (``calibrated/p`` and its parts) and
+    says so in a sentence; ``trainer.predict`` returns calibrated logits. The network stays in eval mode, and nothing
+    here has a gradient.
 
     Args:
         network: Module from inputs to logits. It is frozen in place: pass a copy to go on training the original.
@@ -63,6 +61,7 @@ class CalibrationModule(LightningModule):
 
     def __init__(self, network: nn.Module, clamp: Clamp, **settings: Unpack[SpecKeywords]) -> None:
         super().__init__()
+        check_made(network)
         for name in settings:
             if name not in names_of(Spec):
                 raise TypeError(unknown_keyword(name, ["network", "clamp", *names_of(Spec)], CalibrationModule))
@@ -74,15 +73,8 @@ class CalibrationModule(LightningModule):
             self._perturbing = PerturbationSite(network, self.spec.perturb_at).hook(clamp.perturb)
             self._perturbing.installed()
         self.result: CalibrationResult | None = None
-        metrics: dict[str, Metric | MetricCollection] = {
-            "nll": NegativeLogLikelihood(**self.spec.of_metrics),
-            "ece": ExpectedCalibrationError(**self.spec.of_metrics),
-            "accuracy": Accuracy(**self.spec.of_metrics),
-        }
-        # The prefix is our own: a Trainer refuses a second module that logs a known name in another way.
-        self.metrics = MetricCollection(metrics, prefix="calibrated/")
         self.groups: Groups | None = None
-        self._test: CalibrationTest | None = None
+        self._tested: _Tested | None = None
         self._by_group: GroupReport | None = None
         self.eval()
 
@@ -216,21 +208,28 @@ class CalibrationModule(LightningModule):
         super().train(False)
         return self
 
+    def on_test_start(self) -> None:
+        """Refuse several sets, whose figures would be mixed."""
+        if (several := len(self.trainer.num_test_batches)) > 1:
+            raise MisconfigurationException(
+                f"A CalibrationModule is tested on one set at a time, and there are {several} loaders: call "
+                "trainer.test(module, loader) for each."
+            )
+
     def on_test_epoch_start(self) -> None:
         """Forget a test that did not end."""
-        self._test = None
+        self._tested = None
         self._by_group = None if self.groups is None else GroupReport(self.groups, self.spec).to(self.device)
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Update and log the metrics of a batch ``(inputs, target)``, or with the entries that ``batch_keys`` names."""
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Measure a batch ``(inputs, target)``, or with the entries that ``batch_keys`` names."""
         inputs, target = self.spec.pair(batch)
         # The network is called again where there are groups, and may change its input in place.
         logits = self(inputs if self._by_group is None else copied(inputs))
-        self.metrics.update(logits, target)
-        self.log_dict(self.metrics, on_step=False, on_epoch=True, batch_size=len(target))
-        if self._test is None:
-            self._test = self._test_of(2 if self.spec.sigmoid else logits.shape[1])
-        self._test.update(logits, target)
+        if self._tested is None:
+            self._tested = self._nothing_tested(self.spec.width(logits))
+        for metric in (self._tested.sums, self._tested.test):
+            metric.update(logits, target)
         if self._by_group is not None:
             self._by_group.update("after", logits, target, batch)
             self._by_group.update("before", self._bare_logits(inputs), target, batch)
@@ -244,19 +243,23 @@ class CalibrationModule(LightningModule):
             self.clamp.perturbation = perturbation
 
     def on_test_epoch_end(self) -> None:
-        """Log whether the clamp still holds, and say it in a sentence."""
-        seen = 0 if self._test is None else self._test.num_classes
+        """Log the metrics and whether the clamp still holds, and say that in a sentence."""
+        seen = 0 if self._tested is None else self._tested.width
         # A rank without batches has its part in the sums as well.
-        n_classes = int(self.trainer.strategy.reduce(torch.tensor(seen, device=self.device), reduce_op="max"))
-        if n_classes == 0:
+        width = int(self.trainer.strategy.reduce(torch.tensor(seen, device=self.device), reduce_op="max"))
+        if width == 0:
             return
-        test, self._test = self._test or self._test_of(n_classes), None
-        evidence: CalibrationEvidence = test.compute()
+        tested, self._tested = self._tested or self._nothing_tested(width), None
+        sums: BlockSums = tested.sums.compute()
+        labels = by_log_key(sums.by_label, sums.entries_by_label) if self.spec.task == "multilabel" else {}
+        evidence: CalibrationEvidence = tested.test.compute()
         temperature = float(self.clamp.temperature)
         numbers = evidence.scalars()
         if numbers:
             numbers["best_temperature"] = temperature * float(evidence.temperature)
-        self.log_dict({f"calibrated/{name}": value for name, value in numbers.items()}, sync_dist=True)
+        measured = {**sums.metrics, **labels, **numbers}
+        # The prefix is our own: a Trainer refuses a second module that logs a known name in another way.
+        self.log_dict({f"calibrated/{name}": value for name, value in measured.items()}, sync_dist=True)
         subject = "the network is" if self.clamp.is_identity and not self.spec.views else "the clamp is"
         rank_zero_info(evidence.describe(temperature=temperature, subject=subject))
         if self._by_group is not None:
@@ -268,13 +271,30 @@ class CalibrationModule(LightningModule):
         rank_zero_info(str(findings))
         findings.log_figures(self.trainer)
 
-    def _test_of(self, n_classes: int) -> CalibrationTest:
-        return CalibrationTest(n_classes, **self.spec.of_metrics).to(self.device)
+    def _nothing_tested(self, width: int) -> "_Tested":
+        # Blocks are for intervals, which nobody asks for here.
+        sums = BootstrapSums(n_blocks=2, **self.spec.of_means(width))
+        test = CalibrationTest(2 if self.spec.sigmoid else width, **self.spec.of_metrics)
+        return _Tested(width, sums.to(self.device), test.to(self.device))
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Calibrated logits of a batch of inputs, of ``(inputs, …)``, or of the entries that ``batch_keys`` names."""
         logits: Tensor = self(self.spec.inputs(batch))
         return logits
+
+
+class _Tested(NamedTuple):
+    """What a test has measured so far.
+
+    Attributes:
+        width: Classes or labels that the outputs have; 1 for one logit.
+        sums: NLL, ECE and accuracy, as in a result.
+        test: Whether the clamp still holds.
+    """
+
+    width: int
+    sums: BootstrapSums
+    test: CalibrationTest
 
 
 def _check_class(network_class: object) -> None:

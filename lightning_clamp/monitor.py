@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from torchmetrics import Metric, MetricCollection
 
@@ -32,6 +32,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _DIAGRAM = "reliability"
+_MEANS = {
+    "nll": NegativeLogLikelihood,
+    "ece": ExpectedCalibrationError,
+    "refined_nll": RefinedNegativeLogLikelihood,
+}
 
 
 class CalibrationMonitor(Callback):
@@ -53,12 +58,14 @@ class CalibrationMonitor(Callback):
             copies. A name that is used already replaces what is logged under it.
         diagram_every: A reliability diagram goes to the loggers after the first validation and then after every so
             many; 0 for none.
-        task: ``"multiclass"`` or ``"binary"``.
+        task: ``"multiclass"``; ``"binary"`` for one logit; or ``"multilabel"`` for one per label: NLL and ECE are then
+            means over the labels, the temperature is one for all.
         ignore_index: Target value of positions to leave out.
         batch_keys: Input and target of a batch: their keys, names or positions, where a batch is no pair.
 
     Raises:
         ValueError: If ``diagram_every`` is no whole number of at least 0, or a setting has no such value.
+        TypeError: If ``metrics`` holds anything but metrics.
     """
 
     def __init__(
@@ -72,17 +79,11 @@ class CalibrationMonitor(Callback):
         batch_keys: BatchKeys | None = None,
     ) -> None:
         check_whole("diagram_every", diagram_every, least=0)
+        _check_metrics(metrics)
         self.name = name
         self.diagram_every = diagram_every
         self.spec = Spec(task, ignore_index, batch_keys)
-        options = self.spec.of_metrics
-        self.metrics: dict[str, Metric] = {
-            "nll": NegativeLogLikelihood(**options),
-            "ece": ExpectedCalibrationError(**options),
-            "refined_nll": RefinedNegativeLogLikelihood(**options),
-            "temperature": BestTemperature(**options),
-            **(metrics or {}),
-        }
+        self.metrics = dict(metrics or {})
         self._validations = 0
         self._told = False
         self._validation: _Validation | None = None
@@ -91,6 +92,14 @@ class CalibrationMonitor(Callback):
     def state_key(self) -> str:
         """Another one for every name, or Lightning takes two monitors for one."""
         return f"{type(self).__qualname__}[{self.name}]"
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a second one of the same name: what both log, a Trainer would average."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if sum(isinstance(other, CalibrationMonitor) and other.name == self.name for other in callbacks) > 1:
+            raise MisconfigurationException(
+                f"Two CalibrationMonitors log as '{self.name}/…': give one another name, CalibrationMonitor('other')."
+            )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if there will be nothing to log."""
@@ -135,17 +144,23 @@ class CalibrationMonitor(Callback):
         try:
             inputs, target = self.spec.pair(batch)
             logits = logits_of(_output(calls, inputs, pl_module))
-            self._metrics_of(heard, dataloader_idx, logits.device).update(logits, target)
+            self._metrics_of(heard, dataloader_idx, logits).update(logits, target)
         except Exception as error:  # noqa: BLE001 - whatever a batch can hold, it must not end a training; it is told
             heard.error = str(error)
         heard.calls.clear()
 
-    def _metrics_of(self, heard: "_Validation", loader: int, device: torch.device) -> MetricCollection:
+    def _metrics_of(self, heard: "_Validation", loader: int, logits: Tensor) -> MetricCollection:
         if loader not in heard.collections:
-            metrics: dict[str, Metric | MetricCollection] = dict(self.metrics)
+            means = self.spec.of_means(self.spec.width(logits))
+            metrics: dict[str, Metric | MetricCollection] = {
+                **{name: metric(**means) for name, metric in _MEANS.items()},
+                # One for all labels, as a clamp has.
+                "temperature": BestTemperature(**self.spec.of_metrics),
+                **self.metrics,
+            }
             if self.diagram_every and self._validations % self.diagram_every == 0:
                 metrics[_DIAGRAM] = ReliabilityDiagram(**self.spec.of_metrics)
-            heard.collections[loader] = MetricCollection(metrics).clone().to(device)
+            heard.collections[loader] = MetricCollection(metrics).clone().to(logits.device)
         return heard.collections[loader]
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -205,6 +220,14 @@ class _Validation:
     calls: list[tuple[Any, Any]] = field(default_factory=list)
     collections: dict[int, MetricCollection] = field(default_factory=dict)
     error: str | None = None
+
+
+def _check_metrics(metrics: object) -> None:
+    given = metrics.values() if isinstance(metrics, Mapping) else [metrics]
+    if metrics is not None and not all(isinstance(metrics, Mapping) and isinstance(one, Metric) for one in given):
+        raise TypeError(
+            f"`metrics` must be a dict of metrics by name, such as {{'accuracy': Accuracy()}}, got {metrics!r}."
+        )
 
 
 def _output(calls: list[tuple[Any, Any]], inputs: Inputs, module: LightningModule) -> Any:

@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_clamp.clamping.by_label import LabelMetrics
+from lightning_clamp.clamping.by_label import LabelMetrics, by_log_key
 from lightning_clamp.clamping.clamp import Clamp
 from lightning_clamp.clamping.result import CalibrationResult
 from lightning_clamp.metrics import plot_reliability
@@ -23,8 +23,6 @@ T = TypeVar("T")
 
 # A perturbation inside a network may have hundreds.
 _MOST_CHANNELS = 8
-# More labels than this are not logged one by one.
-_MOST_LABELS = 100
 
 
 def scalars(result: CalibrationResult) -> dict[str, float]:
@@ -44,14 +42,10 @@ def scalars(result: CalibrationResult) -> dict[str, float]:
 
 
 def _of_labels(labels: LabelMetrics) -> dict[str, float]:
-    """NLL and ECE of each label of which enough is known."""
-    if len(labels.entries) > _MOST_LABELS:
-        return {}
     return {
-        f"{when}/{name}_{label}": float(values[name][label])
+        f"{when}/{name}": number
         for when, values in (("before", labels.before), ("after", labels.after))
-        for name in ("nll", "ece")
-        for label in sorted(labels.worst)
+        for name, number in by_log_key(values, labels.entries).items()
     }
 
 

@@ -93,6 +93,11 @@ class Spec:
         average = {"average": "micro"} if self.task == "multilabel" else {}
         return {"task": self.task, "ignore_index": self.ignore_index, **average}
 
+    def of_means(self, num_labels: int) -> dict[str, Any]:
+        """The same, but that of several labels each makes a value, and the mean over them is given."""
+        means = {"num_labels": num_labels, "average": "macro"} if self.task == "multilabel" else {}
+        return {**self.of_metrics, **means}
+
     def pair(self, batch: Any) -> tuple[Inputs, Tensor]:
         """Input and target of a batch; see :func:`~._batch.as_pair`."""
         return as_pair(batch, self.batch_keys)
@@ -137,6 +142,11 @@ class Spec:
         """
         self.check_logits(logits)
         return logits.sigmoid() if self.sigmoid else logits.softmax(1)
+
+    def width(self, logits: Tensor) -> int:
+        """Classes or labels that outputs have, 1 for one logit; errors as in :meth:`check_logits`."""
+        self.check_logits(logits)
+        return 1 if self.binary else logits.shape[1]
 
     def check_logits(self, logits: Tensor) -> None:
         """Refuse outputs that have no axis of classes or labels, or one class only, where the task needs them."""

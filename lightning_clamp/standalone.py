@@ -8,7 +8,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import Unpack
 
-from lightning_clamp._checks import check_package
+from lightning_clamp._checks import check_made, check_package
 from lightning_clamp._trainer.data import CalibrationBatches, given_calibration_set, owner_of
 from lightning_clamp._trainer.devices import check_float64, check_method, check_strategy, ranks_of
 from lightning_clamp._trainer.mailbox import Mailbox
@@ -79,6 +79,7 @@ def calibrate_by_plan(
 ) -> CalibrationModule:
     """:func:`calibrate` with its keywords sorted."""
     check_package(trainer, model, dataloaders, datamodule)
+    check_made(model)
     if not isinstance(model, LightningModule) or isinstance(model, CalibrationModule):
         raise TypeError(
             f"`calibrate` takes the LightningModule that was trained, before torch.compile, got {type(model).__name__}."

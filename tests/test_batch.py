@@ -94,7 +94,7 @@ def test_the_keys_that_are_proposed_are_the_batchs_own(batch, proposed):
     ("batch", "keys", "message"),
     [
         ({"image": X, "label": Y}, None, r"got dict of image, label: pass .* such as batch_keys=\('image', 'label'\)"),
-        (([X, X], Y), None, "tensor or a dict of tensors, got list: give several inputs the names"),
+        (([X, X], Y), None, "dict of tensors, got list: stack items into one, or give several inputs the names"),
         (Sample(X, Y), None, "got Sample: pass a loader"),
         ({"image": X}, ("image", "label"), "no entry 'label', which `batch_keys` names: got dict of image"),
         ((X, Y), ("image", "label"), "no entry 'image', .* got tuple of 2 items"),

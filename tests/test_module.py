@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -287,6 +288,16 @@ def images_of(folder):
     return [value for event in events for value in event.summary.value]
 
 
+def test_several_sets_are_tested_one_by_one(tmp_path):
+    module = CalibrationModule(LitClassifier(), Clamp())
+    with pytest.raises(
+        MisconfigurationException, match=r"there are 2 loaders: call trainer.test\(module, loader\) for"
+    ):
+        trainer(tmp_path).test(module, [loader(100, 1), loader(100, 2)], verbose=False)
+    (numbers,) = trainer(tmp_path).test(module, [loader(100, 1)], verbose=False)
+    assert "calibrated/nll" in numbers
+
+
 def test_groups_that_will_not_do_are_refused(tmp_path):
     with pytest.raises(ValueError, match="`names` must be a whole number of at least 1, got 0"):
         Groups("site", [])
@@ -296,6 +307,7 @@ def test_groups_that_will_not_do_are_refused(tmp_path):
     for groups, message in (
         (Groups("site", 4), "A batch has no entry 'site', which `groups` names: got list of 3 items"),
         (Groups(2, 2), r"Groups must lie in \[0, 1\], got 2"),
+        (["a", "b"], r"must be Groups\(key, names\), such as Groups\(2, .*, got \['a', 'b'\]"),
     ):
         module.groups = groups
         with pytest.raises((TypeError, ValueError), match=message):

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -317,6 +318,24 @@ def test_a_validation_that_fails_leaves_no_hook(tmp_path):
 def test_a_trainer_that_does_not_validate_is_told(tmp_path):
     with pytest.warns(UserWarning, match="CalibrationMonitor logs nothing: this Trainer does not validate"):
         trainer(tmp_path, CalibrationMonitor()).fit(LitClassifier(), train_loader())
+
+
+def test_two_monitors_of_one_name_are_refused(tmp_path):
+    """Lightning would log the mean of what they measure."""
+    two = [CalibrationMonitor(), CalibrationMonitor(ignore_index=0)]
+    with pytest.raises(
+        MisconfigurationException, match=r"Two CalibrationMonitors log as 'val/…': give one another name"
+    ):
+        trainer(tmp_path, *two).fit(Validating(), train_loader(), held_out())
+    trainer(tmp_path, CalibrationMonitor(), CalibrationMonitor("other")).fit(Validating(), train_loader(), held_out())
+
+
+@pytest.mark.parametrize("metrics", [[Accuracy()], {"accuracy": Accuracy}, Accuracy()])
+def test_metrics_that_are_none_are_refused_before_training(metrics):
+    with pytest.raises(
+        TypeError, match=r"`metrics` must be a dict of metrics by name, such as {'accuracy': Accuracy\(\)}"
+    ):
+        CalibrationMonitor(metrics=metrics)
 
 
 def test_bad_arguments_are_refused():

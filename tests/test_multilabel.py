@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_clamp import (
     CalibrationModule,
     CalibrationMonitor,
+    Clamp,
     NeuralClamping,
     calibrate,
     fit_clamp,
@@ -23,7 +24,14 @@ from lightning_clamp import (
 from lightning_clamp.checkpoint import read_result
 from lightning_clamp.cli import main
 from lightning_clamp.group_report import Groups
-from lightning_clamp.metrics import ExpectedCalibrationError, expected_calibration_error, negative_log_likelihood
+from lightning_clamp.metrics import (
+    ExpectedCalibrationError,
+    best_temperature,
+    expected_calibration_error,
+    negative_log_likelihood,
+    refined_negative_log_likelihood,
+)
+from lightning_clamp.report import scalars
 from lightning_clamp.spec import Spec
 from tests.scenarios import SHIFT, LitClassifier, SmallNet, images, trainer
 
@@ -215,26 +223,72 @@ def test_groups_are_of_all_labels_of_their_samples(tmp_path):
     assert logged["calibrated/p"] > 0.001
 
 
+class LitFlat(LitTagger):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[:, 0]
+
+    def training_step(self, batch, batch_idx):
+        return self(batch[0]).sum()
+
+    def validation_step(self, batch, batch_idx):
+        self(batch[0])
+
+
 class Validated(LitTagger):
     def validation_step(self, batch, batch_idx):
         self(batch[0])
 
 
-@pytest.mark.parametrize("own", [{}, {"macro": ExpectedCalibrationError(task="multilabel", num_labels=4)}])
-def test_the_monitor_logs_all_entries_and_what_it_is_given(tmp_path, own):
-    model, held_out = Validated(lr=0.0), tags(300, 50)
+def partly_known(n: int, seed: int) -> DataLoader:
+    """Few entries of one label are known, and none of another: a mean over labels is not that of all entries."""
+    x, target = tags(n, seed).dataset.tensors
+    target[: n - 50, 1] = target[:, 2] = -1
+    return DataLoader(TensorDataset(x, target), batch_size=100)
+
+
+def test_the_monitor_logs_means_over_labels_and_what_it_is_given(tmp_path):
+    model, held_out = Validated(lr=0.0), partly_known(300, 50)
+    own = {"entries": ExpectedCalibrationError(task="multilabel", ignore_index=-1, average="micro")}
     run = trainer(tmp_path, CalibrationMonitor(task="multilabel", ignore_index=-1, metrics=own))
     run.fit(model, tags(100, 20), held_out)
     x, target = held_out.dataset.tensors
-    with torch.no_grad():
-        logits = model(x)
     for name, function, average in (
-        ("nll", negative_log_likelihood, "micro"),
-        ("ece", expected_calibration_error, "micro"),
-        *[(name, expected_calibration_error, "macro") for name in own],
+        ("nll", negative_log_likelihood, "macro"),
+        ("ece", expected_calibration_error, "macro"),
+        ("refined_nll", refined_negative_log_likelihood, "macro"),
+        ("temperature", best_temperature, "micro"),
+        ("entries", expected_calibration_error, "micro"),
     ):
-        expected = function(logits, target, task="multilabel", average=average)
+        expected = function(model(x).detach(), target, task="multilabel", ignore_index=-1, average=average)
         assert float(run.callback_metrics[f"val/{name}"]) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_module_tests_each_label_as_the_result_reports_it(tmp_path):
+    network, data = SmallNet(2.0), partly_known(400, 30)
+    result = fit_clamp(network, data, task="multilabel", ignore_index=-1, method="temperature")
+    (logged,) = trainer(tmp_path).test(CalibrationModule.from_result(network, result), data, verbose=False)
+    own = {key.removeprefix("calibrated/"): value for key, value in logged.items()}
+    reported = {
+        key.removeprefix("calibration/after/"): value for key, value in scalars(result).items() if "after" in key
+    }
+    assert {"nll", "ece", "accuracy", "nll_0", "ece_3"} < set(reported)
+    assert "ece_1" not in own  # of which 50 entries are known
+    assert {key: value for key, value in own.items() if key in reported} == pytest.approx(reported, abs=1e-6)
+    assert {key for key in own if "_" in key and key[-1].isdigit()} == {key for key in reported if "_" in key}
+
+
+def test_many_labels_are_tested_without_a_number_for_each(tmp_path):
+    x, target = torch.randn(200, 101), torch.randint(2, (200, 101))
+    module = CalibrationModule(torch.nn.Identity(), Clamp(), task="multilabel")
+    (logged,) = trainer(tmp_path).test(module, DataLoader(TensorDataset(x, target), batch_size=50), verbose=False)
+    expected = expected_calibration_error(x, target, task="multilabel")
+    assert logged["calibrated/ece"] == pytest.approx(float(expected), rel=1e-5)
+    assert not [key for key in logged if key[-1].isdigit()]
+
+
+def test_outputs_without_an_axis_of_labels_are_told_by_the_monitor(tmp_path):
+    with pytest.warns(UserWarning, match='logs nothing of it: task="multilabel" needs one logit per label on axis 1'):
+        trainer(tmp_path, CalibrationMonitor(task="multilabel")).fit(LitFlat(lr=0.0), tags(100, 20), tags(100, 1))
 
 
 class TagData(LightningDataModule):
@@ -244,11 +298,6 @@ class TagData(LightningDataModule):
 
     def test_dataloader(self):
         return tags(1000, 60, shift=self.shift)
-
-
-class LitFlat(LitTagger):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)[:, 0]
 
 
 # Lightning 2.6 uses what newer jsonargparse calls deprecated.

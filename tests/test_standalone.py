@@ -197,8 +197,42 @@ def test_where_it_is_saved(tmp_path, save_to, where):
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.ckpt")] == ([] if where is None else [where])
 
 
+@pytest.mark.parametrize("name", ["~/runs", "~/runs/mine.ckpt"])
+def test_a_place_in_the_home_folder(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    calibrate(trainer(tmp_path), LitClassifier(), HELD_OUT, save_to=name, **OPTIONS)
+    (saved,) = tmp_path.rglob("*.ckpt")
+    assert saved.parent == tmp_path / "runs"
+
+
 def test_a_place_that_is_none_is_refused_before_any_work(tmp_path):
     with pytest.raises(
         ValueError, match=r"`save_to` must be a folder, a file that ends in .ckpt, True or False, got 5"
     ):
         calibrate(trainer(tmp_path), LitClassifier(), HELD_OUT, save_to=5)
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.safetensors"])
+def test_a_file_of_another_kind_is_not_taken_for_a_folder(tmp_path, name):
+    with pytest.raises(ValueError, match=rf"a file that ends in .ckpt, .* got '.*{name}'"):
+        calibrate(trainer(tmp_path), LitClassifier(), HELD_OUT, save_to=str(tmp_path / name))
+    with pytest.raises(ValueError, match=rf"a file that ends in .ckpt, .* got .*{name}"):
+        NeuralClamping(save_to=tmp_path / name)
+
+
+def test_a_class_is_not_calibrated(tmp_path):
+    with pytest.raises(TypeError, match=r"got the class LitClassifier: pass one, LitClassifier\(\.\.\.\)"):
+        calibrate(trainer(tmp_path), LitClassifier, HELD_OUT)
+    with pytest.raises(TypeError, match=r"got the class LitClassifier: pass one"):
+        CalibrationModule(LitClassifier, Clamp())
+
+
+class LogsInForward(LitClassifier):
+    def forward(self, x):
+        self.log("mean", x.mean())
+        return super().forward(x)
+
+
+def test_a_forward_that_logs_is_refused_with_the_way_out(tmp_path):
+    with pytest.raises(MisconfigurationException, match=r"`self.log\(\)`.* or `if self.training`"):
+        calibrate(trainer(tmp_path), LogsInForward(), HELD_OUT)

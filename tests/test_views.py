@@ -202,6 +202,44 @@ def test_the_gradient_of_a_perturbation_is_that_of_all_views():
     torch.testing.assert_close(result.clamp.perturbation.mean((1, 2)), SHIFT.flatten(), rtol=0, atol=0.25)
 
 
+class Masking(nn.Module):
+    """Masks the second class of bright images whose left half is the brighter one: in one view, not its mirror."""
+
+    def __init__(self, mask: float) -> None:
+        super().__init__()
+        self.net, self.mask = SmallNet(2.0), mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = x[..., :4].sum((1, 2, 3)), x[..., 4:].sum((1, 2, 3))
+        masked = (left > right) & (left + right > 0)
+        return self.net(x).masked_fill(masked[:, None] & (torch.arange(4) == 1), self.mask)
+
+
+@pytest.mark.parametrize("views", [("hflip",), ("vflip", "hflip")])
+@pytest.mark.parametrize("mask", [-1e4, -2.5e4, -torch.inf])
+def test_a_class_that_one_view_masks_is_masked_in_the_mean(mask, views):
+    x = images(60)
+    logits = CalibrationModule(Masking(mask), Clamp(), views=views)(x)
+    assert torch.equal(logits[:, 1] <= -1e4, x.sum((1, 2, 3)) > 0)
+    others = CalibrationModule(Masking(0.0), Clamp(), views=views)(x)
+    torch.testing.assert_close(logits[:, [0, 2, 3]], others[:, [0, 2, 3]])
+
+
+def test_a_fit_takes_it_for_masked():
+    x = images(400)
+    truth = AllFlips(Masking(-1e9))(x) * torch.tensor([0.5, 0.5, 0.3, 0.5]) + torch.tensor([1.5, 0, -1, 0])
+    data, options = batches(x, sampled(truth.detach().double())), {"grids": (), "output_maps": ("vector",)}
+    expected, result = (fit_clamp(Masking(mask), data, views=("hflip",), **options) for mask in (-1e9, -1e4))
+    assert result.chosen_name == "vector"
+    torch.testing.assert_close(result.clamp.class_scale, expected.clamp.class_scale)
+
+
+def test_a_label_that_one_view_masks_is_refused():
+    x = images(60)
+    with pytest.raises(ValueError, match=r"of the calibration set has the label 1, .* counts as masked"):
+        fit_clamp(Masking(-1e4), [(x, torch.arange(60) % 4)], views=("hflip",), **QUICK)
+
+
 # Outputs per pixel
 
 

@@ -99,11 +99,6 @@ def _as_at_the_end(module: LightningModule) -> Iterator[None]:
     hook, module._current_fx_name = module._current_fx_name, "on_train_end"  # noqa: SLF001
     try:
         yield
-    except MisconfigurationException as error:
-        raise MisconfigurationException(
-            f"{error} A forward that logs cannot be called when training has ended: log in the steps, or "
-            "`if self.training`."
-        ) from error
     finally:
         module._current_fx_name = hook  # noqa: SLF001
 

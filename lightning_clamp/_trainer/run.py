@@ -158,10 +158,18 @@ class TrainedNetwork(nn.Module):
 
         Raises:
             RuntimeError: If the first call fails, for that may not be the input that the module takes.
+            MisconfigurationException: If the forward logs, which a Trainer takes in steps alone.
         """
         try:
             with self.precision.forward_context():
                 output = self.module(*args, **kwargs)
+        except MisconfigurationException as error:
+            if "self.log" not in str(error):
+                raise
+            raise MisconfigurationException(
+                f"{error} A forward that logs cannot be called when training has ended: log in the steps, or "
+                "`if self.training`."
+            ) from error
         except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
             if self._has_run or isinstance(error, torch.OutOfMemoryError):
                 raise

@@ -11,6 +11,22 @@ from lightning_clamp.metrics.bootstrap import BlockSums
 from lightning_clamp.metrics.groups import MIN_SAMPLES
 from lightning_clamp.metrics.reliability import ReliabilityCurve
 
+# More labels than this are not logged one by one.
+_MOST_LOGGED = 100
+
+
+def by_log_key(values: Mapping[str, Tensor], entries: Tensor) -> dict[str, float]:
+    """NLL and ECE of each label of which at least 100 entries are known, as ``ece_3``; nothing of over 100 labels.
+
+    Args:
+        values: ``nll`` and ``ece``, ``(K,)`` each.
+        entries: Known entries of each label, ``(K,)``.
+    """
+    if len(entries) > _MOST_LOGGED:
+        return {}
+    known = (entries >= MIN_SAMPLES).nonzero()[:, 0].tolist()
+    return {f"{name}_{label}": float(values[name][label]) for name in ("nll", "ece") for label in known}
+
 
 @dataclass(frozen=True, repr=False)
 class LabelMetrics:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from typing_extensions import Unpack
 
-from lightning_clamp._checks import counted
+from lightning_clamp._checks import check_made, counted
 from lightning_clamp.clamping.by_label import LabelMetrics
 from lightning_clamp.clamping.clamp import Clamp
 from lightning_clamp.clamping.frozen import frozen, module_of
@@ -105,6 +105,7 @@ def fit_by_plan(
     """:func:`fit_clamp` with its keywords sorted."""
     started = time.perf_counter()
     with ranks.raise_together():
+        check_made(network)
         plan.check_ranks(ranks.size)
         data = CalibrationSet(
             network,
@@ -177,11 +178,9 @@ _METHODS: dict[Method, Callable[[CalibrationSet, DatasetSummary, TemperatureFit,
 def _metric_sums(clamp: Clamp, logits: Logits, data: CalibrationSet, n_labels: int) -> BlockSums:
     """What the metrics are computed from, of the clamped logits, through the clamp itself."""
     ranks = data.ranks
-    options = data.spec.of_metrics
-    if n_labels:
-        n_blocks = min(1024, max(_FEWEST_BLOCKS, _BLOCKS // n_labels))
-        options |= {"num_labels": n_labels, "average": "macro", "n_blocks": n_blocks}
-    metric = BootstrapSums(**options, validate_args=False, rank=ranks.rank, world_size=ranks.size)
+    n_blocks = min(1024, max(_FEWEST_BLOCKS, _BLOCKS // max(n_labels, 1)))
+    options = data.spec.of_means(n_labels)
+    metric = BootstrapSums(n_blocks=n_blocks, **options, validate_args=False, rank=ranks.rank, world_size=ranks.size)
 
     def batch_sums() -> Iterator[tuple[Tensor, ...]]:
         for batch, target in logits.batches():

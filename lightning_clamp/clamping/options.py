@@ -226,10 +226,10 @@ def names_of(dataclass_type: Any) -> list[str]:
 
 
 def unknown_keyword(name: str, known: Sequence[str], caller: Callable[..., Any]) -> str:
-    """The sentence that refuses a keyword, with the nearest one that ``caller`` takes."""
+    """What refuses a keyword: the nearest one that ``caller`` takes, and all of them, for it may be far off."""
     nearest = get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"did you mean `{nearest[0]}`?" if nearest else f"it takes {', '.join(known)}."
-    return f"{caller.__name__} has no argument `{name}`: {hint}"
+    hint = f": did you mean `{nearest[0]}`?" if nearest else "."
+    return f"{caller.__name__} has no argument `{name}`{hint} It takes {', '.join(known)}."
 
 
 def _unknown(name: str, method: Method, caller: Callable[..., Any]) -> str:

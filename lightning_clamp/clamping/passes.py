@@ -4,6 +4,7 @@ Every number the methods use is a sum over samples, formed in :func:`summed` alo
 order or the size of the batches, nor on how they are shared out to ranks.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeAlias
 
@@ -77,7 +78,9 @@ def check_batches(batches: Any) -> None:
         TypeError: With what to pass instead.
     """
     way_out = ""
-    if isinstance(batches, Iterator) or (isinstance(batches, Iterable) and _is_spent_by_reading(batches)):
+    if isinstance(batches, str):
+        way_out = ": pass the loader itself"
+    elif isinstance(batches, Iterator) or (isinstance(batches, Iterable) and _is_spent_by_reading(batches)):
         way_out = ", which can be read once: no generator will do, nor an __iter__ that always returns the same one"
     elif isinstance(batches, Iterable):
         return
@@ -85,6 +88,8 @@ def check_batches(batches: Any) -> None:
         way_out = ": pass DataLoader(dataset, batch_size=...)"
     elif hasattr(batches, "val_dataloader"):
         way_out = ": pass one of its loaders, such as datamodule.val_dataloader()"
+    elif inspect.isroutine(batches):
+        way_out = ": call it, and pass what it returns"
     raise TypeError(
         f"The calibration set must be a DataLoader or a list of batches, got {type(batches).__name__}{way_out}."
     )

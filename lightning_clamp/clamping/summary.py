@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_clamp._batch import Inputs, tensors_of
+from lightning_clamp._checks import counted
 from lightning_clamp._rows import MASKED, Rows, class_axis_is_unclear, is_dense, unclear_axis
 from lightning_clamp.clamping.outlier import Heaviest, heaviest_of, warn_of_one_sample
 from lightning_clamp.clamping.passes import CalibrationSet, Logits, summed
@@ -115,20 +116,19 @@ def summarize(data: CalibrationSet, *, trial: bool = False) -> DatasetSummary:
             seen += len(logits)
             kinds.add(_kind(inputs, value, logits, target, rows, data))
             value = logits.new_zeros(0) if value is None else value
-            counts = [len(logits), len(rows.target), value.numel(), _outside_simplex(logits, data.spec.sigmoid)]
+            counts = [len(logits), len(rows.target), value.numel(), *_not_probabilities(logits)]
             yield (value.double() ** 2).sum(), losses.sum(), torch.tensor(counts, dtype=torch.float64)
 
-    squares, loss, counts = summed(batch_sums(), [(), (), (4,)], data.ranks)
+    squares, loss, counts = summed(batch_sums(), [(), (), (6,)], data.ranks)
     all_kinds, all_marks, all_heaviest = zip(*data.ranks.gather((kinds, marks, max(heaviest))), strict=True)
     kinds = set().union(*all_kinds)
     kind = _of_all(kinds)
-    n_samples, n_rows, n_values, n_outside = (int(count) for count in counts)
+    n_samples, n_rows, n_values, *outputs = (int(count) for count in counts)
     if not trial:
         warn_of_repeats(all_marks, data.ranks)
         check_size(n_samples, n_rows)
         warn_of_one_sample(all_heaviest, float(loss), data.ranks)
-    if n_outside == 0 and not (trial and data.spec.sigmoid):
-        _complain_of_probabilities(data)
+    _refuse_probabilities(data, *outputs, trial=trial)
     return DatasetSummary(
         logits=logits_seen,
         bare_logits=bare_seen,
@@ -210,6 +210,12 @@ def _check_values(rows: Rows, offset: int, ranks: Ranks) -> None:
 def _check_labels(rows: Rows) -> None:
     n_classes = rows.logits.shape[1]
     wrong = rows.target[(rows.target < 0) | (rows.target >= n_classes)]
+    if n_classes == 2 and len(wrong) and bool((rows.target.abs() == 1).all()):
+        # To leave out -1 would be to leave out every no.
+        raise ValueError(
+            "The calibration set has the labels -1 and 1: let them be 0 and 1, (target + 1) // 2, or if -1 stands for "
+            "what is not known, pass ignore_index=-1."
+        )
     if len(wrong) and rows.label is not None:
         raise ValueError(
             f"The calibration set has the target {int(wrong[0])}, and each of several labels is 0 or 1: if it stands "
@@ -238,30 +244,32 @@ def check_size(n_samples: int, n_rows: int) -> None:
         raise ValueError("Every label of the calibration set is `ignore_index`: nothing is left to calibrate on.")
     if n_samples < MIN_SAMPLES:
         raise ValueError(
-            f"The calibration set has {n_samples} samples; a temperature needs at least {MIN_SAMPLES}, "
+            f"The calibration set has {counted(n_samples, 'sample')}; a temperature needs at least {MIN_SAMPLES}, "
             "and hundreds to be worth having."
         )
 
 
-def _outside_simplex(logits: Tensor, sigmoid: bool) -> int:
-    """How many outputs cannot be probabilities: outside [0, 1], or in a row that does not sum to 1."""
+def _not_probabilities(logits: Tensor) -> tuple[int, int, int]:
+    """How many outputs lie outside [0, 1] and how many within, and how many rows of classes do not sum to 1."""
     # NaN is outside, too.
-    outside = (~((logits >= 0) & (logits <= 1))).sum()
-    if sigmoid:
-        return int(outside)
+    outside, within = (~((logits >= 0) & (logits <= 1))).sum(), ((logits > 0) & (logits < 1)).sum()
     tolerance = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 2e-2
-    return int(outside + (~((logits.float().sum(1) - 1).abs() <= tolerance)).sum())
+    sums = logits.float().sum(1) if logits.ndim > 1 else logits.float()
+    return int(outside), int(within), int((~((sums - 1).abs() <= tolerance)).sum())
 
 
-def _complain_of_probabilities(data: CalibrationSet) -> None:
-    if data.spec.sigmoid:
+def _refuse_probabilities(data: CalibrationSet, outside: int, within: int, unnormalised: int, *, trial: bool) -> None:
+    if outside:
+        return
+    if not unnormalised and not data.spec.sigmoid:
+        raise ValueError(
+            "The network returns probabilities (every row lies in [0, 1] and sums to 1): return the logits, that is "
+            "leave the final softmax out, or return their logarithm."
+        )
+    # Before training they may be as small by chance, and zeros are no sigmoid's.
+    if within and not trial:
         data.ranks.warn(
             "Every output of the network lies in [0, 1]: if these are probabilities, return the logits instead "
             "(leave the final sigmoid out).",
             stacklevel=2,
-        )
-    else:
-        raise ValueError(
-            "The network returns probabilities (every row lies in [0, 1] and sums to 1): return the logits, that is "
-            "leave the final softmax out, or return their logarithm."
         )

@@ -183,7 +183,7 @@ class Reader:
             self._told_kind = True
             rank_zero_warn(
                 f"{self.name} was given values that look like probabilities, and took them as logits: say "
-                "probs=True if they are probabilities.",
+                "probs=True if they are probabilities, or give it logits.",
                 UserWarning,
             )
 

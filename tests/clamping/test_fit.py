@@ -368,6 +368,11 @@ BAD = {
         "has the label 4, but the network has 4 classes, 0 to 3",
     ),
     "label negative": (bad(batches=[(X, -Y)]), ValueError, "start the labels at 0, or name a padding label"),
+    "a regression": (
+        bad(batches=[(X, Y + 0.5)]),
+        TypeError,
+        "got torch.float32 between whole numbers: only a classifier can be calibrated",
+    ),
     "float labels": (bad(batches=[(X, Y.float())]), TypeError, r"use target.long\(\)"),
     "one-hot": (bad(batches=[(X, F.one_hot(Y, 4))]), ValueError, "one-hot"),
     "one class": (bad(network=lambda x: x.mean((1, 2, 3))[:, None]), ValueError, 'say task="binary"'),
@@ -397,6 +402,41 @@ BAD = {
         r"got Module: pass one of its loaders, such as .*val_dataloader\(\)",
     ),
     "number": (bad(batches=3), TypeError, r"must be a DataLoader or a list of batches, got int\."),
+    "the name of a loader": (bad(batches="val"), TypeError, "a list of batches, got str: pass the loader itself"),
+    "signs for labels": (
+        bad(network=lambda x: SmallNet()(x)[:, 0], batches=[(X, Y % 2 * 2 - 1)], task="binary"),
+        ValueError,
+        r"has the labels -1 and 1: let them be 0 and 1, \(target \+ 1\) // 2",
+    ),
+    "signs for several labels": (
+        bad(batches=[(X, F.one_hot(Y, 4) * 2 - 1)], task="multilabel"),
+        ValueError,
+        "has the labels -1 and 1: let them be 0 and 1",
+    ),
+    "no parentheses": (bad(batches=lambda: [(X, Y)]), TypeError, "got function: call it, and pass what it returns"),
+    "a class for a network": (
+        bad(network=SmallNet),
+        TypeError,
+        r"got the class SmallNet: pass one, SmallNet\(\.\.\.\)",
+    ),
+    "predictions": (
+        bad(network=lambda x: SmallNet()(x).argmax(1)),
+        TypeError,
+        "float tensor of logits, got torch.int64: the numbers before the softmax or argmax",
+    ),
+    "arrays": (
+        bad(batches=[(X.numpy(), Y)]),
+        TypeError,
+        r"tensors, got ndarray: convert it, torch.as_tensor\(\.\.\.\)",
+    ),
+    "an array of labels": (bad(batches=[(X, Y.numpy())]), TypeError, "must be a tensor, got ndarray: convert it"),
+    "images one by one": (bad(batches=[(list(X), Y)]), TypeError, "got list: stack items into one, or give several"),
+    "names for labels": (
+        bad(batches=[(X, ["cat"] * len(X))]),
+        TypeError,
+        "must be a tensor, got list: number the classes from 0 on",
+    ),
+    "one sample": (bad(batches=[(X[:1], Y[:1])]), ValueError, "has 1 sample; a temperature needs at least 10"),
     "samples": (bad(batches=DataLoader(TensorDataset(X, Y), None)), TypeError, "a single number: if the loader yields"),
     "samples with numbers": (bad(batches=[(X[0], 3)]), TypeError, "got int: if the loader yields samples, pass DataL"),
     "shrinking": (
@@ -427,7 +467,12 @@ BAD = {
     "method": (bad(method="adam"), ValueError, "must be one of .*'clamp'.*got 'adam'"),
     "task": (bad(task="regression"), ValueError, "`task` must be one of"),
     "option": (bad(lr=0.1), TypeError, '`lr` is an option of method="published", and the method is "clamp"'),
-    "unknown": (bad(gridz=(1,)), TypeError, "fit_clamp has no argument `gridz`: did you mean `grids`"),
+    "unknown": (
+        bad(gridz=(1,)),
+        TypeError,
+        r"has no argument `gridz`: did you mean `grids`\? It takes network, dataloa",
+    ),
+    "unknown here": (bad(num_classes=4), TypeError, "has no argument `num_classes`.* It takes .*, output_maps, "),
     "old name": (bad(batch_key=(0, 1)), TypeError, "did you mean `batch_keys`"),
     "label": (bad(ignore_index="x"), ValueError, "`ignore_index` must be a label, .* got 'x'"),
     "momentum": (
@@ -493,6 +538,12 @@ def test_one_logit_outputs_between_0_and_1_raise_a_warning():
     x = torch.rand(100)
     with pytest.warns(UserWarning, match="leave the final sigmoid out"):
         fit_clamp(IDENTITY, [(x, (torch.rand(100) < x).long())], task="binary", method="temperature")
+
+
+def test_a_sigmoid_for_each_of_the_classes_raises_it_too():
+    x, y = calibrated_logits(400, 4)
+    with pytest.warns(UserWarning, match="Every output of the network lies in .*leave the final sigmoid out"):
+        fit_clamp(lambda z: z.sigmoid(), [(x, y)], method="temperature")
 
 
 def test_integer_inputs_have_their_outputs_calibrated():

@@ -205,7 +205,7 @@ def test_probabilities_taken_as_logits_are_noticed_once_a_call(function, task, m
     (warning,) = caught
     assert str(warning.message) == (
         f"{function.__name__} was given values that look like probabilities, and took them as logits: say probs=True "
-        "if they are probabilities."
+        "if they are probabilities, or give it logits."
     )
 
 

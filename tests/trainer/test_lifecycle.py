@@ -196,6 +196,11 @@ def resumed(life):
     assert first is not None
 
 
+def resumed_from_the_calibrated(life):
+    life.fit(callback=clamping(save_to=life.path / "calibrated.ckpt"))
+    life.fit(ckpt_path=life.path / "calibrated.ckpt", max_epochs=2)
+
+
 def resumed_with_another_keeper(life):
     life.fit(keeper(life))
     life.fit(keeper(life), ckpt_path=life.path / "epoch=0-step=2.ckpt", max_epochs=2)
@@ -486,6 +491,9 @@ SITUATIONS = {
     "accumulate_grad_batches": (accumulation, calibrated),
     "manual optimization": (manual_optimization, calibrated),
     "resumed": (resumed, calibrated),
+    "resumed from the calibrated file": (
+        resumed_from_the_calibrated, Raised(MisconfigurationException, "is a model without its training")
+    ),
     "resumed, saving": (resumed_with_another_keeper, calibrated),
     "resumed when max_epochs was reached": (finished_before, Said(NOTHING_LEFT)),
     "refit of a finished run": (refit_of_a_finished_run, Said(NOTHING_LEFT, earlier=True)),

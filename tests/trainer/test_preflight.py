@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import warnings
 from functools import cache, partial
 
 import numpy as np
@@ -195,6 +196,10 @@ def test_a_forward_that_logs_is_found_before_and_logs_nothing_of_the_try(tmp_pat
     with pytest.raises(MisconfigurationException, match=r"can't `self.log\(\)` inside .* or `if self.training`"):
         run.fit(Logging(in_training=False), held_out())
     assert run.global_step == 0
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        trainer(tmp_path, NeuralClamping(held_out())).fit(Logging(in_training=False), held_out())
+    assert sum("or `if self.training`" in str(warning.message) for warning in told) == 2  # before and at the end
     logged = []
     for more in ([], [NeuralClamping(held_out(), on_error="raise", method="temperature")]):
         end = Ending()
