@@ -15,11 +15,18 @@ from torch.nn import functional as F
 
 from lightning_clamp._rows import as_rows
 from lightning_clamp.clamping.criterion import estimate
-from lightning_clamp.clamping.map_loss import map_derivatives, standard_error
+from lightning_clamp.clamping.map_loss import map_derivatives, row_losses, standard_error
 from lightning_clamp.clamping.moments import logit_moments
 from lightning_clamp.clamping.newton import effective_parameters
 from lightning_clamp.clamping.output_map import map_space
-from lightning_clamp.clamping.shrinkage import SHRINKAGES, MapFit, average, fit_path, temperature_map
+from lightning_clamp.clamping.shrinkage import (
+    SHRINKAGES,
+    MapFit,
+    average,
+    fit_path,
+    shrinkage_path,
+    temperature_map,
+)
 from lightning_clamp.clamping.temperature import fit_temperature
 
 SIZES = (250, 500, 1000, 2500, 5000)
@@ -117,6 +124,8 @@ def _draw(logits: Tensor, target: Tensor, held: Tensor, held_target: Tensor) -> 
     base = temperature_map(rows, classes, fit_temperature(rows), dense=False)
     space = map_space("vector", logit_moments(rows, classes))
 
+    of_base = row_losses(rows, base.space, base.free)
+
     def losses(fit: MapFit) -> Tensor:
         return F.cross_entropy(fit.space.apply(held, fit.free), held_target, reduction="none")
 
@@ -126,11 +135,12 @@ def _draw(logits: Tensor, target: Tensor, held: Tensor, held_target: Tensor) -> 
             base.nll - fit.nll,
             (fit.effective_parameters - base.effective_parameters) / n,
             (effective_parameters(at_fit, fit.ridge) - 1) / n,
-            standard_error(rows, space, fit.free, (base.space, base.free)),
+            standard_error(rows, row_losses(rows, space, fit.free), of_base),
             losses(fit),
         )
 
-    path = list(fit_path(rows, space, base, base, n, dense=False))
+    steps = shrinkage_path(rows, space, base, dense=False)
+    path = [] if steps is None else list(fit_path(rows, space, steps, base, base, 1.0, n))
     unshrunk = unshrunk_vector(logits, target)
     vector = None if unshrunk is None else trial(unshrunk)
     averaged = trial(average(path, base, rows, n)) if path else None

@@ -151,14 +151,10 @@ class Clamp(nn.Module):
 
 
 def _mixed(logits: Tensor, matrix: Tensor) -> Tensor:
-    """``matrix @ logits`` along axis 1, one class after the other.
-
-    Not a product of matrices, which autocast would make one of half precision.
-    """
-    mixed = _per_class(matrix[:, 0], logits) * logits[:, :1]
-    for j in range(1, matrix.shape[1]):
-        mixed = mixed + _per_class(matrix[:, j], logits) * logits[:, j : j + 1]
-    return mixed
+    """``matrix @ logits`` along axis 1; autocast would make it a product of half precision."""
+    with torch.autocast(logits.device.type, enabled=False):
+        positions = logits.reshape(*logits.shape[:2], -1)
+        return (matrix.to(logits) @ positions).reshape(logits.shape)
 
 
 def _with_share(logits: Tensor, share: Tensor) -> Tensor:

@@ -24,8 +24,9 @@ class ClampOptions:
         grids: Perturbations to consider, as sides r of an r×r grid of coefficients per channel; ``()`` leaves the input
             alone.
         output_maps: Output maps to consider: ``"bias"``, ``"vector"`` (a scale and a bias for each class) and
-            ``"matrix"`` (each class's logit also counts for the others; up to 30 classes). The temperature always takes
-            part. With one logit both are ``"bias"``; with two classes, or several labels, a matrix is a vector.
+            ``"matrix"`` (each class's logit also counts for the others; up to 300 classes, of outputs per pixel up to
+            30). The temperature always takes part. With one logit both are ``"bias"``; with two classes, or several
+            labels, a matrix is a vector.
         uniform_share: Whether the probabilities may be mixed with a share of the uniform distribution, which takes on
             rows with a wrong label that the network is sure of; not of several labels. Without it,
             ``output_maps=("temperature",)`` is plain Neural Clamping.

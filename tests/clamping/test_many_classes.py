@@ -13,6 +13,9 @@ from lightning_clamp.clamping.moments import logit_moments
 from lightning_clamp.clamping.output_map import map_space
 from lightning_clamp.clamping.paths import WholePath
 from lightning_clamp.clamping.ranks import Ranks
+from lightning_clamp.clamping.shrinkage import promise, temperature_map
+from lightning_clamp.clamping.temperature import fit_temperature
+from lightning_clamp.clamping.wide_matrix import MatrixBlocks, MatrixPath
 from tests.scenarios import batches, rows, sampled, shifted_images
 
 IDENTITY = torch.nn.Identity()
@@ -24,6 +27,13 @@ def distorted(n, classes, seed=0):
     logits = 2 * torch.randn(n, classes, generator=generator, dtype=torch.float64)
     bias = torch.linspace(-1, 1, classes).double()
     return logits * torch.linspace(1, 2, classes).double() + bias, sampled(logits, seed + 1)
+
+
+def confused(n, classes, seed=0):
+    """Logits of which each class's says something of the next one too, and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 2 * torch.randn(n, classes, generator=generator, dtype=torch.float64)
+    return logits, sampled(logits + 0.7 * logits.roll(1, 1), seed + 1)
 
 
 def at(kind, logits, target, **changes):
@@ -79,6 +89,88 @@ def test_correlated_rows_are_charged_by_the_covariance_within_a_class():
         curvature, covariance = (one[parts[:, k]][:, parts[:, k]] for one in (sums.curvature, sums.covariance))
         expected += (torch.linalg.inv(curvature + 3 * space.weight[parts[:, k]].diag()) @ covariance).trace()
     assert BlockPath(data, space, free, dense=True).effective_parameters(3, 2) == pytest.approx(float(expected))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1])
+def test_a_matrix_has_the_curvature_of_the_vector_and_the_diagonal_of_the_rest(share):
+    data, space, free = at("matrix", *confused(300, 6), share=share)
+    whole = map_derivatives(data, space, free, dense=False).curvature
+    blocks = MatrixBlocks(data, space, free)
+    vector = torch.cat([7 * torch.arange(6), torch.arange(36, 43)])
+    known = WholePath(map_derivatives(data, blocks.vector_space, free[vector], dense=False), space.weight[vector])
+    torch.testing.assert_close(blocks.vector.effective_parameters(3.0), known.effective_parameters(3.0))
+    basis = torch.kron(blocks.left, blocks.right)
+    profiled = whole[:36, :36] - torch.outer(whole[:36, -1], whole[-1, :36]) / whole[-1, -1]
+    diagonal = (basis.T @ profiled @ basis).diagonal().reshape(6, 6) / space.weight[1]
+    torch.testing.assert_close(blocks.values, diagonal.clamp_min(0))
+
+
+@pytest.mark.parametrize("n", [200, 2000])
+def test_the_price_of_a_matrix_is_that_of_the_whole_curvature(n):
+    """Of one draw of signs, within some hundredths where shrinkage leaves little, a tenth or so elsewhere."""
+    data, space, free = at("matrix", *confused(n, 16))
+    whole = WholePath(map_derivatives(data, space, free, dense=False), space.weight)
+    path = MatrixPath(data, space, free)
+    for shrinkage, accuracy in ((1000.0, 0.02), (100.0, 0.05), (10.0, 0.12), (1.0, 0.2)):
+        exact = whole.effective_parameters(shrinkage)
+        assert path.effective_parameters(shrinkage) == pytest.approx(exact, rel=accuracy, abs=0.3)
+        assert path.effective_parameters(shrinkage, 2) == path.effective_parameters(shrinkage) + 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [400, 3000])
+def test_a_wide_matrix_is_fitted_as_a_narrow_one(monkeypatch, n):
+    logits, target = confused(n + 4000, 12)
+    part = [(logits[:n], target[:n])]
+    narrow = fit_clamp(IDENTITY, part, grids=())
+    monkeypatch.setattr("lightning_clamp.clamping.shrinkage._MOST_TOGETHER", 100)
+    wide = fit_clamp(IDENTITY, part, grids=())
+    assert narrow.chosen.output_map == wide.chosen.output_map == "matrix"
+    held = [float(F.cross_entropy(one.clamp.scale(logits[n:]), target[n:])) for one in (narrow, wide)]
+    assert held[1] == pytest.approx(held[0], abs=0.01)
+    assert wide.chosen.expected_change == pytest.approx(narrow.chosen.expected_change, abs=0.02)
+
+
+@pytest.mark.slow
+def test_a_matrix_of_many_classes_finds_what_a_vector_cannot():
+    logits, target = confused(7000, 50)
+    part = [(logits[:4000], target[:4000])]
+    vector, matrix = (fit_clamp(IDENTITY, part, grids=(), output_maps=(kind,)) for kind in ("vector", "matrix"))
+    held = [float(F.cross_entropy(one.clamp.scale(logits[4000:]), target[4000:])) for one in (vector, matrix)]
+    truth = logits + 0.7 * logits.roll(1, 1)
+    best = float(F.cross_entropy(truth[4000:], target[4000:]))
+    assert best < held[1] < held[0] - 0.6 * (held[0] - best)
+    found = matrix.clamp.class_matrix / matrix.clamp.temperature
+    strongest = (found - found.diagonal().diag()).argmax(1)
+    assert float((strongest == (torch.arange(50) - 1) % 50).double().mean()) > 0.9
+
+
+@pytest.mark.slow
+def test_a_large_matrix_is_fitted_only_where_its_first_step_promises_something(monkeypatch):
+    monkeypatch.setattr("lightning_clamp.clamping.map_candidates._CHEAP", 0)
+    monkeypatch.setattr("lightning_clamp.clamping.shrinkage._MOST_TOGETHER", 100)
+    pays, does_not = (fit_clamp(IDENTITY, [data], grids=()) for data in (confused(3000, 12), distorted(3000, 12)))
+    assert pays.chosen.output_map == "matrix"
+    (matrix,) = (one for one in does_not.candidates if one.output_map == "matrix")
+    assert matrix.refusal.code == "promises too little"
+    assert "matrix because its first step promises less than it costs" in does_not.reason
+
+
+def test_a_promise_is_what_a_quadratic_model_says():
+    """At the temperature alone, at the strength where it is most, against the parameters' own curvature and price."""
+    logits, target = confused(2000, 8)
+    data, space, _ = at("matrix", logits, target)
+    base = temperature_map(data, 8, fit_temperature(data), dense=False)
+    free = space.temperature_only(base.temperature)
+    at_base = map_derivatives(data, space, free, dense=False)
+    curvature, gradient = at_base.curvature[:64, :64], at_base.gradient[:64]
+    expected = []
+    for strength in (10 ** (k / 2) for k in range(-3, 8)):
+        inverse = torch.linalg.inv(curvature + strength * space.weight[1] * torch.eye(64).double())
+        step = -inverse @ gradient
+        change = gradient @ step + 0.5 * step @ curvature @ step
+        expected.append(float(change + (inverse @ curvature).trace()))
+    assert promise(data, space, base) == pytest.approx(min(expected), rel=0.15)
 
 
 @pytest.mark.slow
