@@ -30,8 +30,8 @@ class CRLMixin(LearningBySample):
         **kwargs: The module's own.
 
     Raises:
-        ValueError: If an option is out of range, or ``loss_task`` is ``"multilabel"``: several predictions per item
-            have no one rank.
+        ValueError: If an option is out of range, or ``loss_task`` is ``"multilabel"``: items with several predictions
+            are not ranked.
 
     Reference:
         Moon et al., "Confidence-Aware Learning for Deep Neural Networks", ICML 2020.

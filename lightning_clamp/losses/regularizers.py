@@ -234,9 +234,7 @@ def _penalised(
     log_terms: dict[str, Tensor] | None,
 ) -> Tensor:
     """Cross-entropy plus ``alpha`` times the penalty of the logits, which is given in ``unit``."""
-    # One step over all logits; compiled code has it from the rows, of which it makes one step anyway.
     of_all = reduction == "mean" and positions.keep is None and positions.n_all > 0
-    of_all = of_all and not torch.compiler.is_compiling()
     logits, added = penalty.apply(positions.logits, of_all, *options)
     positions = positions._replace(logits=logits)
     log_probs = positions.log_probs()

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -188,8 +188,7 @@ class Reader:
             )
 
 
-@dataclass(frozen=True)
-class PredictedRows:
+class PredictedRows(NamedTuple):
     """Rows of predictions with their labels, and what is computed of each.
 
     Attributes:
@@ -281,7 +280,7 @@ def _top_label(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 def _top_label_at_once(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """The same in few launches, and without waiting for the number of ties: what counts on an accelerator."""
     top = logits.argmax(1, keepdim=True)
-    return logits.softmax(1).gather(1, top)[:, 0], top[:, 0] == target
+    return logits.softmax(1).gather(1, top).flatten(), top.flatten() == target
 
 
 def _top_probability(probs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

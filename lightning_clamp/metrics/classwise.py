@@ -13,7 +13,7 @@ from lightning_clamp.metrics._reading import PredictedRows, Reader
 
 Average: TypeAlias = Literal["macro", "none"]
 
-# Probabilities at work at once on an accelerator, which takes 24 bytes for each.
+# Probabilities at work at once on an accelerator, which takes 16 bytes for each.
 _AT_ONCE_DEVICE = 2**24
 
 
@@ -118,6 +118,7 @@ def _add(sums: Tensor, rows: PredictedRows) -> None:
     """Add to the count, summed probability and occurrences per bin and class, ``(3, n_bins, C)`` float64, in place."""
     probs = rows.class_probs()
     # nan or inf in one logit makes all probabilities of its row nan; of given probabilities the sums are looked at.
+    # A copy, in which bad labels may be marked.
     rows.check(probs[:, 0].clone())
     (_add_chosen if probs.device.type == "cpu" else _add_all)(sums, probs, rows.target)
 
@@ -128,11 +129,11 @@ def _add_chosen(sums: Tensor, probs: Tensor, target: Tensor) -> None:
     Only these are sorted into bins; the first gets what is then missing in the totals.
     """
     _, n_bins, classes = sums.shape
+    occurrences = torch.bincount(target, minlength=classes).double()
+    totals = torch.stack([torch.full_like(occurrences, len(probs)), probs.sum(0, dtype=torch.float64), occurrences])
     # A shade below the edge, which float32 may not hit: the exact comparison is made in float64 by `bin_index`.
     row, column = (probs > (1 - 1e-6) / n_bins).nonzero(as_tuple=True)
     added = addends(probs[row, column], target[row] == column)
-    occurrences = torch.bincount(target, minlength=classes).double()
-    totals = torch.stack([torch.full_like(occurrences, len(probs)), probs.sum(0, dtype=torch.float64), occurrences])
     # Labels out of range, where nobody looked for them, have failed by now: the sums are changed last.
     sums[:, 0] += totals.index_add(1, column, added, alpha=-1)
     sums.view(3, -1).index_add_(1, bin_index(added[1], n_bins) * classes + column, added)

@@ -526,6 +526,20 @@ def test_a_bad_row_in_a_later_block_leaves_nothing_counted(metric_class, monkeyp
     assert torch.equal(flat(metric.compute()), expected)
 
 
+@pytest.mark.parametrize("metric_class", METRICS)
+@pytest.mark.parametrize("probs", [False, True])
+def test_predictions_stay_as_they_are_refused_or_not(metric_class, probs):
+    """What is looked at for bad labels is marked in place."""
+    logits, target = calibrated_logits(20)
+    preds = logits.softmax(1) if probs else logits
+    kept, metric = preds.clone(), new(metric_class, probs=probs)
+    metric.update(preds, target)
+    target[3] = 7
+    with pytest.raises(ValueError, match="7"):
+        metric.update(preds, target)
+    assert torch.equal(preds, kept)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("metric_class", [BootstrapSums, ExpectedCalibrationError])
 def test_a_large_refused_batch_may_come_again(metric_class):
