@@ -1,7 +1,7 @@
 """Many classes: the curvature class by class, and no matrix with a row and a column for each.
 
 What is kept of the curvature are the blocks on its diagonal, of a class's own scale and bias. The fit is exact all the
-same: the blocks only say where it steps. Its price is read from them and from a few products (:mod:`~.probe`).
+same: the blocks only say where it steps. Its price is read from them and from a few products (:mod:`~.price`).
 """
 
 from functools import partial
@@ -14,7 +14,7 @@ from lightning_clamp.clamping.descent import Inverse
 from lightning_clamp.clamping.map_loss import curvature_product, errors
 from lightning_clamp.clamping.output_map import MapSpace
 from lightning_clamp.clamping.passes import RowSource, summed
-from lightning_clamp.clamping.probe import Probe, profiled_product, quadrature, random_signs
+from lightning_clamp.clamping.price import Probe, profiled_product, quadrature, random_signs
 
 # Products with the curvature, a pass over the rows each. Where they are too few the price comes out too high.
 _STEPS = 6

@@ -4,7 +4,7 @@ The deviations D are written as a diagonal and a whole matrix, :math:`D = \opera
 map has too, a, the biases and the common scale, keeps its whole curvature. That of B is a sum over rows of Kronecker
 products, :math:`\sum_n (\operatorname{diag} p_n - p_n p_n^T) \otimes (z_n - c)(z_n - c)^T`, and nearly diagonal in the
 eigenvectors of the two factors' sums; its diagonal there is exact. The fit is exact all the same: this only says where
-it steps, and, corrected by a few products (:mod:`~.probe`), what it costs.
+it steps, and, corrected by a few products (:mod:`~.price`), what it costs.
 
 Reference:
     George, Laurent, Bouthillier, Ballas and Vincent, "Fast Approximate Natural Gradient Descent in a Kronecker-factored
@@ -25,7 +25,7 @@ from lightning_clamp.clamping.newton import LossDerivatives
 from lightning_clamp.clamping.output_map import MapSpace
 from lightning_clamp.clamping.passes import RowSource, summed
 from lightning_clamp.clamping.paths import WholePath
-from lightning_clamp.clamping.probe import Probe, profiled_product, quadrature, random_signs
+from lightning_clamp.clamping.price import Probe, profiled_product, quadrature, random_signs
 
 # Products with the curvature, a pass over the rows each.
 _STEPS = 12
