@@ -82,22 +82,36 @@ def errors(probs: Tensor, batch: Rows, weight: Tensor | None = None) -> Tensor:
     return error if weight is None else error.mul_(weight)
 
 
-def standard_error(rows: RowSource, space: MapSpace, free: Tensor, reference: tuple[MapSpace, Tensor]) -> float:
-    """Standard error of the mean loss's change from one map, ``reference``, to another on the same rows, in nats.
+def standard_error(
+    rows: RowSource,
+    space: MapSpace,
+    free: Tensor,
+    reference: tuple[MapSpace, Tensor],
+    before: RowSource | None = None,
+) -> float:
+    """Standard error of the mean loss's change from one map, ``reference``, to another, in nats.
 
     Items are the independent draws: the rows of one (the pixels of an image) go together.
+
+    Args:
+        rows: Rows of logits.
+        space: Kind of the map,
+        free: and its free parameters.
+        reference: The same of the other map.
+        before: The same rows with the logits that the other map acts on; None for the same logits.
     """
 
-    def batch_sums(batch: Rows) -> tuple[Tensor, ...]:
+    def batch_sums(batch: Rows, other: Rows) -> tuple[Tensor, ...]:
         losses = [
-            one.loss_of_label(one.apply(batch.logits, point, batch.label).log_softmax(1), batch.target)[0]
-            for one, point in ((space, free), reference)
+            one.loss_of_label(one.apply(part.logits, point, part.label).log_softmax(1), part.target)[0]
+            for part, one, point in ((batch, space, free), (other, *reference))
         ]
         change = losses[0] - losses[1]
         pair = batch.per_item(torch.stack([change, torch.ones_like(change)], 1))
         return pair.sum(0), pair.T @ pair
 
-    total, products = summed((batch_sums(batch) for batch in rows), [(2,), (2, 2)], rows.ranks)
+    pairs = ((batch, batch) for batch in rows) if before is None else zip(rows, before, strict=True)
+    total, products = summed((batch_sums(*pair) for pair in pairs), [(2,), (2, 2)], rows.ranks)
     # Of a ratio of sums: items have different numbers of rows, and some none.
     residual = torch.stack([torch.ones_like(total[0]), -total[0] / total[1]])
     return math.sqrt(max(float(residual @ products @ residual), 0.0)) / float(total[1])
