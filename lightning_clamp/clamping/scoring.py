@@ -195,8 +195,9 @@ def _tried(
     coefficients, free = torch.split(previous.point + step, [grid.n_coefficients, len(previous.map_fit.free)])
     perturbation = grid.image(coefficients).to(summary.parameter_dtype)
     logits = Logits(data, perturbation)
-    for batch, target in data.forward(perturbation, what):
-        logits.keep(batch, target)
+    with data.ranks.raise_together():
+        for batch, target in data.forward(perturbation, what):
+            logits.keep(batch, target)
     map_fit = refit(logits, previous.map_fit, free, summary.n_rows, dense=summary.dense)
     if map_fit is None:
         return None
