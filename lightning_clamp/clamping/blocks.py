@@ -52,6 +52,11 @@ class BlockDerivatives:
         """The sums of the loss and a ridge on the map, ``0.5 * (ridge * point**2).sum()``."""
         return replace(self, gradient=self.gradient + ridge * point, ridge=self.ridge + ridge[len(self.own) :])
 
+    def damped(self, n_first: int, damping: float) -> "BlockDerivatives":
+        """With so many times the coefficients' mean curvature added to that of each of them."""
+        added = damping * self.own.diagonal().mean()
+        return replace(self, own=self.own + added * torch.eye(n_first, dtype=torch.float64))
+
     def newton_step(self) -> tuple[Tensor, float]:
         """The step, and the fall of the summed loss that it promises."""
         answer, left, score = self._profiled()

@@ -16,7 +16,6 @@ _GridCode: TypeAlias = Literal[
     "no such grid",
     "missing classes",
     "too few samples for the grid",
-    "too large or too coarse",
     "costs more than it promises",
     "no step helps",
 ]

@@ -2,8 +2,6 @@
 
 from collections.abc import Iterable
 
-import torch
-
 from lightning_clamp.clamping.candidate import Candidate, Refusal
 from lightning_clamp.clamping.labels import LabelMoments
 from lightning_clamp.clamping.moments import LogitMoments
@@ -11,8 +9,6 @@ from lightning_clamp.clamping.output_map import OutputMap, n_parameters
 from lightning_clamp.clamping.perturbation import Grid, available_sizes, make_grid
 from lightning_clamp.clamping.summary import MIN_SAMPLES, DatasetSummary
 
-# Derivatives of one item's logits that are held at once for dense outputs: half a gigabyte in float64.
-_MOST_ELEMENTS = 2**26
 # A matrix has as many entries as classes squared, and so many more numbers to multiply with in every forward pass; of
 # correlated rows its whole curvature is formed, and that has as many as that squared.
 _MOST_MATRIX_CLASSES = 300
@@ -97,8 +93,4 @@ def _refuse_grid(grid: Grid, summary: DatasetSummary) -> Refusal | None:
             "too few samples for the grid",
             f"{summary.n_samples} samples are fewer than {MIN_SAMPLES} per coefficient",
         )
-    if summary.dense and {summary.dtype, summary.logit_dtype} & {torch.float16, torch.bfloat16}:
-        return Refusal("too large or too coarse", "the curvature of dense outputs drowns in half precision")
-    if summary.dense and (grid.n_coefficients + 1) * summary.row_elements > _MOST_ELEMENTS:
-        return Refusal("too large or too coarse", "the curvature of outputs this large would not fit in memory")
     return None

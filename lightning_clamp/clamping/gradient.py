@@ -1,16 +1,20 @@
-"""Whether a network can be differentiated in its input, as a perturbation needs: asked of one batch."""
+"""Whether a network can be differentiated in its input, as a perturbation needs: asked of a few items."""
 
 from textwrap import shorten
 
 import torch
 
+from lightning_clamp._batch import chunks
 from lightning_clamp.clamping.passes import CalibrationSet
+
+# Enough for whoever takes statistics over a batch.
+_ITEMS = 2
 
 
 def gradient_problem(data: CalibrationSet) -> str | None:
     """Why the network cannot be differentiated in what a perturbation is added to; None if it can.
 
-    The first batch of every rank that a pass has seen is tried, and all ranks get the same answer.
+    The first items of every rank that a pass has seen are tried, and all ranks get the same answer.
     """
     problem = None
     with data.ranks.raise_together():
@@ -22,7 +26,7 @@ def gradient_problem(data: CalibrationSet) -> str | None:
 def _problem(data: CalibrationSet) -> str | None:
     if data.first is None:
         return None
-    inputs, _ = data.first
+    inputs = chunks(data.first[0], _ITEMS)[0]
     try:
         logits, moved = data.tracked(inputs, None)
         if not logits.requires_grad:

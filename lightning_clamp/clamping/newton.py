@@ -28,6 +28,12 @@ class LossDerivatives(NamedTuple):
         """The sums of the loss and a ridge, ``0.5 * (ridge * point**2).sum()``."""
         return self._replace(gradient=self.gradient + ridge * point, curvature=self.curvature + ridge.diag())
 
+    def damped(self, n_first: int, damping: float) -> "LossDerivatives":
+        """With so many times the first parameters' mean curvature added to that of each of them."""
+        own = self.curvature.diagonal()[:n_first]
+        added = torch.zeros_like(self.gradient).index_fill(0, torch.arange(n_first), damping * float(own.mean()))
+        return self._replace(curvature=self.curvature + added.diag())
+
     def newton_step(self) -> tuple[Tensor, float]:
         """The step ``-curvature⁻¹ gradient``, and the fall of the summed loss that it promises (half the decrement)."""
         step = -solve(self.curvature, self.gradient)

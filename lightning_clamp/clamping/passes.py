@@ -255,8 +255,10 @@ class CalibrationSet:
     def forward(self, perturbation: Tensor | None, what: str, *, bare: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
         """One forward pass without gradients: logits and target, batch by batch; ``bare`` for those without views."""
         for inputs, target in self.read(what):
+            # Not around the yield: whoever reads two such passes side by side would leave it on.
             with torch.no_grad():
-                yield self.bare_logits(inputs) if bare else self.perturbed_logits(inputs, perturbation), target
+                logits = self.bare_logits(inputs) if bare else self.perturbed_logits(inputs, perturbation)
+            yield logits, target
 
 
 class Logits:

@@ -6,25 +6,25 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_clamp._batch import Inputs, chunks
+from lightning_clamp._batch import Inputs
+from lightning_clamp._rows import Rows
 from lightning_clamp.clamping.blocks import BlockDerivatives, MapBlock
 from lightning_clamp.clamping.map_loss import errors
 from lightning_clamp.clamping.newton import LossDerivatives
 from lightning_clamp.clamping.output_map import MapSpace
-from lightning_clamp.clamping.passes import CalibrationSet, Logits, summed
+from lightning_clamp.clamping.passes import CalibrationSet, summed
 from lightning_clamp.clamping.perturbation import Grid, project
+from lightning_clamp.clamping.probes import probe, seeds_of
 
 Derivatives: TypeAlias = LossDerivatives | BlockDerivatives
 
-# Finite-difference step of the curvature of dense outputs, as a fraction of the root mean square of the inputs: small
-# enough to stay on the network's tangent, large enough to stand out of float32 rounding.
-_STEP = 0.01
+# Backward passes of random signs for the curvature of dense outputs: each tells as much of it, item by item, as scores
+# do of that of class outputs.
+_PROBES = 1
 # Items whose scores are multiplied at once: adding up products takes as long as forming them for some hundred.
 _LEAST_ROWS = 2048
 # Parameters of a map whose block is most of the work: its scores are float32, and it is factorised once.
 _MANY = 1000
-# Rows of finite differences held at once, in elements.
-_CHUNK_ELEMENTS = 2**25
 
 
 def score_pass(
@@ -34,11 +34,11 @@ def score_pass(
     free: Tensor,
     grids: Sequence[Grid],
     *,
-    dense_scale: float | None,
+    dense: bool,
     what: str,
     known: Derivatives | None = None,
-) -> tuple[list[Derivatives], Logits]:
-    """One forward and one backward to the input: the score sums of every grid, and the logits passed on the way.
+) -> list[Derivatives]:
+    """One forward and one backward to the input: the score sums of every grid.
 
     Args:
         data: Network and batches.
@@ -47,31 +47,23 @@ def score_pass(
         free: and its free parameters there.
         grids: Grids whose coefficients to differentiate in. They share the pass: since the perturbation is added to
             every input, the input gradient projected on a grid is the sample's score.
-        dense_scale: For dense outputs, the root mean square of the inputs, which sets the finite-difference step of
-            their curvature; None for class outputs, whose curvature is the covariance.
+        dense: Whether items have several rows. If not, the curvature is the covariance; else it takes another backward
+            pass, see :mod:`.probes`.
         what: Shown as progress.
-        known: Sums of the one grid at an earlier point, of which is kept what costs much and changes little: the
-            curvature of dense outputs, and the own block of a map of many parameters. None to form all.
+        known: Sums of the one grid at an earlier point, of which is kept what costs much and changes little: the own
+            block of a map of many parameters. None to form all.
 
     Returns:
-        For every grid the sums in (coefficients, free parameters of the map); and the logits.
+        For every grid the sums in (coefficients, free parameters of the map).
     """
-    logits_seen = Logits(data, perturbation)
     of_map = known.of_map if isinstance(known, BlockDerivatives) else None
-    differences = 0.0 if dense_scale is None or known is not None else _STEP * (dense_scale or 1.0)
+    n_probes = _PROBES if dense else 0
 
     def batch_sums() -> Iterator[tuple[Tensor, ...]]:
         for inputs, target in data.read(what):
-            logits, gradient, scores = _input_scores(data, inputs, target, perturbation, space, free)
-            logits_seen.keep(logits, target)
+            (gradient, scores), *probes = _input_scores(data, inputs, target, perturbation, space, free, n_probes)
             held.append((scores, torch.cat(project(gradient, grids), 1)))
-            curvatures = []
-            if differences:
-                most = _CHUNK_ELEMENTS // logits[:1].numel()
-                curvatures = [
-                    _gauss_newton(data, inputs, target, perturbation, space, free, grid, differences, most)
-                    for grid in grids
-                ]
+            curvatures = _curvatures(probes, grids) if probes else []
             if curvatures or sum(len(batch[0]) for batch in held) >= _LEAST_ROWS:
                 yield (*_products(held, sizes, with_map=of_map is None), *curvatures)
                 held.clear()
@@ -81,18 +73,13 @@ def score_pass(
     held: list[tuple[Tensor, Tensor]] = []
     q, sizes = len(free), [grid.n_coefficients for grid in grids]
     shapes = [(q,), (sum(sizes),), (sum(sizes), q), *((p, p) for p in sizes), *([(q, q)] if of_map is None else [])]
-    shapes += [(p + q, p + q) for p in sizes] if differences else []
+    shapes += [(p + q, p + q) for p in sizes] if n_probes else []
     sum_of_map, sum_of_grids, cross, *squares = summed(batch_sums(), shapes, data.ranks)
     own, squares = squares[: len(grids)], squares[len(grids) :]
     block = of_map or MapBlock(squares.pop(0))
-    if differences:
-        # The curvature of dense outputs took a forward pass per coefficient, and one to compare with.
-        data.passes += sum(p + 1 for p in sizes)
     curvatures: list[Tensor | None] = [*squares] or [None] * len(grids)
-    if dense_scale is not None and isinstance(known, LossDerivatives):
-        curvatures = [known.curvature]
     parts = zip(torch.split(sum_of_grids, sizes), own, torch.split(cross, sizes), curvatures, strict=True)
-    return [_derivatives(sum_of_map, block, *part) for part in parts], logits_seen
+    return [_derivatives(sum_of_map, block, *part) for part in parts]
 
 
 def _products(held: list[tuple[Tensor, Tensor]], sizes: list[int], *, with_map: bool) -> tuple[Tensor, ...]:
@@ -132,59 +119,35 @@ def _input_scores(
     perturbation: Tensor | None,
     space: MapSpace,
     free: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits of one batch, the loss's gradient to every input, and every item's score in the map, ``(N, q)``."""
+    n_probes: int = 0,
+) -> list[tuple[Tensor, Tensor]]:
+    """The loss's gradient to every input of a batch, and every item's score in the map, ``(N, q)``; those of probes."""
     logits, moved = data.tracked(inputs, perturbation)
     rows = data.rows(logits, target)
     fixed = rows._replace(logits=rows.logits.detach()).doubled()
-    error = errors(space.apply(fixed.logits, free, fixed.label).softmax(1), fixed)
-    in_logits = space.pull_logits(fixed.logits, error, free, fixed.label).to(rows.logits.dtype)
-    (gradient,) = torch.autograd.grad(rows.logits, moved, in_logits)
+    slopes = _slopes(inputs, fixed, space.apply(fixed.logits, free, fixed.label).softmax(1), n_probes)
     if len(free) > _MANY:
         # The scores say where to step and how sure that is, for which seven digits are enough.
-        fixed, error = fixed._replace(logits=fixed.logits.float()), error.float()
-    return logits.detach(), gradient, space.pull_per_item(fixed, error)
+        fixed = fixed._replace(logits=fixed.logits.float())
+    found: list[tuple[Tensor, Tensor]] = []
+    for slope in slopes:
+        in_logits = space.pull_logits(fixed.logits, slope.to(fixed.logits), free, fixed.label).to(rows.logits.dtype)
+        (gradient,) = torch.autograd.grad(rows.logits, moved, in_logits, retain_graph=len(found) < n_probes)
+        found.append((gradient, space.pull_per_item(fixed, slope.to(fixed.logits))))
+    return found
 
 
-def _gauss_newton(
-    data: CalibrationSet,
-    inputs: Inputs,
-    target: Tensor,
-    perturbation: Tensor | None,
-    space: MapSpace,
-    free: Tensor,
-    grid: Grid,
-    step: float,
-    most_columns: int,
-) -> Tensor:
-    r"""Fisher information :math:`\sum J^T (\mathrm{diag}(p) - p p^T) J` of one batch in (coefficients, map).
+def _slopes(inputs: Inputs, rows: Rows, probs: Tensor, n_probes: int) -> list[Tensor]:
+    """What is passed back from the mapped logits: the loss's own derivatives, and probes."""
+    seeds = seeds_of(inputs) if n_probes else None
+    probes = [] if seeds is None else [probe(probs, rows, seeds.to(probs.device), k) for k in range(n_probes)]
+    return [errors(probs, rows), *probes]
 
-    The pixels of an image are correlated, so the outer product of its summed score says nothing about curvature. The
-    columns of J that belong to coefficients are taken by forward differences of the logits: a forward pass each, no
-    graph, a positive semi-definite result that is the same for any batch size. ``step`` is that of the differences; at
-    most ``most_columns`` of them, of one item each, are held at once.
-    """
-    images = [grid.image(unit) for unit in step * torch.eye(grid.n_coefficients, dtype=torch.float64)]
-    p = len(images)
-    n = p + len(free)
-    total = torch.zeros(n, n, dtype=torch.float64, device=target.device)
-    with torch.no_grad():
-        chunk = max(1, most_columns // (p + 1))
-        for part, labels in zip(chunks(inputs, chunk), torch.split(target, chunk), strict=True):
-            rows = data.rows(data.perturbed_logits(part, perturbation), labels).doubled()
-            logits = rows.logits
-            columns = []
-            for image in images:
-                moved = image if perturbation is None else perturbation.cpu() + image
-                there = data.rows(data.perturbed_logits(part, moved), labels).doubled().logits
-                columns.append(space.linear(there - logits, free, rows.label) / step)
-            jacobian = torch.stack(columns)  # (p, M, C)
-            probs = space.apply(logits, free, rows.label).softmax(1)
-            centred = jacobian - (jacobian * probs).sum(2, keepdim=True)
-            weighted = centred * probs
-            across = torch.stack([space.pull(logits, column, rows.label) for column in weighted])
-            total[:p, :p] += weighted.flatten(1) @ centred.flatten(1).T
-            total[:p, p:] += across
-            total[p:, :p] += across.T
-            total[p:, p:] += space.curvature(logits, probs, label=rows.label)
-    return total
+
+def _curvatures(probes: list[tuple[Tensor, Tensor]], grids: Sequence[Grid]) -> list[Tensor]:
+    """Fisher information of one batch in (coefficients of a grid, map), from what probes passed back."""
+    projected = [(project(gradient, grids), of_map) for gradient, of_map in probes]
+    scores = [
+        torch.cat([torch.cat([own[number], of_map], 1) for own, of_map in projected]) for number in range(len(grids))
+    ]
+    return [one.T @ one / len(probes) for one in scores]

@@ -1,7 +1,7 @@
 r"""Fisher scoring: perturbation and output map together, without a learning rate.
 
-A pass is one forward and one backward to the input. Its sums give the score test (can moving the input help at all?),
-what a grid promises, and the next step.
+A pass forward and backward to the input gives the score test (can moving the input help at all?), what a grid promises,
+and the next step. A pass forward says what a step has brought.
 """
 
 import math
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_clamp.clamping.criterion import Estimate, estimate
+from lightning_clamp.clamping.map_loss import row_losses, standard_error
 from lightning_clamp.clamping.newton import LossDerivatives, ScoreTest, effective_parameters
 from lightning_clamp.clamping.passes import CalibrationSet, Logits
 from lightning_clamp.clamping.perturbation import Grid
@@ -20,8 +21,14 @@ from lightning_clamp.clamping.score_pass import Derivatives, score_pass
 from lightning_clamp.clamping.shrinkage import MapFit, refit
 from lightning_clamp.clamping.summary import DatasetSummary
 
-# A step that promises less than this share of a nat per parameter is lost in the fit's own error, half a nat each.
+# A step that promises less than this share of what the coefficients are charged is lost in the fit's own error.
 _WORTHWHILE = 0.05
+# Falls of a loss are mostly a geometric series: where each is two thirds of the one before, twice the last is to come.
+_MORE = 2.0
+# How far a step has to keep its promise for the next to be longer, and below which share it is to be shorter; by how
+# much the damping then changes, and where it begins.
+_KEPT, _BROKEN = 0.75, 0.25
+_FACTOR, _FIRST = 4.0, 0.25
 
 
 class GridFit(NamedTuple):
@@ -33,8 +40,8 @@ class GridFit(NamedTuple):
         perturbation: The shape of one input, or None for none.
         logits: The network's logits there.
         map_fit: The best output map for them, of the kind and shrinkage that was found before the input was touched.
-        point: Where the sums were taken: coefficients, and free parameters of the map, float64.
-        sums: Score sums there; None for the untouched input.
+        point: Coefficients, and free parameters of the map, float64.
+        sums: Score sums there, or where the last step began; None for the untouched input.
         standard_error: Of the change of the mean loss against temperature scaling, in nats per row: that of the output
             map the grid started from, and that of the steps since.
         test: Score test of the coefficients at zero, None for the untouched input.
@@ -42,7 +49,7 @@ class GridFit(NamedTuple):
         predicted: What that is expected to be worth on new data, against the start.
         passes: Passes spent, the first (shared) one included.
         seconds: Time spent.
-        history: NLL per row and temperature after every pass.
+        history: NLL per row and temperature after every step.
     """
 
     size: int
@@ -61,11 +68,6 @@ class GridFit(NamedTuple):
     history: tuple[dict[str, float], ...] = ()
 
     @property
-    def optimum(self) -> Tensor:
-        """Coefficients, and the free parameters of the best map."""
-        return torch.cat([self.point[: self.n_coefficients], self.map_fit.free])
-
-    @property
     def ridge(self) -> Tensor:
         """What shrinks each of them; the coefficients are free."""
         return torch.cat([torch.zeros(self.n_coefficients, dtype=torch.float64), self.map_fit.ridge])
@@ -74,10 +76,17 @@ class GridFit(NamedTuple):
         """Mean loss per row with the ridge."""
         return self.map_fit.nll + 0.5 * float(self.map_fit.ridge @ self.map_fit.free**2) / n_rows
 
-    def step(self) -> tuple[Tensor, float]:
+    def step(self, damping: float = 0.0) -> tuple[Tensor, float]:
         """The next step, and the fall of the summed loss with the ridge that it promises."""
         assert self.sums is not None
-        return bounded_step(self.sums.shrunk(self.point, self.ridge), float(self.point[-1]))
+        sums = self.sums.shrunk(self.point, self.ridge).damped(self.n_coefficients, damping)
+        return bounded_step(sums, float(self.point[-1]))
+
+    def expected(self, start: "GridFit", to_come: float, summary: DatasetSummary) -> float:
+        """The criterion against the start, if the summed loss falls by so much more."""
+        gain = start.objective(summary.n_rows) - self.objective(summary.n_rows) + to_come / summary.n_rows
+        price, error = self.effective_coefficients(dense=summary.dense), self.standard_error - start.standard_error
+        return estimate(gain, price, summary.n_rows, error).criterion
 
     def effective_coefficients(self, *, dense: bool) -> float:
         """What the coefficients cost, in units of one parameter: their number, or for dense outputs their trace."""
@@ -99,8 +108,8 @@ def first_pass(data: CalibrationSet, summary: DatasetSummary, start: GridFit, gr
         return []
     started = time.perf_counter()
     space = start.map_fit.space
-    sums_of_all, logits = score_pass(
-        data, None, space, start.map_fit.free, grids, dense_scale=summary.dense_scale, what="all grids, pass 1"
+    sums_of_all = score_pass(
+        data, None, space, start.map_fit.free, grids, dense=summary.dense, what="all grids, pass 1"
     )
     shared = (time.perf_counter() - started) / len(grids)
     fits = []
@@ -109,15 +118,14 @@ def first_pass(data: CalibrationSet, summary: DatasetSummary, start: GridFit, gr
         fit = start._replace(
             size=grid.size,
             n_coefficients=p,
-            logits=logits,
             point=torch.cat([torch.zeros(p, dtype=torch.float64), start.map_fit.free]),
             sums=sums,
             passes=1,
             seconds=shared,
             history=(_record(1, start.map_fit),),
         )
-        step, predicted_decrease = fit.step()
-        gain, error = predicted_decrease / summary.n_rows, _error(step, sums) / summary.n_rows
+        step, promise = fit.step()
+        gain, error = promise / summary.n_rows, _error(step, sums) / summary.n_rows
         fits.append(
             fit._replace(
                 test=sums.shrunk(fit.point, fit.ridge).score_test(p),
@@ -128,67 +136,94 @@ def first_pass(data: CalibrationSet, summary: DatasetSummary, start: GridFit, gr
     return fits
 
 
-def fit_grid(data: CalibrationSet, summary: DatasetSummary, grid: Grid, start: GridFit, max_passes: int) -> GridFit:
-    """Step ``-curvature⁻¹ gradient`` in coefficients and map while it pays; halve the step when the loss rises."""
-    started = time.perf_counter()
-    assert start.sums is not None
-    best = start
-    step, predicted_decrease = start.step()
-    passes, history = 1, list(start.history)
+def fit_grid(
+    data: CalibrationSet, summary: DatasetSummary, grid: Grid, start: GridFit, max_passes: int, to_beat: float
+) -> GridFit:
+    """Step ``-curvature⁻¹ gradient`` in coefficients and map while it pays and may win; shorten a step that fails.
+
+    A step is tried by a forward pass alone. What it brought says whether the grid may still win, before another
+    gradient is paid for. The model of the loss cannot say that: it promises too little where a perturbation has far to
+    go, and too much for many coefficients.
+
+    Args:
+        data: Network and batches.
+        summary: First look at them.
+        grid: Which.
+        start: What the first pass said of it.
+        max_passes: How many there may be, the first included.
+        to_beat: The criterion, against the start, of the best candidate so far.
+    """
+    started, n_rows = time.perf_counter(), summary.n_rows
+    best, passes, damping, history = start, 1, 0.0, list(start.history)
+    step, promise = start.step()
     # The first step was promised to be worth more than it costs.
-    least = _WORTHWHILE * (start.n_coefficients + start.map_fit.effective_parameters)
-    while passes < max_passes and (passes == 1 or predicted_decrease > least):
+    least = _WORTHWHILE * start.effective_coefficients(dense=summary.dense)
+    while passes < max_passes and (passes == 1 or promise > least):
         passes += 1
-        # The first step is the long one: the curvature of dense outputs is formed again behind it, and kept from there.
-        known = None if summary.dense and passes == 2 else best.sums
-        trial = _evaluate(data, summary, grid, best.point + step, f"grid {grid.size}, pass {passes}", best, known)
+        trial = _tried(data, summary, grid, best, step, f"grid {grid.size}, pass {passes}")
+        fall = -math.inf
         if trial is not None:
             history.append(_record(passes, trial.map_fit))
-        if trial is not None and trial.objective(summary.n_rows) < best.objective(summary.n_rows):
-            best = trial
-            step, predicted_decrease = best.step()
+            fall = n_rows * (best.objective(n_rows) - trial.objective(n_rows))
+        damping = _adapted(damping, fall / promise)
+        if trial is not None and fall > 0:
+            best, to_come = trial._replace(standard_error=_error_of(trial, start)), _MORE * fall
         else:
-            # Half the step keeps three quarters of what the quadratic model promised.
-            step, predicted_decrease = step / 2, 0.75 * predicted_decrease
-    assert best.sums is not None
-    moved = best.optimum - start.optimum
-    # A sample's change is its score's, between that at the start and that at the end, times the way.
-    error = math.hypot(_error(moved, start.sums), _error(moved, best.sums)) / math.sqrt(2)
-    return best._replace(
-        standard_error=start.standard_error + error / summary.n_rows,
-        passes=passes,
-        seconds=start.seconds + time.perf_counter() - started,
-        history=tuple(history),
-    )
+            to_come = (1 + _MORE) * best.step(damping)[1]
+        if to_come <= least or best.expected(start, to_come, summary) >= to_beat:
+            break
+        if fall > 0 and passes + 2 > max_passes:
+            break
+        if fall > 0:
+            passes += 1
+            best = _with_sums(data, summary, grid, best, f"grid {grid.size}, pass {passes}")
+        step, promise = best.step(damping)
+    return best._replace(passes=passes, seconds=start.seconds + time.perf_counter() - started, history=tuple(history))
 
 
-def _evaluate(
-    data: CalibrationSet,
-    summary: DatasetSummary,
-    grid: Grid,
-    point: Tensor,
-    what: str,
-    previous: GridFit,
-    known: Derivatives | None,
+def _adapted(damping: float, kept: float) -> float:
+    """The damping after a step that kept such a share of its promise (Marquardt, 1963)."""
+    if kept > _KEPT:
+        return damping / _FACTOR
+    return max(_FIRST, _FACTOR * damping) if kept < _BROKEN else damping
+
+
+def _tried(
+    data: CalibrationSet, summary: DatasetSummary, grid: Grid, previous: GridFit, step: Tensor, what: str
 ) -> GridFit | None:
-    """One pass at a point: its sums, and the best map of that kind and shrinkage for its logits, if there is one."""
-    coefficients, free = point[: grid.n_coefficients], point[grid.n_coefficients :]
-    space = previous.map_fit.space
+    """One pass forward behind a step, and the best map of that kind and shrinkage for its logits, if there is one."""
+    coefficients, free = torch.split(previous.point + step, [grid.n_coefficients, len(previous.map_fit.free)])
     perturbation = grid.image(coefficients).to(summary.parameter_dtype)
-    (sums,), logits = score_pass(
-        data,
-        perturbation,
-        space,
-        free,
-        [grid],
-        dense_scale=summary.dense_scale,
-        what=what,
-        known=known,
-    )
+    logits = Logits(data, perturbation)
+    with data.ranks.raise_together():
+        for batch, target in data.forward(perturbation, what):
+            logits.keep(batch, target)
     map_fit = refit(logits, previous.map_fit, free, summary.n_rows, dense=summary.dense)
     if map_fit is None:
         return None
-    return previous._replace(perturbation=perturbation, logits=logits, map_fit=map_fit, point=point, sums=sums)
+    point = torch.cat([coefficients, map_fit.free])
+    return previous._replace(perturbation=perturbation, logits=logits, map_fit=map_fit, point=point)
+
+
+def _with_sums(data: CalibrationSet, summary: DatasetSummary, grid: Grid, fit: GridFit, what: str) -> GridFit:
+    """One pass forward and backward where a fit is."""
+    (sums,) = score_pass(
+        data,
+        fit.perturbation,
+        fit.map_fit.space,
+        fit.map_fit.free,
+        [grid],
+        dense=summary.dense,
+        what=what,
+        known=fit.sums,
+    )
+    return fit._replace(sums=sums)
+
+
+def _error_of(fit: GridFit, start: GridFit) -> float:
+    """Standard error against temperature scaling: that of the start, and that of the change since."""
+    losses = [row_losses(one.logits, one.map_fit.space, one.map_fit.free) for one in (fit, start)]
+    return start.standard_error + standard_error(fit.logits, *losses)
 
 
 def bounded_step(sums: Derivatives, common_scale: float) -> tuple[Tensor, float]:

@@ -61,11 +61,12 @@ def choose_clamp(
         grids = []
     firsts = first_pass(data, summary, start, grids)
     for grid, first in sorted(zip(grids, firsts, strict=True), key=lambda pair: pair[1].predicted.criterion):
-        if alone.rank + first.predicted.criterion >= chosen.rank:
+        to_beat = chosen.rank - alone.rank
+        if first.predicted.criterion >= to_beat:
             refusal = Refusal("costs more than it promises", "the first pass promises less than it costs")
             candidates.append(unfitted(first, map_fit.space.kind, comparison, refusal))
             continue
-        fit = fit_grid(data, summary, grid, first, options.max_passes)
+        fit = fit_grid(data, summary, grid, first, options.max_passes, to_beat)
         if fit.perturbation is None:
             refusal = Refusal("no step helps", "no step was taken, or none lowered the loss")
             candidates.append(unfitted(fit, map_fit.space.kind, comparison, refusal))

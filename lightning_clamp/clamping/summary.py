@@ -32,9 +32,7 @@ class DatasetSummary(NamedTuple):
         n_labels: Labels that each item has; 0 where it has a class.
         row_elements: Most logits that one item has.
         n_inputs: Tensors that a batch's input consists of.
-        input_scale: Root mean square of what a perturbation is added to.
         dtype: Its floating dtype, or that of the logits for integers.
-        logit_dtype: Dtype of the network's logits.
         float_inputs: Whether it is of floats, so that something can be added.
     """
 
@@ -48,20 +46,13 @@ class DatasetSummary(NamedTuple):
     n_labels: int
     row_elements: int
     n_inputs: int
-    input_scale: float
     dtype: torch.dtype
-    logit_dtype: torch.dtype
     float_inputs: bool
 
     @property
     def parameter_dtype(self) -> torch.dtype:
         """Dtype of what is fitted: that of the inputs, at least float32."""
         return torch.promote_types(self.dtype, torch.float32)
-
-    @property
-    def dense_scale(self) -> float | None:
-        """Scale of the inputs where the outputs are dense, as the curvature of those needs it; else None."""
-        return self.input_scale if self.dense else None
 
 
 class _Kind(NamedTuple):
@@ -74,7 +65,6 @@ class _Kind(NamedTuple):
     dense: bool
     row_elements: int
     dtype: torch.dtype
-    logit_dtype: torch.dtype
     float_inputs: bool
     unclear_axis: str | None
 
@@ -115,15 +105,14 @@ def summarize(data: CalibrationSet, *, trial: bool = False) -> DatasetSummary:
                 marks.extend(marks_of(inputs))
             seen += len(logits)
             kinds.add(_kind(inputs, value, logits, target, rows, data))
-            value = logits.new_zeros(0) if value is None else value
-            counts = [len(logits), len(rows.target), value.numel(), *_not_probabilities(logits)]
-            yield (value.double() ** 2).sum(), losses.sum(), torch.tensor(counts, dtype=torch.float64)
+            counts = [len(logits), len(rows.target), *_not_probabilities(logits)]
+            yield losses.sum(), torch.tensor(counts, dtype=torch.float64)
 
-    squares, loss, counts = summed(batch_sums(), [(), (), (6,)], data.ranks)
+    loss, counts = summed(batch_sums(), [(), (5,)], data.ranks)
     all_kinds, all_marks, all_heaviest = zip(*data.ranks.gather((kinds, marks, max(heaviest))), strict=True)
     kinds = set().union(*all_kinds)
     kind = _of_all(kinds)
-    n_samples, n_rows, n_values, *outputs = (int(count) for count in counts)
+    n_samples, n_rows, *outputs = (int(count) for count in counts)
     if not trial:
         warn_of_repeats(all_marks, data.ranks)
         check_size(n_samples, n_rows)
@@ -140,9 +129,7 @@ def summarize(data: CalibrationSet, *, trial: bool = False) -> DatasetSummary:
         n_labels=kind.n_labels,
         row_elements=kind.row_elements,
         n_inputs=kind.n_inputs,
-        input_scale=(float(squares) / max(n_values, 1)) ** 0.5,
         dtype=kind.dtype,
-        logit_dtype=kind.logit_dtype,
         float_inputs=kind.float_inputs,
     )
 
@@ -166,7 +153,6 @@ def _kind(
         dense=is_dense(logits, data.spec.task),
         row_elements=logits[:1].numel(),
         dtype=value.dtype if value is not None and of_floats else logits.dtype,
-        logit_dtype=logits.dtype,
         float_inputs=of_floats,
         unclear_axis=unclear_axis(logits, target) if class_axis_is_unclear(logits, target, data.spec.task) else None,
     )
