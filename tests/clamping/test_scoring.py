@@ -55,7 +55,7 @@ def test_gradient_and_curvature_are_those_of_automatic_differentiation(dense, si
     """Curvature: for class outputs the sum of score outer products, for dense ones on average Gauss and Newton's."""
     monkeypatch.setattr(passes_of_scores, "_PROBES", 400)
     network = DenseNet().double() if dense else SmallNet(dtype=torch.float64)
-    n = 4 if dense else 40
+    n = 12 if dense else 40
     x = images(n, dtype=torch.float64)
     y = torch.randint(3, (n, 8, 8)) if dense else torch.randint(4, (n,))
     grid = make_grid(size, (3, 8, 8))
