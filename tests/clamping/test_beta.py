@@ -152,6 +152,7 @@ def test_a_beta_map_is_found_where_there_is_one(task):
     assert held < truth + 0.003
     assert held < min(nll(one.clamp, logits[3000:], target[3000:]) for one in plain) - 0.005
     assert result.chosen.expected_change == pytest.approx(result.after["nll"] - result.before["nll"], abs=0.1)
+    assert "; evidence for class 1 counts more than evidence for class 0" in result.reason
     assert f"skew={float(result.clamp.skew):.4g}" in repr(result.clamp)
 
 
@@ -163,6 +164,10 @@ def test_one_logit_gets_the_map_of_its_two_class_twin():
     assert one.chosen.output_map == two.chosen.output_map == "beta"
     assert one.after == pytest.approx(two.after, abs=1e-9)
     assert one.clamp.skew.shape == one.clamp.class_scale.shape == (1,)
+    # The other way round, the other class.
+    turned = fit_clamp(IDENTITY, [(-margin, 1 - target)], task="binary", grids=(), output_maps=maps)
+    assert "evidence for class 0 counts more than evidence for class 1" in turned.reason
+    torch.testing.assert_close(turned.clamp.scale(-margin), -one.clamp.scale(margin), rtol=1e-3, atol=1e-3)
     pair = two.clamp.scale(torch.stack([0 * margin, margin], 1))
     torch.testing.assert_close(one.clamp.scale(margin), pair[:, 1] - pair[:, 0])
 
