@@ -135,8 +135,8 @@ def fold(module: Calibrated, example: Any = None) -> Folded:
         example: As in :func:`to_exported_program`. Real inputs: what none of them shows is not checked.
 
     Raises:
-        ValueError: If no layer takes the output map, the perturbation is not added to the network's own input, or the
-            outputs are the mean over views.
+        ValueError: If no layer takes the output map (none takes a skew or a uniform share), the perturbation is not
+            added to the network's own input, or the outputs are the mean over views.
         TypeError: If the example is neither a tensor nor a dict of tensors.
     """
     if module.clamp.perturbation is not None and module.spec.perturb_at is not None:
@@ -153,6 +153,11 @@ def fold(module: Calibrated, example: Any = None) -> Folded:
         raise ValueError(
             f"The clamp mixes the probabilities with a uniform share of {float(module.clamp.uniform_share):.2%}, which "
             "no layer's weights can hold: export with to_exported_program or to_onnx, or fit with uniform_share=False."
+        )
+    if module.clamp.skew is not None:
+        raise ValueError(
+            "The clamp has a skew (the output map 'beta'), which no layer's weights can hold: export with "
+            "to_exported_program or to_onnx, or fit with output_maps=('vector',)."
         )
     # On the CPU, where matrix products are of full precision unless asked otherwise.
     folded = cast(Calibrated, independent_copy(cast(nn.Module, module)).cpu())

@@ -501,7 +501,7 @@ def test_fast_dev_run_tries_it_on_a_few_batches_and_saves_nothing(tmp_path, cali
         ({"weights": "first"}, ValueError, "`weights` must be one of .* got 'first'"),
         ({"other_weights": "warn"}, ValueError, "`other_weights` must be one of .* got 'warn'"),
         ({"epochs": 5}, TypeError, '`epochs` is an option of method="published"'),
-        ({"output_maps": ("beta",)}, ValueError, "`output_maps` must be a sequence of names among"),
+        ({"output_maps": ("gamma",)}, ValueError, "`output_maps` must be a sequence of names among"),
         ({"method": "published", "epochs": 0}, ValueError, "`epochs` must be a whole number of at least 1, got 0"),
     ],
 )

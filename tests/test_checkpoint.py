@@ -144,6 +144,18 @@ def test_state_is_plain_and_round_trips(tmp_path):
     assert torch.equal(again.clamp.scale(x), first.clamp.scale(x))
 
 
+def test_a_beta_map_round_trips_in_its_file(tmp_path):
+    x = 3 * torch.randn(1000, 1, generator=torch.Generator().manual_seed(0))
+    y = (x > 1).float()
+    y[::9] = 1 - y[::9]
+    first = fit_clamp(nn.Identity(), batches(x, y), task="binary", grids=(), output_maps=("beta",))
+    torch.save(state_of_result(first), tmp_path / "state.pt")
+    again = result_from_state(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert again.chosen.output_map == "beta"
+    assert again.clamp.skew.shape == (1,)
+    assert torch.equal(again.clamp.scale(x), first.clamp.scale(x))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

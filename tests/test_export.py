@@ -44,6 +44,10 @@ def mixing() -> Clamp:
     return Clamp(None, 0.4, torch.randn(4), class_matrix=torch.eye(4) + 0.3 * torch.randn(4, 4))
 
 
+def skewed(n: int, shape: tuple[int, ...] = ()) -> Clamp:
+    return Clamp(None, 0.4, torch.randn(n), torch.rand(n) + 0.5, skew=torch.full(shape, 0.4))
+
+
 class Dense(nn.Module):
     """Logits of every pixel, for images of any size."""
 
@@ -109,6 +113,29 @@ def test_the_program_and_the_folded_network_are_the_module(kind):
         x = images(n, seed=n)
         assert close(program(x), module(x))
         assert close(folded.network(x if folded.perturbation is None else x + folded.perturbation), module(x))
+
+
+SKEWED = {
+    "two logits": lambda: CalibrationModule(Ends(nn.Linear(216, 2)), skewed(2)),
+    "two logits per pixel": lambda: CalibrationModule(Dense(2), skewed(2)),
+    "one logit": lambda: CalibrationModule(Ends(nn.Linear(216, 1)), skewed(1, (1,)), task="binary"),
+    "one logit per pixel": lambda: CalibrationModule(Dense(1), skewed(1, (1,)), task="binary"),
+}
+
+
+@pytest.mark.parametrize("kind", SKEWED)
+def test_a_skew_is_exported_and_cannot_be_folded(kind):
+    module, x = SKEWED[kind](), images(7, seed=2)
+    assert close(reloaded(module, images(1))(x), module(x))
+    with pytest.raises(ValueError, match=r"has a skew .* fit with output_maps=\('vector',\)"):
+        fold(module, x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["two logits", "one logit per pixel"])
+def test_a_skew_in_onnx(kind):
+    module, x = SKEWED[kind](), images(3)
+    assert close(onnx_logits(module, images(2), {"inputs": x}), module(x))
 
 
 def test_one_logit_without_an_axis_for_it():

@@ -189,6 +189,17 @@ def test_a_uniform_share_is_refused():
         shifted_priors(module, batches(GOOD[0]), priors=[0.2] * 5)
 
 
+def test_other_frequencies_are_added_after_a_skew():
+    logits, _ = calibrated_logits(4000, 2)
+    shifted = logits + torch.tensor([0.0, 1.0]).double()
+    clamp = Clamp(None, 0.3, torch.tensor([0.1, -0.1]), skew=torch.tensor(0.2))
+    module = module_of(clamp.double())
+    old = module(logits).softmax(1).mean(0)
+    found = shifted_priors(module, batches(shifted), priors=old)
+    moved = (found.module(logits) - module(logits)).diff(dim=1)
+    torch.testing.assert_close(moved, (found.after.values / old).log().diff().expand_as(moved))
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_will_not_do_is_refused_in_a_sentence(case):
     given, message = REFUSED[case]

@@ -26,6 +26,7 @@ _MapCode: TypeAlias = Literal[
     "too few samples for the map",
     "too many passes",
     "no such matrix",
+    "no two classes",
     "promises too little",
     "no usable map",
 ]
@@ -59,7 +60,7 @@ class Candidate:
 
     Attributes:
         grid: Side r of the coefficient grid; 0 leaves the input alone.
-        output_map: ``"temperature"``, ``"bias"``, ``"vector"`` or ``"matrix"``.
+        output_map: ``"temperature"``, ``"bias"``, ``"vector"``, ``"beta"`` or ``"matrix"``.
         n_parameters: Free parameters, the temperature included.
         shrinkage: Strength of the ridge that shrinks the output map towards the temperature; None without such a map.
         effective_parameters: What the parameters are charged for. Class outputs: their number, less what the ridge

@@ -9,13 +9,16 @@ from torch.nn import functional as F
 from lightning_clamp._rows import MASKED
 from lightning_clamp.clamping.perturbation import shifted
 
+_PARTS = ("perturbation", "log_temperature", "class_bias", "class_scale", "class_matrix", "uniform_share", "skew")
+
 
 class Clamp(nn.Module):
     r"""What calibration learned: :math:`\mathrm{softmax}(a \circ f(x + \delta) / T + b)`.
 
-    A matrix may take the place of a, and the probabilities may be mixed with a share of the uniform distribution.
-    Masked logits (-10,000 and below) stay as they are. The tensors are buffers, so no optimizer, average or gradient
-    check ever sees them, and stay float32 at least when a module around them is cast. ``Clamp()`` is the identity.
+    A matrix may take the place of a, two classes may have a skew, and the probabilities may be mixed with a share of
+    the uniform distribution. Masked logits (-10,000 and below) stay as they are. The tensors are buffers, so no
+    optimizer, average or gradient check ever sees them, and stay float32 at least when a module around them is cast.
+    ``Clamp()`` is the identity.
 
     Args:
         perturbation: :math:`\delta`, the shape of one input, or None for no perturbation.
@@ -26,11 +29,14 @@ class Clamp(nn.Module):
             :math:`\sum_j A_{kj} z_j / T + b_k`.
         uniform_share: ε, above 0 and below 1, or None: the probabilities are
             :math:`(1 - ε) \mathrm{softmax} + ε / C`. A scalar; for a one-logit head, shape ``(1,)``.
+        skew: Of two classes, w or None: :math:`w \log(p_0 p_1)` is added to the log-odds of class 1, with p those at
+            the temperature, softmax(z/T). Where class 1 is ahead the log-odds then grow as fast as (a - w) z/T in the
+            end, where class 0 is, as (a + w) z/T. A scalar; for a one-logit head, shape ``(1,)``.
 
     Reference:
         Tang, Chen and Ho, "Neural Clamping: Joint Input Perturbation and Temperature Scaling for Neural Network
         Calibration", TMLR 2024; with class bias and scale or matrix, vector and matrix scaling of Guo et al., ICML
-        2017.
+        2017; with a skew, beta calibration of Kull, Silva Filho and Flach, AISTATS 2017.
     """
 
     perturbation: Tensor | None
@@ -39,6 +45,7 @@ class Clamp(nn.Module):
     class_scale: Tensor | None
     class_matrix: Tensor | None
     uniform_share: Tensor | None
+    skew: Tensor | None
 
     def __init__(
         self,
@@ -48,6 +55,7 @@ class Clamp(nn.Module):
         class_scale: Tensor | None = None,
         class_matrix: Tensor | None = None,
         uniform_share: Tensor | None = None,
+        skew: Tensor | None = None,
     ) -> None:
         super().__init__()
         log_temperature = torch.as_tensor(log_temperature, dtype=None if _is_float(log_temperature) else torch.float32)
@@ -63,6 +71,9 @@ class Clamp(nn.Module):
         if uniform_share is not None and not (uniform_share.numel() == 1 and 0 < float(uniform_share) < 1):
             raise ValueError(f"`uniform_share` must be one number between 0 and 1, got {uniform_share}.")
         self.register_buffer("uniform_share", _copied(uniform_share))
+        if skew is not None and skew.numel() != 1:
+            raise ValueError(f"`skew` must be one number, got {skew}.")
+        self.register_buffer("skew", _copied(skew))
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> "Clamp":
@@ -71,10 +82,9 @@ class Clamp(nn.Module):
         Raises:
             ValueError: If it is another module's state, or has NaN or infinity in it.
         """
-        names = {"perturbation", "log_temperature", "class_bias", "class_scale", "class_matrix", "uniform_share"}
-        if unknown := set(state) - names:
+        if unknown := set(state) - set(_PARTS):
             raise ValueError(
-                f"A clamp has {sorted(names)}, got also {sorted(unknown)}: is this another module's state?"
+                f"A clamp has {sorted(_PARTS)}, got also {sorted(unknown)}: is this another module's state?"
             )
         if "log_temperature" not in state:
             raise ValueError("Every clamp has a `log_temperature`, and this state has none: is it all of it?")
@@ -96,8 +106,7 @@ class Clamp(nn.Module):
     @property
     def is_identity(self) -> bool:
         """Whether the clamp changes nothing."""
-        parts = (self.perturbation, self.class_bias, self.class_scale, self.class_matrix, self.uniform_share)
-        return float(self.log_temperature) == 0.0 and all(part is None for part in parts)
+        return float(self.log_temperature) == 0.0 and set(self.state_dict()) == {"log_temperature"}
 
     def perturb(self, inputs: Tensor) -> Tensor:
         """Add the perturbation to every input, ``(N, ..., *perturbation.shape)``; the dtype of the input is kept."""
@@ -116,17 +125,19 @@ class Clamp(nn.Module):
         if self.uniform_share is not None:
             mapped = _with_share(mapped, self.uniform_share.to(mapped))
         # What only a positive factor touches stays masked by itself.
-        others = (self.class_scale, self.class_matrix, self.uniform_share)
+        others = (self.class_scale, self.class_matrix, self.uniform_share, self.skew)
         return mapped if all(part is None for part in others) else mapped.where(scores > MASKED, scores)
 
     def _mapped(self, scores: Tensor) -> Tensor:
-        factor = (-self.log_temperature.to(scores)).exp()
-        if self.class_scale is not None:
-            factor = factor * _per_class(self.class_scale, scores)
+        common = (-self.log_temperature.to(scores)).exp()
+        factor = common if self.class_scale is None else common * _per_class(self.class_scale, scores)
+        mapped = scores
         if self.class_matrix is not None:
-            scores = _mixed(scores.where(scores > MASKED, 0.0), self.class_matrix)
-        scores = scores * factor
-        return scores if self.class_bias is None else scores + _per_class(self.class_bias, scores)
+            mapped = _mixed(scores.where(scores > MASKED, 0.0), self.class_matrix)
+        mapped = mapped * factor
+        if self.class_bias is not None:
+            mapped = mapped + _per_class(self.class_bias, scores)
+        return mapped if self.skew is None else mapped + _skewed(scores, common, self.skew.to(scores))
 
     # Private in torch, and where a module's tensors are cast; nothing public comes before. A Trainer with
     # precision="bf16-true" casts all of a module, and would leave log T and δ two or three digits. The tests hold it
@@ -145,6 +156,8 @@ class Clamp(nn.Module):
         if self.perturbation is not None:
             parts.append(f"perturbation={tuple(self.perturbation.shape)}, norm={self.perturbation_norm:.4g}")
         parts += [name for name in ("class_bias", "class_scale", "class_matrix") if getattr(self, name) is not None]
+        if self.skew is not None:
+            parts.append(f"skew={float(self.skew):.4g}")
         if self.uniform_share is not None:
             parts.append(f"uniform_share={float(self.uniform_share):.4g}")
         return ", ".join(parts)
@@ -155,6 +168,15 @@ def _mixed(logits: Tensor, matrix: Tensor) -> Tensor:
     with torch.autocast(logits.device.type, enabled=False):
         positions = logits.reshape(*logits.shape[:2], -1)
         return (matrix.to(logits) @ positions).reshape(logits.shape)
+
+
+def _skewed(logits: Tensor, common: Tensor, skew: Tensor) -> Tensor:
+    """What a skew adds to logits of which 1/T is ``common``; nothing where one of the two classes is masked."""
+    scaled = logits * common
+    if skew.ndim == 1:
+        return -skew * (F.softplus(scaled) + F.softplus(-scaled))
+    half = 0.5 * skew * scaled.log_softmax(1).sum(1, keepdim=True)
+    return torch.cat([-half, half], 1).where((logits > MASKED).all(1, keepdim=True), 0.0)
 
 
 def _with_share(logits: Tensor, share: Tensor) -> Tensor:

@@ -4,12 +4,14 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from lightning_clamp._rows import Task
+from lightning_clamp.clamping.beta import beta_space
 from lightning_clamp.clamping.candidate import Candidate, Refusal
 from lightning_clamp.clamping.eligible import FEWEST, refuse_map
 from lightning_clamp.clamping.labels import LabelMoments, label_moments, label_space, repeats_within
 from lightning_clamp.clamping.moments import LogitMoments, logit_moments
 from lightning_clamp.clamping.options import ClampOptions
 from lightning_clamp.clamping.output_map import OUTPUT_MAPS, MapSpace, OutputMap, map_space
+from lightning_clamp.clamping.passes import RowSource
 from lightning_clamp.clamping.shrinkage import MapFit, temperature_map, with_share
 from lightning_clamp.clamping.summary import DatasetSummary
 from lightning_clamp.clamping.temperature import TemperatureFit
@@ -66,20 +68,20 @@ def compare(summary: DatasetSummary, base: TemperatureFit, options: ClampOptions
     spaces: dict[OutputMap, MapSpace | Refusal] = {}
     for kind in _kinds(options.output_maps, summary, binary=task == "binary"):
         refusal = refuse_map(kind, moments, n_rows / repeats, kept=rows.are_kept, dense=summary.dense)
-        spaces[kind] = refusal or _space(kind, moments, fit.temperature, within)
+        spaces[kind] = refusal or _space(kind, rows, moments, alone[-1].temperature, within)
     return Comparison(summary, task, moments, fit, alone, spaces)
 
 
 def _kinds(asked: Iterable[OutputMap], summary: DatasetSummary, *, binary: bool) -> list[OutputMap]:
     """The output maps to fit beside the temperature, the smaller first."""
     kinds: set[OutputMap] = set(asked)
-    if (binary or summary.n_labels == 1) and kinds & {"vector", "matrix"}:
-        # One logit has one scale, which is the temperature's.
-        kinds = kinds - {"vector", "matrix"} | {"bias"}
-    elif summary.n_classes == 2 and "matrix" in kinds:
+    if summary.n_classes == 2 and "matrix" in kinds:
         # Two scales say already all that a matrix of two classes can; and what one label's logit says of another label
         # is for the network to find.
-        kinds = kinds - {"matrix"} | {"vector"}
+        kinds = kinds - {"matrix"} | ({"vector"} if summary.n_labels else {"vector", "beta"})
+    if (binary or summary.n_labels == 1) and "vector" in kinds:
+        # One logit has one scale, which is the temperature's.
+        kinds = kinds - {"vector"} | {"bias"}
     return [kind for kind in OUTPUT_MAPS[1:] if kind in kinds]
 
 
@@ -98,7 +100,9 @@ def _moments(summary: DatasetSummary, temperature: float, repeats: float) -> Log
     return logit_moments(summary.logits, summary.n_classes, temperature, repeats)
 
 
-def _space(kind: OutputMap, moments: LogitMoments, temperature: float, repeats: float) -> MapSpace:
+def _space(kind: OutputMap, rows: RowSource, moments: LogitMoments, temperature: float, repeats: float) -> MapSpace:
     if isinstance(moments, LabelMoments):
         return label_space(kind, moments, temperature, repeats)
+    if kind == "beta":
+        return beta_space(rows, moments, temperature, repeats)
     return map_space(kind, moments, repeats)

@@ -51,9 +51,11 @@ def refuse_map(
     if moments.is_one_class:
         return Refusal("one class", "all labels are the same")
     most = _MOST_DENSE_MATRIX_CLASSES if dense else _MOST_MATRIX_CLASSES
+    if kind == "beta" and (by_label or n_classes != 2):
+        return Refusal("no two classes", "it is for two classes")
     if kind == "matrix" and n_classes > most:
         return Refusal("no such matrix", f"a matrix is for {most} classes at most")
-    if kind == "matrix" and not kept:
+    if kind in ("beta", "matrix") and not kept:
         return Refusal("too many passes", "the logits exceed `cache_bytes`, and it would take dozens of forward passes")
     if kind == "matrix" and moments.masked:
         return Refusal("masked", "a matrix would mix masked logits into the others")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_clamp._rows import Task
+from lightning_clamp.clamping.beta import BetaSpace
 from lightning_clamp.clamping.candidate import Candidate, Refusal
 from lightning_clamp.clamping.clamp import Clamp
 from lightning_clamp.clamping.comparison import Comparison
@@ -84,7 +85,10 @@ class _FittedMaps:
         self._rated = [rated_share(fit.logits, shared, starts[0], self._n_rows) for shared in starts[1:]]
 
     def best_of(self, kind: OutputMap) -> tuple[Candidate, MapFit | None]:
-        """The average of all maps so far and those of this kind; and the best single one of these to go on from."""
+        """The average of all maps so far and those of this kind; and the best single one of these to go on from.
+
+        No grid goes on from a beta map.
+        """
         started, fit, comparison = time.perf_counter(), self._fit, self._comparison
         space = comparison.spaces[kind]
         refusal = space if isinstance(space, Refusal) else self._refuse(space)
@@ -99,7 +103,9 @@ class _FittedMaps:
         candidate = _fitted(fit, average(self._rated, self._plain, fit.logits, self._n_rows), comparison)
         first = next(rated for rated in by_start if rated)
         seconds = fit.seconds + time.perf_counter() - started
-        return replace(candidate, seconds=seconds), min(first, key=lambda one: one.criterion).fit
+        # Derivatives in the input are those of maps that are linear in the logits.
+        best = None if isinstance(space, BetaSpace) else min(first, key=lambda one: one.criterion).fit
+        return replace(candidate, seconds=seconds), best
 
     def _refuse(self, space: MapSpace) -> Refusal | None:
         if not is_wide_matrix(space) or self._n_rows * space.n_classes**2 <= _CHEAP:
@@ -161,24 +167,34 @@ def _fitted(fit: GridFit, map_fit: MapFit, comparison: Comparison) -> Candidate:
 
 
 def _clamp(fit: GridFit, map_fit: MapFit, comparison: Comparison) -> Clamp:
-    """The clamp of a grid and an output map: the common scale is the temperature, the rest is relative to it.
-
-    A common scale that is not positive is no temperature: the mean size of the classes' own scales takes its place.
-    """
-    dtype, common = comparison.summary.parameter_dtype, map_fit.free[-1]
-    own, bias = map_fit.space.deviations(map_fit.free)
+    """The clamp of a grid and an output map: a common scale is the temperature, the rest is relative to it."""
+    dtype, space, binary = comparison.summary.parameter_dtype, map_fit.space, comparison.task == "binary"
+    common, (own, bias) = map_fit.free[-1], space.deviations(map_fit.free)
+    # A head with one logit has parts of shape (1,) in the place of scalars.
+    scalar = (1,) if binary else ()
     parts: dict[str, Tensor] = {}
     if own is not None:
         whole = own + common * (torch.ones_like(own) if own.ndim == 1 else torch.eye(len(own), dtype=own.dtype))
-        if map_fit.is_negative:
-            common = (whole if own.ndim == 1 else whole.diagonal()).abs().mean()
-        parts["class_scale" if own.ndim == 1 else "class_matrix"] = (whole / common).to(dtype)
+        common = _temperature_scale(map_fit, whole)
+        scales = (whole / common).to(dtype)
+        parts["class_scale" if own.ndim == 1 else "class_matrix"] = scales[1:] if binary else scales
     if bias is not None:
-        offset = map_fit.space.offset(map_fit.free)
-        parts["class_bias"] = _bias(offset, comparison.task).to(dtype)
-    if share := map_fit.space.share:
-        parts["uniform_share"] = torch.full((1,) if comparison.task == "binary" else (), share, dtype=dtype)
+        parts["class_bias"] = _bias(space.offset(map_fit.free), comparison.task).to(dtype)
+    if isinstance(space, BetaSpace):
+        parts["skew"] = space.skew(map_fit.free).reshape(scalar).to(dtype)
+    if space.share:
+        parts["uniform_share"] = torch.full(scalar, space.share, dtype=dtype)
     return Clamp(fit.perturbation, -common.log().to(dtype), **parts)
+
+
+def _temperature_scale(map_fit: MapFit, whole: Tensor) -> Tensor:
+    """1/T of a clamp, positive, where the classes' scales, or a matrix, are ``whole``: what these are relative to."""
+    if isinstance(map_fit.space, BetaSpace):
+        # The skew is a factor of log-probabilities at that temperature.
+        return torch.tensor(1 / map_fit.space.temperature, dtype=torch.float64)
+    if map_fit.is_negative:
+        return (whole if whole.ndim == 1 else whole.diagonal()).abs().mean()
+    return map_fit.free[-1]
 
 
 def _bias(offset: Tensor, task: Task) -> Tensor:

@@ -23,10 +23,11 @@ class ClampOptions:
     Attributes:
         grids: Perturbations to consider, as sides r of an r×r grid of coefficients per channel; ``()`` leaves the input
             alone.
-        output_maps: Output maps to consider: ``"bias"``, ``"vector"`` (a scale and a bias for each class) and
-            ``"matrix"`` (each class's logit also counts for the others; up to 300 classes, of outputs per pixel up to
-            30). The temperature always takes part. With one logit both are ``"bias"``; with two classes, or several
-            labels, a matrix is a vector.
+        output_maps: Output maps to consider: ``"bias"``, ``"vector"`` (a scale and a bias for each class), ``"beta"``
+            (two classes: their evidence has a slope each) and ``"matrix"`` (each class's logit also counts for the
+            others; up to 300 classes, of outputs per pixel up to 30). The temperature always takes part. With two
+            classes a matrix is a vector and a beta map, with several labels it is a vector; with one logit a vector
+            is ``"bias"``.
         uniform_share: Whether the probabilities may be mixed with a share of the uniform distribution, which takes on
             rows with a wrong label that the network is sure of; not of several labels. Without it,
             ``output_maps=("temperature",)`` is plain Neural Clamping.

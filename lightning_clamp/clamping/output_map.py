@@ -11,8 +11,8 @@ from torch import Tensor
 from lightning_clamp._rows import MASKED, Rows
 from lightning_clamp.clamping.moments import LogitMoments
 
-OutputMap: TypeAlias = Literal["temperature", "bias", "vector", "matrix"]
-OUTPUT_MAPS: tuple[OutputMap, ...] = ("temperature", "bias", "vector", "matrix")
+OutputMap: TypeAlias = Literal["temperature", "bias", "vector", "beta", "matrix"]
+OUTPUT_MAPS: tuple[OutputMap, ...] = ("temperature", "bias", "vector", "beta", "matrix")
 # Numbers of a chunk of rows that are held at once: 128 MB in float64, and a few times that in what is made of them.
 _MOST_ELEMENTS = 2**24
 
@@ -22,6 +22,8 @@ def n_parameters(kind: OutputMap, n_classes: int, n_labels: int = 0) -> int:
 
     Of labels each may have a scale and a bias.
     """
+    if kind == "beta":
+        return 3
     if n_labels:
         return {"temperature": 1, "bias": n_labels + 1, "vector": 2 * n_labels}[kind]
     counts = {"temperature": 1, "bias": n_classes, "vector": 2 * n_classes - 1, "matrix": n_classes**2 - 1}
@@ -121,6 +123,10 @@ class MapSpace:
                 by_class = by_class - share * same
             parts.append(by_class.flatten(-2))
         return torch.cat([*parts, values[..., -1:]], -1)
+
+    def is_usable(self, free: Tensor) -> bool:
+        """Whether a map may be taken: where one scale is all there is, it has to be positive."""
+        return self.kind != "bias" or float(free[-1]) > 0
 
     # The last argument of the next four is for labels alone, see .labels.
     def linear(self, change: Tensor, free: Tensor, label: Tensor | None = None) -> Tensor:

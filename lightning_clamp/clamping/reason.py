@@ -27,7 +27,7 @@ def reason(chosen: Candidate, candidates: Sequence[Candidate]) -> str:
         )
     else:
         words = "temperature alone: there was no richer candidate"
-    return f"{words}{_strongest(chosen)}{_left_out(candidates)}"
+    return f"{words}{_strongest(chosen)}{_skewed(chosen)}{_left_out(candidates)}"
 
 
 def _with_share(chosen: Candidate) -> str:
@@ -47,6 +47,14 @@ def _strongest(chosen: Candidate) -> str:
     to, source = divmod(int(centred.abs().argmax()), len(matrix))
     word = "raises" if float(centred[to, source]) > 0 else "lowers"
     return f"; above all, class {source}'s logit {word} class {to}"
+
+
+def _skewed(chosen: Candidate) -> str:
+    """Which of two classes has the steeper slope."""
+    if chosen.clamp is None or chosen.clamp.skew is None:
+        return ""
+    more = int(float(chosen.clamp.skew) < 0)
+    return f"; evidence for class {more} counts more than evidence for class {1 - more}"
 
 
 def _left_out(candidates: Sequence[Candidate]) -> str:

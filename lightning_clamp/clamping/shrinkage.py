@@ -239,7 +239,7 @@ def fit_path(
             # From where the stronger shrinkage ended: the share has to follow the map.
             loss = MapLoss(rows, with_best_share(rows, loss.space, free))
         fit = fit_output_map(loss, path, shrinkage, free, n_rows)
-        if fit is None or (fit.is_negative and space.kind == "bias"):
+        if fit is None or not space.is_usable(fit.free):
             # Such as a network whose logits say the opposite: so strongly shrunk, only a negative temperature would do.
             continue
         free = fit.free

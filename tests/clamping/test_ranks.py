@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import distributed as dist
 from torch import nn
+from torch.nn import functional as F
 
 from lightning_clamp import fit_clamp
 from lightning_clamp.clamping.ranks import ALONE
@@ -48,6 +49,15 @@ def binary(n):
     return network, x, (torch.rand(n, generator=generator) < p).long(), {"task": "binary"}
 
 
+def bent(n):
+    """One logit, and the map that it wants bends the log-odds."""
+    network, x, _, options = binary(n)
+    margin = network(x)[:, 0]
+    true = 0.3 * F.logsigmoid(margin) - 1.5 * F.logsigmoid(-margin)
+    generator = torch.Generator().manual_seed(7)
+    return network, x, (torch.rand(n, generator=generator) < true.sigmoid()).long(), options
+
+
 def multilabel(n):
     """Four labels, one of which is never there, and some of which are not known."""
     network, x = SmallNet(2.0), images(n)
@@ -73,6 +83,7 @@ CASES = {
     "dense": (dense, 101, {}),
     "views": (mirrored, 303, {"grids": (1,)}),
     "binary": (binary, 303, {"grids": (1,)}),
+    "beta": (bent, 606, {"grids": ()}),
     "multilabel": (multilabel, 303, {"grids": (1,)}),
 }
 PARTS = {"51/50": (0.505, 1), "1/100": (0.01, 1), "all/none": (1, 1), "none/34/67": (0, 0.34, 1)}

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from examples.cuda_graph import RecordedSteps
 from lightning_clamp import CalibrationModule, CalibrationMonitor, NeuralClamping, fit_clamp
@@ -56,6 +57,13 @@ def test_a_vector_map_of_many_classes_with_one_absent_and_one_masked():
     biased[:, 9] = -torch.inf
     target[target == 9] = 10
     assert assert_same_clamp(biased, target).class_scale is not None
+
+
+def test_a_beta_map():
+    logits, _ = calibrated_logits(4000, 2)
+    margin = logits.diff(dim=1)
+    target = sampled(torch.cat([1.7 * F.logsigmoid(-margin), 0.4 * F.logsigmoid(margin)], 1))
+    assert assert_same_clamp(logits, target).skew is not None
 
 
 def test_a_uniform_share():
