@@ -20,6 +20,7 @@ from lightning_clamp.clamping.moments import logit_moments
 from lightning_clamp.clamping.newton import effective_parameters
 from lightning_clamp.clamping.output_map import map_space
 from lightning_clamp.clamping.shrinkage import (
+    HEAD_START,
     SHRINKAGES,
     MapFit,
     average,
@@ -143,7 +144,7 @@ def _draw(logits: Tensor, target: Tensor, held: Tensor, held_target: Tensor) -> 
     path = [] if steps is None else list(fit_path(rows, space, steps, base, base, 1.0, n))
     unshrunk = unshrunk_vector(logits, target)
     vector = None if unshrunk is None else trial(unshrunk)
-    averaged = trial(average(path, base, rows, n)) if path else None
+    averaged = trial(average(path, base, rows, n, head_start=HEAD_START)) if path else None
     return Draw(n, losses(base), vector, [trial(fit) for fit, _ in path], averaged)
 
 

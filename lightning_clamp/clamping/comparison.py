@@ -16,8 +16,8 @@ from lightning_clamp.clamping.shrinkage import MapFit, temperature_map, with_sha
 from lightning_clamp.clamping.summary import DatasetSummary
 from lightning_clamp.clamping.temperature import TemperatureFit
 
-# Nats of the summed loss within which a simpler map is as good.
-_AS_GOOD = 0.3
+# Nats of the summed loss within which a simpler map is as good: half a nat is what over-fitting brings a parameter.
+_AS_GOOD = 0.5
 
 
 class Comparison(NamedTuple):
@@ -40,11 +40,10 @@ class Comparison(NamedTuple):
     spaces: dict[OutputMap, MapSpace | Refusal]
 
     def best_of(self, candidates: Sequence[Candidate]) -> Candidate:
-        """The lowest criterion on one grid; of maps nearly as good, and better than none, the simplest."""
-        best = min(candidates, key=lambda one: one.rank)
-        alone = min(one.rank for one in candidates if one.output_map == "temperature")
-        most = best.rank + _AS_GOOD * self.base.effective_parameters / self.summary.n_rows
-        return next((one for one in candidates if one.rank <= most and one.rank < alone), best)
+        """The lowest criterion on one grid; of maps nearly as good the simplest, which comes first."""
+        nat = self.base.effective_parameters / self.summary.n_rows
+        most = min(one.rank for one in candidates) + _AS_GOOD * nat
+        return next(one for one in candidates if one.rank <= most)
 
 
 def compare(summary: DatasetSummary, base: TemperatureFit, options: ClampOptions, task: Task) -> Comparison:

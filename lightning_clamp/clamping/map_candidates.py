@@ -19,13 +19,14 @@ from lightning_clamp.clamping.output_map import MapSpace, OutputMap, n_parameter
 from lightning_clamp.clamping.paths import ShrinkagePath
 from lightning_clamp.clamping.scoring import GridFit
 from lightning_clamp.clamping.shrinkage import (
+    HEAD_START,
     MapFit,
     Rated,
     average,
     fit_path,
     is_wide_matrix,
     promise,
-    rated_share,
+    rated,
     shrinkage_path,
     temperature_map,
     with_share,
@@ -82,10 +83,10 @@ class _FittedMaps:
     def __init__(self, fit: GridFit, starts: Sequence[MapFit], comparison: Comparison) -> None:
         self._fit, self._starts, self._comparison = fit, starts, comparison
         self._plain, self._n_rows = starts[0], comparison.summary.n_rows
-        self._rated = [rated_share(fit.logits, shared, starts[0], self._n_rows) for shared in starts[1:]]
+        self._rated = [self._with_criterion(shared) for shared in starts[1:]]
 
     def best_of(self, kind: OutputMap) -> tuple[Candidate, MapFit | None]:
-        """The average of all maps so far and those of this kind; and the best single one of these to go on from.
+        """The average of all kinds so far, themselves averages; and the best single map of this kind to go on from.
 
         No grid goes on from a beta map.
         """
@@ -99,9 +100,11 @@ class _FittedMaps:
         if not any(by_start):
             refusal = Refusal("no usable map", "no map of that kind has a positive temperature")
             return unfitted(fit, kind, comparison, refusal), None
-        self._rated += [one for rated in by_start for one in rated]
+        for path_of_start in filter(None, by_start):
+            mean = average(path_of_start, self._plain, fit.logits, self._n_rows, head_start=HEAD_START)
+            self._rated.append(self._with_criterion(mean))
         candidate = _fitted(fit, average(self._rated, self._plain, fit.logits, self._n_rows), comparison)
-        first = next(rated for rated in by_start if rated)
+        first = next(filter(None, by_start))
         seconds = fit.seconds + time.perf_counter() - started
         # Derivatives in the input are those of maps that are linear in the logits.
         best = None if isinstance(space, BetaSpace) else min(first, key=lambda one: one.criterion).fit
@@ -114,6 +117,10 @@ class _FittedMaps:
         if promise(self._fit.logits, space, self._plain if best is None else best.fit) < 0:
             return None
         return Refusal("promises too little", "its first step promises less than it costs")
+
+    def _with_criterion(self, fit: MapFit) -> Rated:
+        repeats = self._comparison.base.effective_parameters
+        return rated(self._fit.logits, fit, self._plain, repeats, self._n_rows)
 
     def _along(self, space: MapSpace, path: ShrinkagePath, start: MapFit) -> Iterator[Rated]:
         space = space.starting_at(start.temperature, start.space.share)

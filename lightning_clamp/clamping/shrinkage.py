@@ -1,8 +1,8 @@
 r"""How an output map is shrunk: every strength of the ridge is fitted, priced by one curvature, and all are averaged.
 
 Instead of the one strength that looks best, all of them are averaged, weighted by how good they look (exp of minus the
-criterion): the best of many looks good by chance. Maps of smaller kinds take part, since a matrix can be any of them.
-The loss is convex, so that of the mean map is at most the mean loss.
+criterion): the best of many looks good by chance. The averages of all kinds that a map can be are then averaged in the
+same way: a matrix can be a vector. The loss is convex, so that of the mean map is at most the mean loss.
 """
 
 import math
@@ -35,8 +35,8 @@ SHRINKAGES = tuple(10 ** (k / 2) for k in range(7, -4, -1))
 _TOLERANCE = 0.002
 # Nats of the criterion by which a strength's weight in the average falls to 1/e of another's.
 _TEMPER = 3.0
-# Nats that the temperature alone is ahead by: the best of many looks good by chance.
-_HEAD_START = 3.0
+# Nats that the temperature alone is ahead of strengths by: the best of many looks good by chance.
+HEAD_START = 3.0
 # Standard errors charged beside the effective parameters when strengths are weighed against each other.
 _CAUTION = 0.5
 # Weaker and weaker shrinkage is tried until the criterion is this many nats above the best.
@@ -251,10 +251,10 @@ def fit_path(
             return
 
 
-def rated_share(rows: RowSource, shared: MapFit, plain: MapFit, n_rows: int) -> Rated:
-    """A temperature with a uniform share, against that without."""
-    losses = [row_losses(rows, fit.space, fit.free) for fit in (shared, plain)]
-    return Rated(shared, _criterion(shared, plain, standard_error(rows, *losses), n_rows) / plain.effective_parameters)
+def rated(rows: RowSource, fit: MapFit, plain: MapFit, repeats: float, n_rows: int) -> Rated:
+    """A map with its criterion; arguments as in :func:`fit_path`."""
+    losses = [row_losses(rows, one.space, one.free) for one in (fit, plain)]
+    return Rated(fit, _criterion(fit, plain, standard_error(rows, *losses), n_rows) / repeats)
 
 
 def _criterion(fit: MapFit, plain: MapFit, error: float, n_rows: int) -> float:
@@ -262,7 +262,7 @@ def _criterion(fit: MapFit, plain: MapFit, error: float, n_rows: int) -> float:
     return change + _CAUTION * n_rows * error
 
 
-def average(fits: Sequence[Rated], plain: MapFit, rows: RowSource, n_rows: int) -> MapFit:
+def average(fits: Sequence[Rated], plain: MapFit, rows: RowSource, n_rows: int, *, head_start: float = 0.0) -> MapFit:
     """The mean of maps and the temperature alone, weighted by exp(-criterion / 3 nats).
 
     Its effective parameters are the mean of theirs, and so is its uniform share, if that is none; else it has the share
@@ -273,8 +273,9 @@ def average(fits: Sequence[Rated], plain: MapFit, rows: RowSource, n_rows: int) 
         plain: The temperature alone, without a uniform share.
         rows: Rows of logits.
         n_rows: Number of rows.
+        head_start: Nats that the temperature is ahead by.
     """
-    weights = torch.softmax(-torch.tensor([-_HEAD_START, *(one.criterion for one in fits)]).double() / _TEMPER, 0)
+    weights = torch.softmax(-torch.tensor([-head_start, *(one.criterion for one in fits)]).double() / _TEMPER, 0)
     space, maps = fits[-1].fit.space, [plain, *(one.fit for one in fits)]
     free = weights @ torch.stack([space.widened(fit.free, fit.space) for fit in maps])
     costs, shares = (

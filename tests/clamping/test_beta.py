@@ -198,7 +198,7 @@ def test_the_average_is_one_map():
     for space in (map_space("vector", moments), beta_space(data, moments, base.temperature)):
         path = shrinkage_path(data, space, base, dense=False)
         fits += fit_path(data, space, path, base, base, 1.0, 800)
-    mean = average(fits, base, data, 800)
+    mean = average(fits, base, data, 800, head_start=3.0)
     assert mean.space.kind == "beta"
     weights = torch.softmax(-torch.tensor([-3.0, *(one.criterion for one in fits)]).double() / 3, 0)
     maps = [fit.space.apply(logits, fit.free).diff(dim=1)[:, 0] for fit in (base, *(one.fit for one in fits))]

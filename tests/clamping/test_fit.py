@@ -55,10 +55,10 @@ def test_every_candidate_is_on_record_with_its_figures():
             assert candidate.effective_parameters == pytest.approx(candidate.n_parameters)
         else:
             assert 1 < candidate.effective_parameters - 3 * candidate.grid**2 < candidate.n_parameters
-    # Of maps that are as good within .3 nats the simplest is taken.
+    # Of maps that are as good within half a nat the simplest is taken.
     best = min(fitted, key=lambda c: c.criterion)
-    simpler = [c for c in fitted if c.grid == best.grid and 0 < 2000 * (c.criterion - best.criterion) < 0.3]
-    assert result.chosen is ([c for c in simpler if c.output_map == "vector"] or [best])[0]
+    as_good = [c for c in fitted if c.grid == best.grid and 2000 * (c.criterion - best.criterion) <= 0.5]
+    assert result.chosen is as_good[0]
     assert result.chosen.criterion < 0
     assert result.chosen.name in result.reason
 
@@ -583,9 +583,11 @@ def test_a_class_that_is_separated_or_missing_has_a_finite_map():
     keep = y != 3
     with pytest.warns(UserWarning, match="next to none, of class 3: "):
         result = fit_clamp(IDENTITY, [(2 * logits[keep], y[keep])], grids=())
-    assert result.chosen.output_map == "vector"
+    (vector,) = (one for one in result.candidates if one.output_map == "vector")
+    assert float(vector.clamp.class_bias.abs().max()) < 20
+    assert 0 < float(vector.clamp.class_scale.min()) <= float(vector.clamp.class_scale.max()) < 5
+    assert result.chosen.output_map in ("vector", "matrix")
     assert float(result.clamp.class_bias.abs().max()) < 20
-    assert 0 < float(result.clamp.class_scale.min()) <= float(result.clamp.class_scale.max()) < 5
 
 
 def test_a_class_s_scale_may_be_negative():
