@@ -126,14 +126,13 @@ def _input_scores(
     rows = data.rows(logits, target)
     fixed = rows._replace(logits=rows.logits.detach()).doubled()
     slopes = _slopes(inputs, fixed, space.apply(fixed.logits, free, fixed.label).softmax(1), n_probes)
-    if len(free) > _MANY:
-        # The scores say where to step and how sure that is, for which seven digits are enough.
-        fixed = fixed._replace(logits=fixed.logits.float())
+    # Scores say where to step and how sure that is, for which seven digits are enough.
+    scored = fixed._replace(logits=fixed.logits.float()) if len(free) > _MANY else fixed
     found: list[tuple[Tensor, Tensor]] = []
     for slope in slopes:
-        in_logits = space.pull_logits(fixed.logits, slope.to(fixed.logits), free, fixed.label).to(rows.logits.dtype)
+        in_logits = space.pull_logits(fixed.logits, slope, free, fixed.label).to(rows.logits.dtype)
         (gradient,) = torch.autograd.grad(rows.logits, moved, in_logits, retain_graph=len(found) < n_probes)
-        found.append((gradient, space.pull_per_item(fixed, slope.to(fixed.logits))))
+        found.append((gradient, space.pull_per_item(scored, slope.to(scored.logits))))
     return found
 
 
