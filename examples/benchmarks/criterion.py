@@ -23,6 +23,7 @@ from lightning_clamp.clamping.shrinkage import (
     HEAD_START,
     SHRINKAGES,
     MapFit,
+    Reference,
     average,
     fit_path,
     shrinkage_path,
@@ -125,8 +126,6 @@ def _draw(logits: Tensor, target: Tensor, held: Tensor, held_target: Tensor) -> 
     base = temperature_map(rows, classes, fit_temperature(rows), dense=False)
     space = map_space("vector", logit_moments(rows, classes))
 
-    of_base = row_losses(rows, base.space, base.free)
-
     def losses(fit: MapFit) -> Tensor:
         return F.cross_entropy(fit.space.apply(held, fit.free), held_target, reduction="none")
 
@@ -136,15 +135,16 @@ def _draw(logits: Tensor, target: Tensor, held: Tensor, held_target: Tensor) -> 
             base.nll - fit.nll,
             (fit.effective_parameters - base.effective_parameters) / n,
             (effective_parameters(at_fit, fit.ridge) - 1) / n,
-            standard_error(rows, row_losses(rows, space, fit.free), of_base),
+            standard_error(rows, row_losses(rows, space, fit.free), against.losses),
             losses(fit),
         )
 
     steps = shrinkage_path(rows, space, base, dense=False)
-    path = [] if steps is None else list(fit_path(rows, space, steps, base, base, 1.0, n))
+    against = Reference.of(rows, base, 1.0, n)
+    path = [] if steps is None else list(fit_path(space, steps, base, against))
     unshrunk = unshrunk_vector(logits, target)
     vector = None if unshrunk is None else trial(unshrunk)
-    averaged = trial(average(path, base, rows, n, head_start=HEAD_START)) if path else None
+    averaged = trial(average(path, against, head_start=HEAD_START)) if path else None
     return Draw(n, losses(base), vector, [trial(fit) for fit, _ in path], averaged)
 
 

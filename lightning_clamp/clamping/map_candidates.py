@@ -22,6 +22,7 @@ from lightning_clamp.clamping.shrinkage import (
     HEAD_START,
     MapFit,
     Rated,
+    Reference,
     average,
     fit_path,
     is_wide_matrix,
@@ -82,8 +83,9 @@ class _FittedMaps:
 
     def __init__(self, fit: GridFit, starts: Sequence[MapFit], comparison: Comparison) -> None:
         self._fit, self._starts, self._comparison = fit, starts, comparison
-        self._plain, self._n_rows = starts[0], comparison.summary.n_rows
-        self._rated = [self._with_criterion(shared) for shared in starts[1:]]
+        repeats, n_rows = comparison.base.effective_parameters, comparison.summary.n_rows
+        self._reference = Reference.of(fit.logits, starts[0], repeats, n_rows)
+        self._rated = [rated(shared, self._reference) for shared in starts[1:]]
 
     def best_of(self, kind: OutputMap) -> tuple[Candidate, MapFit | None]:
         """The average of all kinds so far, themselves averages; and the best single map of this kind to go on from.
@@ -95,15 +97,15 @@ class _FittedMaps:
         refusal = space if isinstance(space, Refusal) else self._refuse(space)
         if isinstance(space, Refusal) or refusal is not None:
             return unfitted(fit, kind, comparison, refusal), None
-        path = shrinkage_path(fit.logits, space, self._plain, dense=comparison.summary.dense)
+        path = shrinkage_path(fit.logits, space, self._reference.fit, dense=comparison.summary.dense)
         by_start = [list(self._along(space, path, start)) for start in self._starts] if path else []
         if not any(by_start):
             refusal = Refusal("no usable map", "no map of that kind has a positive temperature")
             return unfitted(fit, kind, comparison, refusal), None
         for path_of_start in filter(None, by_start):
-            mean = average(path_of_start, self._plain, fit.logits, self._n_rows, head_start=HEAD_START)
-            self._rated.append(self._with_criterion(mean))
-        candidate = _fitted(fit, average(self._rated, self._plain, fit.logits, self._n_rows), comparison)
+            mean = average(path_of_start, self._reference, head_start=HEAD_START)
+            self._rated.append(rated(mean, self._reference))
+        candidate = _fitted(fit, average(self._rated, self._reference), comparison)
         first = next(filter(None, by_start))
         seconds = fit.seconds + time.perf_counter() - started
         # Derivatives in the input are those of maps that are linear in the logits.
@@ -111,21 +113,15 @@ class _FittedMaps:
         return replace(candidate, seconds=seconds), best
 
     def _refuse(self, space: MapSpace) -> Refusal | None:
-        if not is_wide_matrix(space) or self._n_rows * space.n_classes**2 <= _CHEAP:
+        if not is_wide_matrix(space) or self._reference.n_rows * space.n_classes**2 <= _CHEAP:
             return None
         best = min(self._rated, key=lambda one: one.criterion, default=None)
-        if promise(self._fit.logits, space, self._plain if best is None else best.fit) < 0:
+        if promise(self._fit.logits, space, self._reference.fit if best is None else best.fit) < 0:
             return None
         return Refusal("promises too little", "its first step promises less than it costs")
 
-    def _with_criterion(self, fit: MapFit) -> Rated:
-        repeats = self._comparison.base.effective_parameters
-        return rated(self._fit.logits, fit, self._plain, repeats, self._n_rows)
-
     def _along(self, space: MapSpace, path: ShrinkagePath, start: MapFit) -> Iterator[Rated]:
-        space = space.starting_at(start.temperature, start.space.share)
-        repeats = self._comparison.base.effective_parameters
-        return fit_path(self._fit.logits, space, path, start, self._plain, repeats, self._n_rows)
+        return fit_path(space.starting_at(start.temperature, start.space.share), path, start, self._reference)
 
 
 def unfitted(fit: GridFit, kind: OutputMap, comparison: Comparison, refusal: Refusal | None = None) -> Candidate:

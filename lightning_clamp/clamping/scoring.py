@@ -169,15 +169,16 @@ def fit_grid(
         if trial is not None and fall > 0:
             best, to_come = trial._replace(standard_error=_error_of(trial, start)), _MORE * fall
         else:
-            to_come = (1 + _MORE) * best.step(damping)[1]
+            step, promise = best.step(damping)
+            to_come = (1 + _MORE) * promise
         if to_come <= least or best.expected(start, to_come, summary) >= to_beat:
             break
-        if fall > 0 and passes + 2 > max_passes:
-            break
         if fall > 0:
+            if passes + 2 > max_passes:
+                break
             passes += 1
             best = _with_sums(data, summary, grid, best, f"grid {grid.size}, pass {passes}")
-        step, promise = best.step(damping)
+            step, promise = best.step(damping)
     return best._replace(passes=passes, seconds=start.seconds + time.perf_counter() - started, history=tuple(history))
 
 

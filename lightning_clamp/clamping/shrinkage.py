@@ -81,6 +81,35 @@ class MapFit:
         return 1 / float(self.free[-1])
 
 
+class Reference(NamedTuple):
+    """What criteria are taken against: the temperature alone on some rows, without a uniform share.
+
+    Attributes:
+        rows: Rows of logits.
+        fit: The temperature.
+        losses: Its loss of every row, batch by batch.
+        repeats: For dense outputs, how many rows say what one independent row would; 1 otherwise.
+        n_rows: Number of rows.
+    """
+
+    rows: RowSource
+    fit: MapFit
+    losses: list[Tensor]
+    repeats: float
+    n_rows: int
+
+    @classmethod
+    def of(cls, rows: RowSource, fit: MapFit, repeats: float, n_rows: int) -> "Reference":
+        """With the losses, which are a pass over the rows."""
+        return cls(rows, fit, row_losses(rows, fit.space, fit.free), repeats, n_rows)
+
+    def criterion(self, fit: MapFit, losses: list[Tensor]) -> float:
+        """Nats of the summed loss by which a map with these losses is expected to differ, with caution."""
+        change = self.n_rows * (fit.nll - self.fit.nll) + fit.effective_parameters - self.fit.effective_parameters
+        caution = _CAUTION * self.n_rows * standard_error(self.rows, losses, self.losses)
+        return (change + caution) / self.repeats
+
+
 class Rated(NamedTuple):
     """A map, and its criterion: nats of the summed loss against the temperature alone."""
 
@@ -187,11 +216,8 @@ def shrinkage_path(rows: RowSource, space: MapSpace, start: MapFit, *, dense: bo
         by_label = LabelPath(rows, space, free)
         return by_label if by_label.has_curvature else None
     if is_wide_matrix(space):
-        return (
-            MatrixPath(rows, space, free)
-            if _has_curvature(map_derivatives(rows, start.space, start.free, dense=False))
-            else None
-        )
+        alone = map_derivatives(rows, start.space, start.free, dense=False)
+        return MatrixPath(rows, space, free) if _has_curvature(alone) else None
     if len(free) > _MOST_TOGETHER:
         path = BlockPath(rows, space, free, dense=dense)
         return path if float(path.corner) > 0 else None
@@ -218,51 +244,39 @@ def promise(rows: RowSource, space: MapSpace, best: MapFit) -> float:
     return MatrixBlocks(rows, space, free).promise(gradient, SHRINKAGES)
 
 
-def fit_path(
-    rows: RowSource, space: MapSpace, path: ShrinkagePath, start: MapFit, plain: MapFit, repeats: float, n_rows: int
-) -> Iterator[Rated]:
+def fit_path(space: MapSpace, path: ShrinkagePath, start: MapFit, reference: Reference) -> Iterator[Rated]:
     """The map at every strength, from the strongest on.
 
     Args:
-        rows: Rows of logits.
         space: The free parameters.
         path: What is stepped with, and what the maps cost.
-        start: The temperature alone on these rows, with the space's uniform share.
-        plain: The same without a share: what criteria are taken against.
-        repeats: For dense outputs, how many rows say what one independent row would; 1 otherwise.
-        n_rows: Number of rows.
+        start: The temperature alone on the reference's rows, with the space's uniform share.
+        reference: What criteria are taken against.
     """
-    free, best, loss = space.temperature_only(start.temperature), 0.0, MapLoss(rows, space)
-    reference = row_losses(rows, plain.space, plain.free)
+    rows, free, best = reference.rows, space.temperature_only(start.temperature), 0.0
+    loss = MapLoss(rows, space)
     for shrinkage in SHRINKAGES:
         if loss.space.share:
             # From where the stronger shrinkage ended: the share has to follow the map.
             loss = MapLoss(rows, with_best_share(rows, loss.space, free))
-        fit = fit_output_map(loss, path, shrinkage, free, n_rows)
+        fit = fit_output_map(loss, path, shrinkage, free, reference.n_rows)
         if fit is None or not space.is_usable(fit.free):
             # Such as a network whose logits say the opposite: so strongly shrunk, only a negative temperature would do.
             continue
         free = fit.free
-        error = standard_error(rows, loss.of_rows(free), reference)
-        criterion = _criterion(fit, plain, error, n_rows) / repeats
+        criterion = reference.criterion(fit, loss.of_rows(free))
         yield Rated(fit, criterion)
         best = min(best, criterion)
         if criterion > best + _HOPELESS:
             return
 
 
-def rated(rows: RowSource, fit: MapFit, plain: MapFit, repeats: float, n_rows: int) -> Rated:
-    """A map with its criterion; arguments as in :func:`fit_path`."""
-    losses = [row_losses(rows, one.space, one.free) for one in (fit, plain)]
-    return Rated(fit, _criterion(fit, plain, standard_error(rows, *losses), n_rows) / repeats)
+def rated(fit: MapFit, reference: Reference) -> Rated:
+    """A map on the reference's rows, with its criterion."""
+    return Rated(fit, reference.criterion(fit, row_losses(reference.rows, fit.space, fit.free)))
 
 
-def _criterion(fit: MapFit, plain: MapFit, error: float, n_rows: int) -> float:
-    change = n_rows * (fit.nll - plain.nll) + fit.effective_parameters - plain.effective_parameters
-    return change + _CAUTION * n_rows * error
-
-
-def average(fits: Sequence[Rated], plain: MapFit, rows: RowSource, n_rows: int, *, head_start: float = 0.0) -> MapFit:
+def average(fits: Sequence[Rated], reference: Reference, *, head_start: float = 0.0) -> MapFit:
     """The mean of maps and the temperature alone, weighted by exp(-criterion / 3 nats).
 
     Its effective parameters are the mean of theirs, and so is its uniform share, if that is none; else it has the share
@@ -270,19 +284,18 @@ def average(fits: Sequence[Rated], plain: MapFit, rows: RowSource, n_rows: int, 
 
     Args:
         fits: Those of the widest kind last.
-        plain: The temperature alone, without a uniform share.
-        rows: Rows of logits.
-        n_rows: Number of rows.
+        reference: What their criteria were taken against.
         head_start: Nats that the temperature is ahead by.
     """
     weights = torch.softmax(-torch.tensor([-head_start, *(one.criterion for one in fits)]).double() / _TEMPER, 0)
-    space, maps = fits[-1].fit.space, [plain, *(one.fit for one in fits)]
+    space, maps = fits[-1].fit.space, [reference.fit, *(one.fit for one in fits)]
     free = weights @ torch.stack([space.widened(fit.free, fit.space) for fit in maps])
     costs, shares = (
         float(weights @ torch.tensor(values).double())
         for values in ([fit.effective_parameters for fit in maps], [fit.space.share for fit in maps])
     )
     space = replace(space, share=shares)
-    loss, _ = MapLoss(rows, space)(free)
+    loss, _ = MapLoss(reference.rows, space)(free)
     strongest = min(fits, key=lambda one: one.criterion).fit
-    return with_share_again(rows, MapFit(space, free, loss / n_rows, costs, strongest.shrinkage), n_rows)
+    mean = MapFit(space, free, loss / reference.n_rows, costs, strongest.shrinkage)
+    return with_share_again(reference.rows, mean, reference.n_rows)

@@ -46,14 +46,12 @@ class MatrixBlocks:
         classes = space.n_classes
         self.space, self.vector_space = space, _vector_space(space)
         self.charge = float(space.weight[1])
-        shapes = [2 * (2 * classes + 1,), (classes, classes), (classes, classes), (classes, classes)]
-        curvature, outputs, inputs, self.border = summed(
-            (self._factors(batch, free) for batch in rows), shapes, rows.ranks
-        )
+        shapes = [2 * (2 * classes + 1,), *3 * [(classes, classes)]]
+        curvature, outputs, inputs, border = summed((self._factors(batch, free) for batch in rows), shapes, rows.ranks)
         self.vector = WholePath(LossDerivatives(curvature[0], curvature, curvature), self.vector_space.weight)
         self.left, self.right = (torch.linalg.eigh(factor)[1] for factor in (outputs, inputs))
         (values,) = summed((self._diagonal(batch, free) for batch in rows), shapes[1:2], rows.ranks)
-        border = self.left.T @ self.border @ self.right
+        border = self.left.T @ border @ self.right
         self.values = ((values - border**2 / curvature[-1, -1]) / self.charge).clamp_min(0.0)
 
     def _weighted(self, batch: Rows, free: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,10 +121,6 @@ class MatrixPath(MatrixBlocks):
         """See :class:`~.paths.ShrinkagePath`."""
         return n_free + self._probe.price(shrinkage)
 
-    @property
-    def _all_values(self) -> Tensor:
-        return torch.cat([self.vector.values, self.values.flatten()])
-
     def _probed(self, rows: RowSource, free: Tensor) -> Probe:
         classes, roots = self.space.n_classes, self.vector.root
         root = torch.cat([roots, torch.full((classes**2,), self.charge**-0.5, dtype=torch.float64)])
@@ -144,7 +138,8 @@ class MatrixPath(MatrixBlocks):
         signs = random_signs(len(root))
         vector, matrix = signs[: 2 * classes], signs[2 * classes :].reshape(classes, classes)
         along = torch.cat([self.vector.vectors.T @ vector, (self.left.T @ matrix @ self.right).flatten()])
-        return Probe(self._all_values, along**2, *quadrature(product, signs, _STEPS))
+        values = torch.cat([self.vector.values, self.values.flatten()])
+        return Probe(values, along**2, *quadrature(product, signs, _STEPS))
 
 
 def _vector_space(space: MapSpace) -> MapSpace:

@@ -14,6 +14,7 @@ from lightning_clamp.clamping.map_loss import MapLoss, map_derivatives
 from lightning_clamp.clamping.moments import logit_moments
 from lightning_clamp.clamping.output_map import map_space
 from lightning_clamp.clamping.shrinkage import (
+    Reference,
     average,
     fit_output_map,
     fit_path,
@@ -194,11 +195,11 @@ def test_the_average_is_one_map():
     logits = both(margin)["multiclass"]
     data = rows(logits, target)
     base, moments = base_of(data), logit_moments(data, 2)
-    fits = []
+    fits, against = [], Reference.of(data, base, 1.0, 800)
     for space in (map_space("vector", moments), beta_space(data, moments, base.temperature)):
         path = shrinkage_path(data, space, base, dense=False)
-        fits += fit_path(data, space, path, base, base, 1.0, 800)
-    mean = average(fits, base, data, 800, head_start=3.0)
+        fits += fit_path(space, path, base, against)
+    mean = average(fits, against, head_start=3.0)
     assert mean.space.kind == "beta"
     weights = torch.softmax(-torch.tensor([-3.0, *(one.criterion for one in fits)]).double() / 3, 0)
     maps = [fit.space.apply(logits, fit.free).diff(dim=1)[:, 0] for fit in (base, *(one.fit for one in fits))]

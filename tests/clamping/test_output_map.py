@@ -15,6 +15,7 @@ from lightning_clamp.clamping.output_map import map_space, n_parameters
 from lightning_clamp.clamping.paths import WholePath
 from lightning_clamp.clamping.shrinkage import (
     SHRINKAGES,
+    Reference,
     average,
     fit_output_map,
     fit_path,
@@ -249,8 +250,9 @@ def test_the_average_is_no_worse_than_the_mean_and_counts_the_temperature():
     logits, target = distorted(400)
     data, base = rows(logits, target), base_of(logits, target)
     space = map_space("matrix", logit_moments(data, 5))
-    path = list(fit_path(data, space, shrinkage_path(data, space, base, dense=False), base, base, 1.0, 400))
-    mean = average(path, base, data, 400, head_start=3.0)
+    against = Reference.of(data, base, 1.0, 400)
+    path = list(fit_path(space, shrinkage_path(data, space, base, dense=False), base, against))
+    mean = average(path, against, head_start=3.0)
     weights = torch.softmax(-torch.tensor([-3.0, *(criterion for _, criterion in path)]).double() / 3, 0)
     losses = torch.tensor([base.nll, *(fit.nll for fit, _ in path)]).double()
     assert mean.nll <= float(weights @ losses) + 1e-9
