@@ -36,6 +36,14 @@ def confused(n, classes, seed=0):
     return logits, sampled(logits + 0.7 * logits.roll(1, 1), seed + 1)
 
 
+def whole_and_not(monkeypatch, logits, target, n, most_together):
+    """Fits to the first n with the whole curvature and with less of it, and their NLL on the others."""
+    whole = fit_clamp(IDENTITY, [(logits[:n], target[:n])], grids=())
+    monkeypatch.setattr("lightning_clamp.clamping.shrinkage._MOST_TOGETHER", most_together)
+    results = whole, fit_clamp(IDENTITY, [(logits[:n], target[:n])], grids=())
+    return results, [float(F.cross_entropy(one.clamp.scale(logits[n:]), target[n:])) for one in results]
+
+
 def at(kind, logits, target, **changes):
     data, classes = rows(logits, target), logits.shape[1]
     space = replace(map_space(kind, logit_moments(data, classes)), **changes)
@@ -120,13 +128,8 @@ def test_the_price_of_a_matrix_is_that_of_the_whole_curvature(n):
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [400, 3000])
 def test_a_wide_matrix_is_fitted_as_a_narrow_one(monkeypatch, n):
-    logits, target = confused(n + 4000, 12)
-    part = [(logits[:n], target[:n])]
-    narrow = fit_clamp(IDENTITY, part, grids=())
-    monkeypatch.setattr("lightning_clamp.clamping.shrinkage._MOST_TOGETHER", 100)
-    wide = fit_clamp(IDENTITY, part, grids=())
+    (narrow, wide), held = whole_and_not(monkeypatch, *confused(n + 4000, 12), n, most_together=100)
     assert narrow.chosen.output_map == wide.chosen.output_map == "matrix"
-    held = [float(F.cross_entropy(one.clamp.scale(logits[n:]), target[n:])) for one in (narrow, wide)]
     assert held[1] == pytest.approx(held[0], abs=0.01)
     assert wide.chosen.expected_change == pytest.approx(narrow.chosen.expected_change, abs=0.02)
 
@@ -176,13 +179,8 @@ def test_a_promise_is_what_a_quadratic_model_says():
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [1000, 4000])
 def test_the_clamp_is_that_of_the_whole_curvature(monkeypatch, n):
-    logits, target = distorted(n + 4000, 120)
-    part = [(logits[:n], target[:n])]
-    whole = fit_clamp(IDENTITY, part, grids=())
-    monkeypatch.setattr("lightning_clamp.clamping.shrinkage._MOST_TOGETHER", 10)
-    blocks = fit_clamp(IDENTITY, part, grids=())
+    (whole, blocks), held = whole_and_not(monkeypatch, *distorted(n + 4000, 120), n, most_together=10)
     assert whole.chosen.output_map == blocks.chosen.output_map == "vector"
-    held = [float(F.cross_entropy(one.clamp.scale(logits[n:]), target[n:])) for one in (whole, blocks)]
     assert held[1] == pytest.approx(held[0], abs=0.003)
     assert blocks.chosen.expected_change == pytest.approx(whole.chosen.expected_change, abs=0.005)
 

@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.kernels import is_kernel
 from tests.scenarios import LOSSES
 
 # At most so many beyond the five of cross-entropy, forward and backward. A version of torch may need one more.
@@ -31,10 +32,9 @@ class Kernels(TorchDispatchMode):
 
     started = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name.removeprefix("aten::")
-        self.started += not (func.is_view or "empty" in name or name in ("detach", "_unsafe_view"))
-        return func(*args, **(kwargs or {}))
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.started += is_kernel(function)
+        return function(*args, **(kwargs or {}))
 
 
 def started(loss, *shape):

@@ -19,6 +19,7 @@ from lightning_clamp.metrics import (
 from lightning_clamp.metrics._binning import _cell_edges, bin_index, cell_count, cell_index, merged
 from lightning_clamp.metrics._reading import _top_label, _top_label_at_once
 from lightning_clamp.metrics.classwise import _add_all
+from tests.kernels import is_kernel
 from tests.metrics.test_metrics import METRICS, POOLED, make
 from tests.scenarios import calibrated_logits
 
@@ -120,9 +121,8 @@ class Kernels(Waits):
         self.launched = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        if not function.is_view and name not in ("promote_types", "empty", "_local_scalar_dense"):
-            self.launched.append(name)
+        if is_kernel(function):
+            self.launched.append(function.overloadpacket.__name__)
         return super().__torch_dispatch__(function, types, args, kwargs)
 
 
