@@ -204,15 +204,15 @@ def test_a_folder_costs_one_sentence(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_of_200_flipped_bits_none_changes_an_output(small, tmp_path):
+def test_of_500_flipped_bits_none_changes_an_output(small, tmp_path):
     def outputs(path):
         network, result = load_calibrated(path, LitClassifier, None, {})
         return result.clamp.scale(network(result.clamp.perturb(x)))
 
     whole, path, x, draw = small.read_bytes(), tmp_path / "flipped.ckpt", images(8), random.Random(0)
     expected, refused = outputs(small), 0
-    every = 8 * len(whole) // 200
-    for start in range(0, 200 * every, every):
+    every = 8 * len(whole) // 500
+    for start in range(0, 500 * every, every):
         bit, flipped = start + draw.randrange(every), bytearray(whole)
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)
@@ -220,7 +220,7 @@ def test_of_200_flipped_bits_none_changes_an_output(small, tmp_path):
             assert torch.equal(outputs(path), expected), bit
         except ValueError:
             refused += 1
-    assert 120 < refused < 160, "what is left is padding and the headers of the parts"
+    assert 300 < refused < 400, "what is left is padding and the headers of the parts"
 
 
 def edited(content, part):
