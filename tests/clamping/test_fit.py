@@ -583,11 +583,13 @@ def test_a_class_that_is_separated_or_missing_has_a_finite_map():
     keep = y != 3
     with pytest.warns(UserWarning, match="next to none, of class 3: "):
         result = fit_clamp(IDENTITY, [(2 * logits[keep], y[keep])], grids=())
-    (vector,) = (one for one in result.candidates if one.output_map == "vector")
-    assert float(vector.clamp.class_bias.abs().max()) < 20
-    assert 0 < float(vector.clamp.class_scale.min()) <= float(vector.clamp.class_scale.max()) < 5
-    assert result.chosen.output_map in ("vector", "matrix")
-    assert float(result.clamp.class_bias.abs().max()) < 20
+    clamps = {one.output_map: one.clamp for one in result.candidates}
+    assert result.chosen.output_map == "matrix"
+    for scale in (clamps["vector"].class_scale, clamps["matrix"].class_matrix.diagonal()):
+        assert 0 < float(scale.min()) <= float(scale.max()) < 5
+    for name in ("vector", "matrix"):
+        assert float(clamps[name].class_bias.abs().max()) < 20
+    assert float(clamps["matrix"].class_matrix.abs().max()) < 5
 
 
 def test_a_class_s_scale_may_be_negative():
