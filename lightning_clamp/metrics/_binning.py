@@ -6,6 +6,7 @@ single values of the confidence.
 """
 
 import math
+from collections.abc import Callable
 from numbers import Integral
 
 import torch
@@ -29,24 +30,33 @@ def cell_count(n_bins: int) -> int:
 
 
 def bin_index(confidence: Tensor, n_bins: int) -> Tensor:
-    """Bin of each confidence (float64). Bins are ``(i/n, (i+1)/n]``; 0 falls in the first, 1 in the last."""
-    return torch.bucketize(confidence.contiguous(), _bin_edges(n_bins, confidence.device))
+    """Bin of each confidence (float32 or float64). Bins are ``(i/n, (i+1)/n]``; 0 falls in the first, 1 in the last."""
+    edges = _bin_edges_32 if confidence.dtype == torch.float32 else _bin_edges
+    return torch.bucketize(confidence.contiguous(), _kept(edges, n_bins, confidence.device))
 
 
 # Kept, since to make them takes an accelerator longer than to use them. Of lru_cache a compiler warns.
-_BIN_EDGES: dict[tuple[int, torch.device], Tensor] = {}
-_CELL_EDGES: dict[tuple[int, torch.device], Tensor] = {}
+_KEPT: dict[tuple[str, int, torch.device], Tensor] = {}
 
 
-def _bin_edges(n_bins: int, device: torch.device) -> Tensor:
-    if (n_bins, device) not in _BIN_EDGES:
-        _BIN_EDGES[n_bins, device] = _new_bin_edges(n_bins).to(device)
-    return _BIN_EDGES[n_bins, device]
+def _kept(make: Callable[[int], Tensor], number: int, device: torch.device) -> Tensor:
+    """What ``make`` makes of a number, made once."""
+    key = make.__name__, number, device
+    if key not in _KEPT:
+        _KEPT[key] = make(number).to(device)
+    return _KEPT[key]
 
 
-def _new_bin_edges(n_bins: int) -> Tensor:
+def _bin_edges(n_bins: int) -> Tensor:
     # Divided by n in float64 (as i / n is): a linspace is off by an ulp at some edges, and would move edge values.
     return torch.arange(1, n_bins, dtype=torch.float64) / n_bins
+
+
+def _bin_edges_32(n_bins: int) -> Tensor:
+    # A float32 number is above an edge if it is above the largest float32 number that is not.
+    edges = _bin_edges(n_bins)
+    nearest = edges.float()
+    return nearest.where(nearest <= edges, nearest.nextafter(torch.zeros_like(nearest)))
 
 
 def no_sums(n_groups: int, device: torch.device) -> Tensor:
@@ -54,11 +64,33 @@ def no_sums(n_groups: int, device: torch.device) -> Tensor:
     return torch.zeros(3, n_groups, dtype=torch.float64, device=device)
 
 
-def addends(confidence: Tensor, correct: Tensor) -> Tensor:
-    """What a sample adds to the sums of its group, ``(3, M)`` float64: 1, its confidence, and whether it is right."""
-    added = confidence.new_ones(3, len(confidence), dtype=torch.float64)
-    added[1], added[2] = confidence, correct
+def addends(confidence: Tensor, predicted: Tensor, label: Tensor | bool = True) -> Tensor:
+    """What samples add to the sums of their groups, ``(3, M)`` float64: 1, the confidence, and whether they are right.
+
+    Args:
+        confidence: At most 1, ``(M,)``; nan stays nan.
+        predicted: Equal to ``label`` where a sample is right, ``(M,)``.
+        label: A value, or one for each.
+    """
+    added = confidence.new_empty(3, len(confidence), dtype=torch.float64)
+    # Two rows at once: of a number and nan, the larger is the number.
+    torch.fmax(confidence, _kept(_one_and_nan, 1, confidence.device), out=added[:2])
+    torch.eq(predicted, label, out=added[2])
     return added
+
+
+def _one_and_nan(one: int) -> Tensor:
+    return torch.tensor([[one], [torch.nan]], dtype=torch.float64)
+
+
+def counted(values: Tensor) -> Tensor:
+    """1 and the value of each sample, ``(2, M)`` float64; nan twice where it is nan."""
+    # Two rows at once: between the limits lies 1 in the first, and every number in the second.
+    return torch.clamp(values, _kept(_limits, -1, values.device), _kept(_limits, 1, values.device))
+
+
+def _limits(sign: int) -> Tensor:
+    return torch.tensor([[1.0], [sign * torch.inf]], dtype=torch.float64)
 
 
 def bin_sums(confidence: Tensor, correct: Tensor, n_bins: int) -> Tensor:
@@ -83,7 +115,7 @@ def cell_index(confidence: Tensor, n_bins: int) -> Tensor:
     if confidence.device.type == "cpu":
         return _step(confidence).add_(bin_index(confidence, n_bins))
     # A search takes a processor longer than the arcsine; an accelerator needs one launch for it instead of eight.
-    return torch.bucketize(confidence, _cell_edges(n_bins, confidence.device))
+    return torch.bucketize(confidence, _kept(_cell_edges, n_bins, confidence.device))
 
 
 def _step(confidence: Tensor) -> Tensor:
@@ -91,22 +123,16 @@ def _step(confidence: Tensor) -> Tensor:
     return confidence.sqrt().asin_().mul_(2 * _STEPS / math.pi).long().clamp_(0, _STEPS)
 
 
-def _cell_edges(n_bins: int, device: torch.device) -> Tensor:
-    if (n_bins, device) not in _CELL_EDGES:
-        _CELL_EDGES[n_bins, device] = _new_cell_edges(n_bins).to(device)
-    return _CELL_EDGES[n_bins, device]
-
-
-def _new_cell_edges(n_bins: int) -> Tensor:
+def _cell_edges(n_bins: int) -> Tensor:
     steps = (torch.arange(1, _STEPS + 1, dtype=torch.float64) * (math.pi / (2 * _STEPS))).sin().square()
     # A step begins at its lower edge, and a bin just above it: the largest number below stands for that.
     steps = torch.nextafter(steps, torch.zeros_like(steps))
-    return torch.cat([steps, _new_bin_edges(n_bins)]).sort().values
+    return torch.cat([steps, _bin_edges(n_bins)]).sort().values
 
 
 def merged(cells: Tensor, n_bins: int) -> Tensor:
     """Sums per equal-width bin, ``(3, n_bins)``, from those of its cells; exact."""
-    edges = _new_bin_edges(n_bins)
+    edges = _bin_edges(n_bins)
     first = _step(edges) + torch.arange(1, n_bins)
     index = torch.bucketize(torch.arange(cells.shape[1]), first, right=True).to(cells.device)
     return no_sums(n_bins, cells.device).index_add_(1, index, cells)

@@ -21,21 +21,36 @@ def confidences(preds: Tensor, target: Tensor, confidence: Confidence, reader: R
         ValueError: See there; or ``confidence`` is unknown, or is ``"positive"`` and the task not ``"binary"``.
     """
     _check(confidence, reader.task)
-    parts = [_of_rows(rows, confidence) for rows in reader.blocks(preds, target)]
+    parts = [_checked(rows, confidence) for rows in reader.blocks(preds, target)]
     values, correct = (torch.cat(column) for column in zip(*parts, strict=True))
     reader.warn_unless(len(values) > 0)
     return values.double(), correct
 
 
-def _of_rows(rows: PredictedRows, confidence: Confidence) -> tuple[Tensor, Tensor]:
+def _checked(rows: PredictedRows, confidence: Confidence) -> tuple[Tensor, Tensor]:
     """Confidence and correctness of checked rows, ``(m,)`` each."""
-    if confidence == "positive":
-        value, correct = rows.class_probs()[:, 1], rows.target == 1
-    else:
-        value, correct = rows.top_label()
+    value, predicted, label = _of_rows(rows, confidence)
     rows.check(value)
+    return value, torch.eq(predicted, label)
+
+
+def _addends(rows: PredictedRows, confidence: Confidence) -> Tensor:
+    """What checked rows add to their groups; see :func:`~._binning.addends`."""
+    added = addends(*_of_rows(rows, confidence))
+    if rows.reader.validate_args:
+        rows.mark(added[0])
+        rows.total(added[:2])
+    return added
+
+
+def _of_rows(rows: PredictedRows, confidence: Confidence) -> tuple[Tensor, Tensor, Tensor | bool]:
+    """Confidence of rows, ``(m,)``, and two things that are equal where they are right."""
+    if confidence == "positive":
+        value, predicted, label = rows.class_probs()[:, 1], rows.target, True
+    else:
+        value, predicted, label = rows.top_label()
     # Rounding may have lifted a probability above 1.
-    return value.clamp(max=1) if rows.reader.probs else value, correct
+    return value.clamp(max=1) if rows.reader.probs else value, predicted, label
 
 
 def _check(confidence: Confidence, task: Task) -> None:
@@ -73,7 +88,7 @@ class ConfidenceMetric(RowMetric):
 
     def add(self, rows: PredictedRows) -> None:
         """Add rows to the histogram."""
-        added = addends(*_of_rows(rows, self.confidence))
+        added = _addends(rows, self.confidence)
         index = cell_index(added[1], self.n_bins)
         if self.num_labels is None:
             self.sums.index_add_(1, index, added)

@@ -19,6 +19,7 @@ from lightning_clamp._rows import (
     row_blocks,
     unclear_axis,
 )
+from lightning_clamp.metrics._binning import counted
 
 # Rounding of half-precision probabilities may move the sum of a row by this much.
 _SUM_TOLERANCE = 0.01
@@ -153,7 +154,7 @@ class Reader:
         check_range(
             target, preds.shape[1], " Labels start at 0. Positions that have no label are left out with ignore_index."
         )
-        if self.probs and not self.can_be_probs(*torch.stack(_extremes(preds)).tolist()):
+        if self.probs and not self.can_be_probs(*_extremes(preds).tolist()):
             raise ValueError(
                 "With probs=True `preds` must be probabilities, non-negative and adding up to 1 over the classes; for "
                 "logits leave probs=True out."
@@ -218,53 +219,65 @@ class PredictedRows(NamedTuple):
         """Probabilities, ``(m, C)``."""
         return self.preds if self.reader.probs else self.preds.softmax(1)
 
-    def top_label(self) -> tuple[Tensor, Tensor]:
-        """Confidence and correctness of the top label, ``(m,)`` each; of tied classes the first is the top one."""
-        return (_top_probability if self.reader.probs else _top_label)(self.preds, self.target)
+    def top_label(self) -> tuple[Tensor, Tensor, Tensor | bool]:
+        """Confidence of the top label, ``(m,)``, and two things that are equal where it is right.
+
+        Of tied classes the first is the top one.
+        """
+        if self.reader.probs:
+            return *self.preds.max(1), self.target
+        return (_top_label if self.preds.device.type == "cpu" else _top_label_at_once)(self.preds, self.target)
+
+    def counted(self, derived: Tensor) -> Tensor:
+        """1 and what was derived of each row, ``(2, m)`` float64; with checks 0 for 1 where a label is out of range."""
+        if not self.reader.validate_args:
+            return counted(derived)
+        rows = derived.new_empty(2, len(derived), dtype=torch.float64)
+        self.mark(rows[0])
+        rows[1].copy_(derived)
+        return rows
+
+    def mark(self, ones: Tensor) -> None:
+        """Write 1 where the label is in range, and else 0, ``(m,)``."""
+        torch.eq(self.target, self.given, out=ones)
 
     def check(self, derived: Tensor) -> None:
         """Refuse the rows if they cannot be used; an accelerator is waited for once, for all that there is to know.
 
         Args:
             derived: A number that was derived from each row, ``(m,)``: nan or inf in the row has made it nan. Asked of
-                one number per row, in place of a look at every logit. It becomes nan where the label is out of range,
-                and so must not share memory with what somebody else holds.
+                one number per row, in place of a look at every logit.
 
         Raises:
             ValueError: If there is nan or inf, a label out of range, or no probability where there should be.
         """
         if self.reader.validate_args:
-            self.total(derived)
+            self.total(self.counted(derived))
 
-    def total(self, derived: Tensor) -> Tensor:
-        """Sum of what was derived from the rows, a float64 scalar; arguments and errors as :meth:`check`."""
-        if not self.reader.validate_args or not len(self.preds):
-            return derived.sum(dtype=torch.float64)
-        # In place, since `where` would have to bring the nan to the accelerator.
-        total = derived.masked_fill_(self.given != self.target, torch.nan).sum(dtype=torch.float64)
-        number, can_be_probs = self._read(total)
-        if math.isnan(number) or (self.reader.probs and not can_be_probs):
+    def total(self, counted: Tensor) -> Tensor:
+        """Sums of what :meth:`counted` gave, ``(2,)``; errors as :meth:`check`."""
+        sums = counted.sum(1)
+        if self.reader.validate_args and len(self.preds):
+            self._look_at(sums)
+        return sums
+
+    def _look_at(self, sums: Tensor) -> None:
+        asked = self.reader.probs or self.reader.wonders
+        # One tensor, and so one wait.
+        count, total, *extremes = (torch.cat([sums, _extremes(self.preds)]) if asked else sums).tolist()
+        can_be_probs = asked and self.reader.can_be_probs(*extremes)
+        if count != len(self.preds) or math.isnan(total) or (self.reader.probs and not can_be_probs):
             self.reader.refuse(self.preds, self.given)
         if self.reader.wonders:
             self.reader.learn(len(self.preds), seem_probs=can_be_probs)
-        return total
-
-    def _read(self, total: Tensor) -> tuple[float, bool]:
-        """A number, and whether preds can be probabilities (False if nobody wonders), in one wait."""
-        if not (self.reader.probs or self.reader.wonders):
-            return float(total), False
-        number, *extremes = torch.stack([total.to(self.preds.dtype), *_extremes(self.preds)]).tolist()
-        return number, self.reader.can_be_probs(*extremes)
 
 
-def _extremes(rows: Tensor) -> list[Tensor]:
-    """The least value of rows ``(m, C)``, and the lowest and the highest sum of a row."""
-    return [rows.amin(), *rows.sum(1).aminmax()]
+def _extremes(rows: Tensor) -> Tensor:
+    """The least value of rows ``(m, C)``, and the lowest and the highest sum of a row; ``(3,)`` float64."""
+    return torch.stack([rows.amin(), *rows.sum(1).aminmax()]).double()
 
 
-def _top_label(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    if logits.device.type != "cpu":
-        return _top_label_at_once(logits, target)
+def _top_label(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, bool]:
     top = logits.amax(1, keepdim=True)
     # 1 / sum exp(z - max) rather than the largest softmax: no rounding can lift it above 1.
     confidence = (logits - top).exp_().sum(1).reciprocal_()
@@ -274,15 +287,10 @@ def _top_label(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     tied = (correct & (confidence <= 0.5)).nonzero()[:, 0]
     if len(tied):
         correct[tied] = logits[tied].max(1).indices == target[tied]
-    return confidence, correct
+    return confidence, correct, True
 
 
-def _top_label_at_once(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def _top_label_at_once(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The same in few launches, and without waiting for the number of ties: what counts on an accelerator."""
     top = logits.argmax(1, keepdim=True)
-    return logits.softmax(1).gather(1, top).flatten(), top.flatten() == target
-
-
-def _top_probability(probs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    confidence, predicted = probs.max(1)
-    return confidence, predicted == target
+    return logits.softmax(1).gather(1, top).flatten(), top.flatten(), target

@@ -123,14 +123,15 @@ class BootstrapSums(RowMetric):
         number = sums.view(-1, *sums.shape[-2:])[0, :, 0].sum().long() + torch.arange(batch.n_items, device=sums.device)
         block = (self.rank + self.world_size * number) % self.n_blocks
         nll = nll_per_row(rows).double()
-        confidence, correct = (part.double() for part in rows.top_label())
+        confidence, predicted, label = rows.top_label()
+        confidence, correct = confidence.double(), torch.eq(predicted, label)
         rows.check(confidence)
         width = sums.shape[-1]
         of_row = self._place(block[item], batch.label) * width
         of_bin = of_row + 2 + bin_index(confidence, self.n_bins)
         index = torch.cat([block * width, of_row + 1, of_bin, of_bin + self.n_bins, of_bin + 2 * self.n_bins])
         values = torch.cat(
-            [torch.ones_like(block, dtype=torch.float64), nll, torch.ones_like(nll), confidence, correct]
+            [torch.ones_like(block, dtype=torch.float64), nll, torch.ones_like(nll), confidence, correct.double()]
         )
         sums.view(-1).index_add_(0, index, values)
 

@@ -119,7 +119,7 @@ def accuracy(
 
 
 class MeanMetric(RowMetric):
-    """A mean over rows of the quantity ``values`` gives; state: its sum and the count, ``(2,)``."""
+    """A mean over rows of the quantity ``values`` gives; state: the count and its sum, ``(2,)``."""
 
     higher_is_better: bool | None = False
 
@@ -132,19 +132,14 @@ class MeanMetric(RowMetric):
         raise NotImplementedError
 
     def add(self, rows: PredictedRows) -> None:
-        """Add sum and count."""
-        values = self.values(rows)
-        if self.num_labels is not None:
-            rows.check(values)
-            self.sums.add_(rows.by_label(torch.stack([values, torch.ones_like(values)], 1).double(), self.num_labels))
-            return
-        total = rows.total(values)
-        self.sums[0].add_(total)
-        self.sums[1].add_(len(values))
+        """Add count and sum."""
+        with_count = rows.counted(self.values(rows))
+        total = rows.total(with_count)
+        self.sums.add_(total if self.num_labels is None else rows.by_label(with_count.T, self.num_labels))
 
     def value(self, sums: Tensor) -> Tensor:
         """The mean."""
-        total, count = sums.unbind()
+        count, total = sums.unbind()
         return total / count
 
 
