@@ -45,8 +45,9 @@ def _addends(rows: PredictedRows, confidence: Confidence) -> Tensor:
 
 def _of_rows(rows: PredictedRows, confidence: Confidence) -> tuple[Tensor, Tensor, Tensor | bool]:
     """Confidence of rows, ``(m,)``, and two things that are equal where they are right."""
+    label: Tensor | bool = True
     if confidence == "positive":
-        value, predicted, label = rows.class_probs()[:, 1], rows.target, True
+        value, predicted = rows.class_probs()[:, 1], rows.target
     else:
         value, predicted, label = rows.top_label()
     # Rounding may have lifted a probability above 1.

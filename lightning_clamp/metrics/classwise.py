@@ -147,7 +147,7 @@ def _add_chosen(sums: Tensor, probs: Tensor, target: Tensor) -> None:
 def _add_all(sums: Tensor, probs: Tensor, target: Tensor) -> None:
     """All of them, in a few launches, and without waiting for a number of those above the first bin."""
     size = max(1, _AT_ONCE_DEVICE // probs.shape[1])
-    for part, labels in zip(probs.split(size), target.split(size), strict=True):
+    for part, labels in zip(torch.split(probs, size), torch.split(target, size), strict=True):
         gap = part.to(torch.float64, copy=True).scatter_(1, labels[:, None], -1, reduce="add")
         _add_by_bin(sums, bin_index(part, len(sums)), gap)
 

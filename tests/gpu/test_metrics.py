@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from lightning_clamp.metrics import ClasswiseCalibrationError, ExpectedCalibrationError, NegativeLogLikelihood
 from tests.metrics.test_device import KINDS, POOLED, WITHOUT_LABELS
 from tests.metrics.test_metrics import METRICS, make
 from tests.references import flat
@@ -51,6 +52,19 @@ def test_an_update_waits_for_nothing_and_sums_what_the_cpu_does(metric_class, ki
     for _ in range(2):
         here.update(preds, target)
     torch.testing.assert_close(flat(there.compute()).cpu(), flat(here.compute()), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("metric_class", [ClasswiseCalibrationError, ExpectedCalibrationError, NegativeLogLikelihood])
+def test_many_rows_on_few_sums_are_added_up_as_on_the_cpu(metric_class):
+    """Of a number of rows that nothing divides, and with the same probabilities, so that only rounding may differ."""
+    generator = torch.Generator().manual_seed(0)
+    probs = (2 * torch.randn(100_003, 12, generator=generator)).softmax(1)
+    target = torch.randint(12, (len(probs),), generator=generator)
+    here, there = make(metric_class, 12, probs=True), make(metric_class, 12, probs=True).to("cuda")
+    here.update(probs, target)
+    there.update(probs.cuda(), target.cuda())
+    torch.testing.assert_close(there.sums.sum().cpu(), here.sums.sum(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(there.compute().cpu(), here.compute(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("metric_class", METRICS)
