@@ -15,9 +15,10 @@ Average: TypeAlias = Literal["macro", "none"]
 
 # Probabilities at work at once on an accelerator, which takes 16 bytes for each.
 _AT_ONCE_DEVICE = 2**24
-# From how many on the sums of a bin are kept in copies while they are added up, and how many sums these are in all.
+# From how many on they are first added up in copies of the sums, and how many copies of sums of one bin there are: at
+# most 512 probabilities come to one of them, and the copies take 2 MB for 15 bins.
 _SPREAD_FROM = 2**20
-_SPREAD = 2**14
+_SPREAD = 2**15
 
 
 def classwise_calibration_error(
@@ -124,7 +125,10 @@ def _add(sums: Tensor, rows: PredictedRows) -> None:
     probs = rows.class_probs()
     # nan or inf in one logit makes all probabilities of its row nan; of given probabilities the sums are looked at.
     rows.check(probs[:, 0])
-    (_add_chosen if probs.device.type == "cpu" else _add_all)(sums[:-1], probs, rows.target)
+    if probs.device.type == "cpu":
+        _add_chosen(sums[:-1], probs, rows.target)
+    else:
+        _add_all(sums[:-1], probs.clone() if rows.reader.probs else probs, rows.target)
     sums[-1].add_(len(probs))
 
 
@@ -145,30 +149,33 @@ def _add_chosen(sums: Tensor, probs: Tensor, target: Tensor) -> None:
 
 
 def _add_all(sums: Tensor, probs: Tensor, target: Tensor) -> None:
-    """All of them, in a few launches, and without waiting for a number of those above the first bin."""
+    """All of them, in a few launches, and without waiting for a number of those above the first bin; changes probs."""
     size = max(1, _AT_ONCE_DEVICE // probs.shape[1])
     for part, labels in zip(torch.split(probs, size), torch.split(target, size), strict=True):
-        gap = part.to(torch.float64, copy=True).scatter_(1, labels[:, None], -1, reduce="add")
-        _add_by_bin(sums, bin_index(part, len(sums)), gap)
+        index = bin_index(part, len(sums))
+        many = part.numel() >= _SPREAD_FROM
+        gap = (part if many else part.double()).scatter_(1, labels[:, None], -1, reduce="add")
+        if many:
+            sums.add_(_sums_of_many(index, gap, len(sums)))
+        else:
+            sums.scatter_add_(0, index, gap)
 
 
-def _add_by_bin(sums: Tensor, index: Tensor, gap: Tensor) -> None:
-    """Add ``gap`` to the bins that ``index`` names, ``(m, C)`` both.
+def _sums_of_many(index: Tensor, gap: Tensor, n_bins: int) -> Tensor:
+    """Sums of ``gap``, ``(m, C)``, over the rows of each bin, which ``index`` names in the same shape: ``(n_bins, C)``.
 
-    Most lie in the first bin, and an accelerator adds to one number one after the other: where there are many, rows
-    take turns at copies of the sums. The classes of a bin lie side by side, so that threads side by side add to one
-    piece of memory.
+    Most are in the first bin, and an accelerator adds to one number one after the other: rows take turns at copies of
+    the sums. The classes of a bin lie side by side, so that threads side by side add to one piece of memory.
     """
-    n_bins, classes = sums.shape
-    copies = max(1, _SPREAD // classes) if gap.numel() >= _SPREAD_FROM else 1
-    even = len(gap) // copies * copies
-    if copies > 1:
-        spread = sums.new_zeros(n_bins, copies, classes)
-        spread.scatter_add_(0, index[:even].view(-1, copies, classes), gap[:even].view(-1, copies, classes))
-        sums += spread.sum(1)
-        index, gap = index[even:], gap[even:]
-    if len(gap):
-        sums.scatter_add_(0, index, gap)
+    rows, classes = gap.shape
+    copies = max(1, _SPREAD // classes)
+    rest = rows % copies
+    sums = gap.new_zeros(n_bins, copies, classes)
+    if rest:
+        sums.scatter_add_(0, index[None, -rest:], gap[None, -rest:])
+        index, gap = index[:-rest], gap[:-rest]
+    sums.scatter_add_(0, index.view(-1, copies, classes), gap.view(-1, copies, classes))
+    return sums.sum(1)
 
 
 def _error(sums: Tensor, average: Average) -> Tensor:

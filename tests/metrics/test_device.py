@@ -144,6 +144,17 @@ def test_an_update_is_few_kernels(metric_class, validate):
     assert len(seen.launched) <= KERNELS[metric_class][validate], seen.launched
 
 
+@pytest.mark.parametrize("metric_class", [ClasswiseCalibrationError, ExpectedCalibrationError, NegativeLogLikelihood])
+def test_an_update_of_many_rows_is_few_kernels_and_waits_for_nothing(metric_class):
+    metric = make(metric_class, 1000, validate_args=False).to("meta")
+    batch = torch.empty(4096, 1000, device="meta"), torch.empty(4096, device="meta", dtype=torch.int64)
+    metric.update(*batch)
+    with Kernels() as seen:
+        metric.update(*batch)
+    assert len(seen.launched) <= 8, seen.launched
+    assert not seen.found
+
+
 def test_leaving_positions_out_costs_one_wait():
     metric = ExpectedCalibrationError(ignore_index=255, validate_args=False).to("meta")
     with Waits() as seen, suppress(NotImplementedError):
@@ -208,22 +219,35 @@ def test_bins_of_float32_are_those_of_float64(n_bins):
 
 
 @pytest.mark.parametrize("rows", [300, 21, 1])
-@pytest.mark.parametrize("spread", [1, 40, 10_000])
+@pytest.mark.parametrize("spread", [None, 1, 40, 10_000])
 def test_class_wise_sums_without_waiting_are_the_same(rows, spread, monkeypatch):
-    """In parts, and with copies of the sums that do and that do not divide the rows, or are more than there are."""
+    """In parts, and by copies of the sums that do and that do not divide the rows, or are more than there are."""
     logits, target = calibrated_logits(rows)
     metric = make(ClasswiseCalibrationError)
-    metric.update(logits, target)
+    metric.update(logits.double(), target)
     monkeypatch.setattr("lightning_clamp.metrics.classwise._AT_ONCE_DEVICE", 200)
-    monkeypatch.setattr("lightning_clamp.metrics.classwise._SPREAD_FROM", 0)
-    monkeypatch.setattr("lightning_clamp.metrics.classwise._SPREAD", spread)
+    if spread:
+        monkeypatch.setattr("lightning_clamp.metrics.classwise._SPREAD_FROM", 0)
+        monkeypatch.setattr("lightning_clamp.metrics.classwise._SPREAD", spread)
     sums = torch.zeros_like(metric.sums[:-1])
-    _add_all(sums, logits.softmax(1), target)
+    _add_all(sums, logits.double().softmax(1), target)
     torch.testing.assert_close(sums, metric.sums[:-1])
 
 
+def test_class_wise_sums_of_many_float32_are_right_to_their_rounding():
+    logits, target = calibrated_logits(120_000, n_classes=9)
+    metric = make(ClasswiseCalibrationError, 9)
+    metric.update(logits, target)
+    sums = torch.zeros_like(metric.sums[:-1])
+    _add_all(sums, logits.softmax(1), target)
+    # Of the rows, whose probabilities are themselves right to 1e-7.
+    torch.testing.assert_close(sums, metric.sums[:-1], rtol=0, atol=1e-7 * len(logits))
+
+
 def test_class_wise_sums_leave_given_probabilities_alone():
-    probs = torch.rand(9, 4, dtype=torch.float64).softmax(1)
-    kept = probs.clone()
-    _add_all(torch.zeros(15, 4, dtype=torch.float64), probs, torch.randint(4, (9,)))
-    assert torch.equal(probs, kept)
+    probs = torch.empty(9, 4, device="meta", dtype=torch.float64)
+    metric = make(ClasswiseCalibrationError, 4, probs=True, validate_args=False).to("meta")
+    metric.update(probs, torch.empty(9, device="meta", dtype=torch.int64))
+    # Private in torch, and what counts changes in place of a tensor that has no values.
+    assert probs._version == 0
+    assert probs.zero_()._version == 1
