@@ -155,7 +155,7 @@ def mbls_loss(
     positions = as_positions(
         logits, target, task=task, ignore_index=ignore_index, reduction=reduction, weight=weight, why_hard=""
     )
-    return _penalised(positions, Margins, (margin,), alpha, 1.0, reduction, log_terms)
+    return _penalised(positions, Margins, (margin,), alpha, -1.0, reduction, log_terms)
 
 
 def acls_loss(
