@@ -97,14 +97,13 @@ class Positions(NamedTuple):
             return (self.target * (log_probs == top.unsqueeze(1))).sum(1)
         return log_probs.gather(1, self.target.unsqueeze(1)).squeeze(1) == top
 
-    def less_target(self, probs: Tensor) -> Tensor:
-        """``probs`` less those that the target has, 1 for a label; 0 where a position is ignored."""
+    def less_labels(self, totals: Tensor) -> Tensor:
+        """``totals``, ``(C,)``, less how many positions that count have each label, or its probabilities' sum."""
         if self.soft:
-            rest = probs - self.target
-        else:
-            ones = probs.new_full((), -1.0).expand(probs[:, :1].shape)
-            rest = probs.scatter_add(1, self.target.unsqueeze(1), ones)
-        return rest if self.keep is None else rest * self.keep.unsqueeze(1)
+            target = self.target if self.keep is None else self.target * self.keep.unsqueeze(1)
+            return totals - target.sum([0, *range(2, target.ndim)])
+        ones = self.kept(totals.new_ones(()).expand(self.target.shape))
+        return totals.index_add(0, self.target.flatten(), ones.flatten(), alpha=-1)
 
     def kept(self, values: Tensor) -> Tensor:
         """``values``, one for each position, with 0 where a position is ignored."""

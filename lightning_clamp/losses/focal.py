@@ -141,7 +141,7 @@ def dual_focal_loss(
     )
     log_probs = positions.log_probs()
     nll = positions.nll(log_probs)
-    lower = _next_lower(log_probs) if positions.soft else _largest_below(log_probs, -nll)
+    lower = _next_lower(log_probs) if positions.soft else _largest_below(log_probs, nll.detach().neg())
     loss = _focal(nll, _doubt(nll) + lower.exp(), gamma)
     return positions.reduced(positions.expected(loss), reduction, log_terms, log_probs)
 

@@ -106,12 +106,13 @@ def entropy_penalty_loss(
     )
     # A class that is masked by a logit of -inf has no part in the entropy, where 0 * inf would be nan.
     log_probs = positions.log_probs().clamp_min(torch.finfo(positions.logits.dtype).min)
-    entropy = -(log_probs.exp() * log_probs).sum(1)
-    if reference == "code":
-        entropy = entropy / positions.logits.shape[1]
-    positions.note(log_terms, log_probs, entropy=entropy)
+    # Negative, and of the classes together: the rest is scaled once for the batch.
+    surety = (log_probs.exp() * log_probs).sum(1)
+    share = alpha / positions.logits.shape[1] if reference == "code" else alpha
+    if log_terms is not None:
+        positions.note(log_terms, log_probs, entropy=surety * (-1 / positions.logits.shape[1] if reference == "code" else -1))
     cross_entropy = positions.reduced_cross_entropy(log_probs, reduction)
-    return torch.sub(cross_entropy, positions.unweighted().reduced(entropy, reduction), alpha=alpha)
+    return torch.add(cross_entropy, positions.unweighted().reduced(surety, reduction), alpha=share)
 
 
 def mbls_loss(
