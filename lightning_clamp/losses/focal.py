@@ -181,7 +181,7 @@ def brier_loss(
         score = (probs - positions.target).square().sum(1)
     else:
         of_target = probs.gather(1, positions.target.unsqueeze(1)).squeeze(1)
-        score = probs.square().sum(1) - 2 * of_target + 1
+        score = torch.sub(probs.square().sum(1), of_target, alpha=2) + 1
     return positions.reduced(score, reduction, log_terms)
 
 
