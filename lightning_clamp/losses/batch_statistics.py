@@ -199,7 +199,7 @@ def _with_gap(
     positions: Positions,
     log_probs: Tensor,
     gap: Tensor,
-    size: int | Tensor,
+    size: float | Tensor,
     weight: float,
     reduction: Reduction,
     log_terms: dict[str, Tensor] | None,

@@ -106,13 +106,13 @@ def entropy_penalty_loss(
     )
     # A class that is masked by a logit of -inf has no part in the entropy, where 0 * inf would be nan.
     log_probs = positions.log_probs().clamp_min(torch.finfo(positions.logits.dtype).min)
-    # Negative, and of the classes together: the rest is scaled once for the batch.
+    # The entropy less its sign and its share, which are those of the whole batch.
     surety = (log_probs.exp() * log_probs).sum(1)
-    share = alpha / positions.logits.shape[1] if reference == "code" else alpha
+    share = 1 / positions.logits.shape[1] if reference == "code" else 1.0
     if log_terms is not None:
-        positions.note(log_terms, log_probs, entropy=surety * (-1 / positions.logits.shape[1] if reference == "code" else -1))
+        positions.note(log_terms, log_probs, entropy=-share * surety)
     cross_entropy = positions.reduced_cross_entropy(log_probs, reduction)
-    return torch.add(cross_entropy, positions.unweighted().reduced(surety, reduction), alpha=share)
+    return torch.add(cross_entropy, positions.unweighted().reduced(surety, reduction), alpha=alpha * share)
 
 
 def mbls_loss(
