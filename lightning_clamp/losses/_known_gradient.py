@@ -24,6 +24,22 @@ class _KnownGradient(torch.autograd.Function):
         return slope * (grads[0].unsqueeze(1) if grads[0].ndim else grads[0]), None, None, None
 
 
+class _KnownGradientAt(torch.autograd.Function):
+    """Returns what it is given as well, whose gradient comes back through here and is added to on the way."""
+
+    @staticmethod
+    def forward(ctx: Any, points: Tensor, index: Tensor, value: Tensor, slope: Tensor, loss: str) -> Any:
+        ctx.save_for_backward(index, slope)
+        ctx.loss = loss
+        return points.view_as(points), value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        check_first_derivative(ctx.loss)
+        index, slope = ctx.saved_tensors
+        return grads[0].scatter_add(1, index, slope * grads[1]), None, None, None, None
+
+
 def known_gradient(logits: Tensor, value: Tensor, slope: Tensor, loss: str) -> Tensor:
     """``value``, with ``slope`` for its gradient; it cannot be differentiated twice.
 
@@ -35,3 +51,17 @@ def known_gradient(logits: Tensor, value: Tensor, slope: Tensor, loss: str) -> T
     """
     known: Tensor = _KnownGradient.apply(logits, value, slope, loss)
     return known
+
+
+def known_gradient_at(points: Tensor, index: Tensor, value: Tensor, slope: Tensor, loss: str) -> tuple[Tensor, Tensor]:
+    """``points``, and ``value`` with ``slope`` for its gradient in one point of each position.
+
+    Args:
+        points: What it is computed from, ``(N, C, ...)``.
+        index: Which point, ``(N, 1, ...)``, int64.
+        value: One number for all, ``()``; without a graph.
+        slope: Its derivatives, shape of ``index``; without a graph.
+        loss: Name of the loss that a second derivative is refused for.
+    """
+    passed: tuple[Tensor, Tensor] = _KnownGradientAt.apply(points, index, value, slope, loss)
+    return passed

@@ -23,20 +23,22 @@ class Penalty(torch.autograd.Function):
         if ctx.once:
             check_first_derivative(ctx.once)
         (slope,) = ctx.saved_tensors
-        shares = grads[1].unsqueeze(1) / slope.shape[1] if grads[1].ndim else grads[1] / slope.numel()
-        return torch.addcmul(grads[0], slope, shares, value=ctx.scale), *[None] * (len(ctx.needs_input_grad) - 1)
+        of_each = grads[1].ndim > 0
+        share = ctx.scale / (slope.shape[1] if of_each else slope.numel())
+        gradient = torch.addcmul(grads[0], slope, grads[1].unsqueeze(1) if of_each else grads[1], value=share)
+        return gradient, *[None] * (len(ctx.needs_input_grad) - 1)
 
 
 class Margins(Penalty):
-    """The penalty of MbLS; of several largest logits the first is pulled down, as in the code."""
+    """The penalty of MbLS, negative; of several largest logits the first is pulled down, as in the code."""
 
     # Flat wherever it has a gradient, so that this may be differentiated again.
     @staticmethod
     def forward(ctx: Any, logits: Tensor, of_all: bool, margin: float) -> tuple[Tensor, Tensor]:
         top, predicted = logits.max(1, keepdim=True)
-        excess = torch.sub(top - margin, logits).clamp_min_(0)
-        value = excess.mean() if of_all else excess.mean(1)
-        slope = excess.sign_()
+        beyond = F.softshrink(logits - top, margin)
+        value = beyond.mean() if of_all else beyond.mean(1)
+        slope = beyond.sign_()
         ctx.save_for_backward(slope.scatter_(1, predicted, -slope.sum(1, keepdim=True)))
         ctx.scale, ctx.once = -1, None
         return logits.view_as(logits), value
@@ -49,14 +51,15 @@ class AdaptiveMargins(Penalty):
     def forward(
         ctx: Any, logits: Tensor, of_all: bool, positive: float, negative: float, margin: float, from_lowest: bool
     ) -> tuple[Tensor, Tensor]:
-        top = logits.amax(1, keepdim=True)
-        floor = top - margin
-        over = (floor - logits.amin(1, keepdim=True) if from_lowest else floor).clamp_min(0)
+        heights = logits - logits.amin(1, keepdim=True) if from_lowest else logits
+        top = heights.amax(1, keepdim=True)
+        # The largest stay as they are where that is above 0: all others, and those below, are seen from the largest.
+        seen = torch.ne(heights, top.clamp_min(0), out=torch.empty_like(logits))
+        torch.addcmul(heights, seen, top, value=-1, out=seen)
         # What is squared: negative for the second term, which is 0 at the largest logits, and positive for the first.
-        beyond = torch.sub(logits, floor).clamp_max_(0)
-        beyond.addcmul_(torch.eq(logits, top, out=torch.empty_like(logits)), over, value=float(positive > 0))
-        slope = F.leaky_relu(beyond, negative / positive) if positive else beyond
-        squares = beyond * slope
+        beyond = F.softshrink(seen, margin)
+        slope = F.leaky_relu(beyond, negative / positive) if positive else beyond.clamp_max(0)
         ctx.save_for_backward(slope)
         ctx.scale, ctx.once = 2, "acls_loss"
+        squares = beyond.mul_(slope)
         return logits.view_as(logits), squares.mean() if of_all else squares.mean(1)

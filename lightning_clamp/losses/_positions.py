@@ -97,13 +97,13 @@ class Positions(NamedTuple):
             return (self.target * (log_probs == top.unsqueeze(1))).sum(1)
         return log_probs.gather(1, self.target.unsqueeze(1)).squeeze(1) == top
 
-    def frequencies(self) -> Tensor:
-        """How many positions that count have each label, ``(C,)``; of a soft target the sum of their probabilities."""
+    def less_labels(self, totals: Tensor) -> Tensor:
+        """``totals``, ``(C,)``, less how many positions that count have each label, or its probabilities' sum."""
         if self.soft:
             target = self.target if self.keep is None else self.target * self.keep.unsqueeze(1)
-            return target.sum([0, *range(2, target.ndim)])
-        ones = self.kept(torch.ones_like(self.target, dtype=self.logits.dtype))
-        return self.logits.new_zeros(self.logits.shape[1]).index_add_(0, self.target.flatten(), ones.flatten())
+            return totals - target.sum([0, *range(2, target.ndim)])
+        ones = self.kept(totals.new_ones(()).expand(self.target.shape))
+        return totals.index_add(0, self.target.flatten(), ones.flatten(), alpha=-1)
 
     def kept(self, values: Tensor) -> Tensor:
         """``values``, one for each position, with 0 where a position is ignored."""
@@ -154,7 +154,9 @@ class Positions(NamedTuple):
 
     def reduced_cross_entropy(self, log_probs: Tensor, reduction: Reduction) -> Tensor:
         """Reduce the cross-entropy; in torch's own loss, which is one step, where labels all count the same."""
-        if self.soft or self.keep is not None or self.weight is not None or not self.n_all or reduction == "none":
+        # Over positions of their own axes torch's step takes as long as three softmaxes on a GPU.
+        several = self.soft or self.keep is not None or self.weight is not None or log_probs.ndim > 2
+        if several or not self.n_all or reduction == "none":
             return self.reduced(self.cross_entropy(log_probs), reduction)
         return F.nll_loss(log_probs, self.target, reduction=reduction)
 

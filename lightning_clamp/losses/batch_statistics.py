@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_clamp._checks import check_at_least
 from lightning_clamp._rows import Task
-from lightning_clamp.losses._known_gradient import known_gradient
+from lightning_clamp.losses._known_gradient import known_gradient_at
 from lightning_clamp.losses._positions import Positions, Reduction, as_positions
 
 # Width of MMCE's Laplacian kernel.
@@ -62,7 +62,7 @@ def mdca_loss(
     probs = log_probs.exp()
     if positions.keep is not None:
         probs = probs * positions.keep.unsqueeze(1)
-    excess = probs.sum([0, *range(2, probs.ndim)]) - positions.frequencies()
+    excess = positions.less_labels(probs.sum([0, *range(2, probs.ndim)]))
     gap = torch.linalg.vector_norm(excess, 1)
     return _with_gap(positions, log_probs, gap, positions.n_kept() * len(excess), beta, reduction, log_terms)
 
@@ -163,20 +163,22 @@ def mmce_loss(
         "neither right nor wrong: pass labels, or train with mdca_loss, which takes probabilities.",
     )
     log_probs = positions.log_probs()
-    top = log_probs.max(1).values
-    error = known_gradient(top, *_kernel_sum(top, positions.accuracy(log_probs, top), positions.keep), "mmce_loss")
-    return _with_gap(positions, log_probs, error, positions.n_kept() ** 2, lambda_, reduction, log_terms)
+    top, predicted = log_probs.detach().max(1, keepdim=True)
+    known = _kernel_sum(top, positions.accuracy(log_probs, top.squeeze(1)), positions.keep)
+    log_probs, error = known_gradient_at(log_probs, predicted, *known, "mmce_loss")
+    return _with_gap(positions, log_probs, error, positions.n_kept() ** 2 / -2, lambda_, reduction, log_terms)
 
 
 @torch.no_grad()
 def _kernel_sum(log_confidence: Tensor, correct: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sum of ``w_i w_j exp(-|r_i - r_j| / 0.4)`` over all pairs, w the correctness less the confidence r.
+    """Sum of ``w_i w_j exp(-|r_i - r_j| / 0.4)`` over all pairs, w the correctness less the confidence r; over -2.
 
     And its gradient in the logarithm of r: autograd would sort and sum once more. In sorted order the kernel is a
     product of one factor of i and one of j, neither of them beyond ``exp(2.5)``.
     """
+    log_sorted, order = log_confidence.flatten().sort()
     # Sums with changing signs over many positions: float64, which costs nothing beside the softmax.
-    confidence, order = log_confidence.flatten().double().exp_().sort()
+    confidence = torch.exp(log_sorted, out=torch.empty_like(log_sorted, dtype=torch.float64))
     weight = torch.add(correct.flatten()[order], confidence, alpha=-1)
     if keep is not None:
         weight = weight * keep.flatten()[order]
@@ -185,17 +187,19 @@ def _kernel_sum(log_confidence: Tensor, correct: Tensor, keep: Tensor | None) ->
     upto, beyond = (weight * rise).cumsum_(0).div_(rise), (weight / rise).cumsum_(0)
     pull = torch.addcmul(upto, beyond[-1:] - beyond, rise)
     ahead = torch.sub(pull, upto, alpha=2).add_(weight)
-    slope = torch.addcmul(pull, weight, ahead, value=-1 / _WIDTH).mul_(confidence)
-    slope = torch.empty_like(slope).scatter_(0, order, slope).reshape(log_confidence.shape)
-    slope = torch.mul(slope, -2 if keep is None else -2 * keep, out=torch.empty_like(log_confidence))
-    return weight.dot(pull).to(log_confidence.dtype), slope
+    value = torch.mul(weight.dot(pull), -0.5, out=log_confidence.new_empty(()))
+    slope = pull.addcmul_(weight, ahead, value=-1 / _WIDTH)
+    if keep is not None:
+        slope *= keep.flatten()[order]
+    slope = torch.mul(slope, confidence, out=torch.empty_like(log_sorted))
+    return value, torch.empty_like(slope).scatter_(0, order, slope).reshape(log_confidence.shape)
 
 
 def _with_gap(
     positions: Positions,
     log_probs: Tensor,
     gap: Tensor,
-    size: int | Tensor,
+    size: float | Tensor,
     weight: float,
     reduction: Reduction,
     log_terms: dict[str, Tensor] | None,

@@ -141,7 +141,7 @@ def dual_focal_loss(
     )
     log_probs = positions.log_probs()
     nll = positions.nll(log_probs)
-    lower = _next_lower(log_probs) if positions.soft else _largest_below(log_probs, -nll)
+    lower = _next_lower(log_probs) if positions.soft else _largest_below(log_probs, nll.detach().neg())
     loss = _focal(nll, _doubt(nll) + lower.exp(), gamma)
     return positions.reduced(positions.expected(loss), reduction, log_terms, log_probs)
 
@@ -181,7 +181,7 @@ def brier_loss(
         score = (probs - positions.target).square().sum(1)
     else:
         of_target = probs.gather(1, positions.target.unsqueeze(1)).squeeze(1)
-        score = probs.square().sum(1) - 2 * of_target + 1
+        score = torch.sub(probs.square().sum(1), of_target, alpha=2) + 1
     return positions.reduced(score, reduction, log_terms)
 
 

@@ -106,12 +106,13 @@ def entropy_penalty_loss(
     )
     # A class that is masked by a logit of -inf has no part in the entropy, where 0 * inf would be nan.
     log_probs = positions.log_probs().clamp_min(torch.finfo(positions.logits.dtype).min)
-    entropy = -(log_probs.exp() * log_probs).sum(1)
-    if reference == "code":
-        entropy = entropy / positions.logits.shape[1]
-    positions.note(log_terms, log_probs, entropy=entropy)
+    # The entropy less its sign and its share, which are those of the whole batch.
+    surety = (log_probs.exp() * log_probs).sum(1)
+    share = 1 / positions.logits.shape[1] if reference == "code" else 1.0
+    if log_terms is not None:
+        positions.note(log_terms, log_probs, entropy=-share * surety)
     cross_entropy = positions.reduced_cross_entropy(log_probs, reduction)
-    return torch.sub(cross_entropy, positions.unweighted().reduced(entropy, reduction), alpha=alpha)
+    return torch.add(cross_entropy, positions.unweighted().reduced(surety, reduction), alpha=alpha * share)
 
 
 def mbls_loss(
@@ -155,7 +156,7 @@ def mbls_loss(
     positions = as_positions(
         logits, target, task=task, ignore_index=ignore_index, reduction=reduction, weight=weight, why_hard=""
     )
-    return _penalised(positions, Margins, (margin,), alpha, 1.0, reduction, log_terms)
+    return _penalised(positions, Margins, (margin,), alpha, -1.0, reduction, log_terms)
 
 
 def acls_loss(
