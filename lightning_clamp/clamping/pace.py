@@ -22,7 +22,7 @@ class Pace(NamedTuple):
 
     Attributes:
         damping: So many times the coefficients' mean curvature is added to that of each of them (Marquardt, 1963).
-        length: So many times the step is taken.
+        length: So many times the step is taken; the next is expected to curve as the last did.
         is_sure: Whether the next step is near certain to help.
     """
 
@@ -32,12 +32,11 @@ class Pace(NamedTuple):
 
     def after(self, kept: float) -> "Pace":
         """After a step that kept such a share of its promise."""
-        damping = self.damping / _FACTOR if kept > _KEPT else self.damping
         if kept < _BROKEN:
-            damping = max(_FIRST, _FACTOR * self.damping)
+            return Pace(max(_FIRST, _FACTOR * self.damping))
         # The parabola through slope and fall has its minimum at 1 / (2 - kept) of the step.
         length = 1 / max(2 - kept, 1 / _LONGEST)
-        return Pace(damping, min(max(length, 1.0), _LONGEST), kept > _TRUSTED)
+        return Pace(self.damping / _FACTOR if kept > _KEPT else self.damping, length, kept > _TRUSTED)
 
 
 def to_come(promise: float, fall: float) -> float:

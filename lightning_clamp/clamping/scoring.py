@@ -23,9 +23,9 @@ from lightning_clamp.clamping.score_pass import Derivatives, score_pass
 from lightning_clamp.clamping.shrinkage import MapFit, refit
 from lightning_clamp.clamping.summary import DatasetSummary
 
-# A step that promises less than this share of what the coefficients are charged is lost in the fit's own error; and one
-# of so many nats per row is not worth its pass.
-_WORTHWHILE, _NOTHING = 0.05, 0.0002
+# A step that promises less than this share of what the coefficients are charged is lost in the fit's own error; and a
+# gradient, three times as dear, has to bring more.
+_WORTHWHILE, _WORTH_A_GRADIENT = 0.05, 0.1
 
 
 class GridFit(NamedTuple):
@@ -158,11 +158,11 @@ def fit_grid(
     best, passes, history = start, 1, list(start.history)
     pace = Pace(is_sure=start.predicted.criterion + start.predicted_gain / 2 < to_beat)
     (step, promise), follows = start.step(pace), math.inf
-    least = max(_WORTHWHILE * start.effective_coefficients(dense=summary.dense), _NOTHING * n_rows)
+    charged = start.effective_coefficients(dense=summary.dense)
     # The first step was promised to be worth more than it costs.
-    while passes < max_passes and (passes == 1 or promise > least):
+    while passes < max_passes and (passes == 1 or promise > _WORTHWHILE * charged):
         passes += 1
-        looks = pace.is_sure and follows > least and passes < max_passes
+        looks = pace.is_sure and follows > _WORTH_A_GRADIENT * charged and passes < max_passes
         trial = _tried(data, summary, grid, best, step, f"grid {grid.size}, pass {passes}", looks=looks)
         fall = -math.inf
         if trial is not None:
@@ -174,11 +174,11 @@ def fit_grid(
         else:
             step, promise = best.step(pace)
             hope = promise + to_come(promise, promise)
-        if hope <= least or best.expected(start, hope, summary) >= to_beat:
+        if best.expected(start, hope, summary) >= to_beat:
             break
         if fall > 0:
             if not looks:
-                if passes + 2 > max_passes:
+                if hope <= _WORTH_A_GRADIENT * charged or passes + 2 > max_passes:
                     break
                 passes += 1
                 best = _with_sums(data, summary, grid, best, f"grid {grid.size}, pass {passes}")
