@@ -57,6 +57,11 @@ class BlockDerivatives:
         added = damping * self.own.diagonal().mean()
         return replace(self, own=self.own + added * torch.eye(n_first, dtype=torch.float64))
 
+    def at_best_map(self, shift: Tensor, gradient: Tensor) -> "BlockDerivatives":
+        """To first order, where the map's parameters have moved by ``shift`` to have this gradient."""
+        own = self.gradient[: len(self.own)] + self.cross @ shift
+        return replace(self, gradient=torch.cat([own, gradient]))
+
     def newton_step(self) -> tuple[Tensor, float]:
         """The step, and the fall of the summed loss that it promises."""
         answer, left, score = self._profiled()

@@ -34,6 +34,11 @@ class LossDerivatives(NamedTuple):
         added = torch.zeros_like(self.gradient).index_fill(0, torch.arange(n_first), damping * float(own.mean()))
         return self._replace(curvature=self.curvature + added.diag())
 
+    def at_best_map(self, shift: Tensor, gradient: Tensor) -> "LossDerivatives":
+        """To first order, where the map's parameters, the last q, have moved by ``shift`` to have this gradient."""
+        p = len(self.gradient) - len(shift)
+        return self._replace(gradient=torch.cat([self.gradient[:p] + self.curvature[:p, p:] @ shift, gradient]))
+
     def newton_step(self) -> tuple[Tensor, float]:
         """The step ``-curvature⁻¹ gradient``, and the fall of the summed loss that it promises (half the decrement)."""
         step = -solve(self.curvature, self.gradient)

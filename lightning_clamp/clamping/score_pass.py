@@ -12,7 +12,7 @@ from lightning_clamp.clamping.blocks import BlockDerivatives, MapBlock
 from lightning_clamp.clamping.map_loss import errors
 from lightning_clamp.clamping.newton import LossDerivatives
 from lightning_clamp.clamping.output_map import MapSpace
-from lightning_clamp.clamping.passes import CalibrationSet, summed
+from lightning_clamp.clamping.passes import CalibrationSet, Logits, summed
 from lightning_clamp.clamping.perturbation import Grid, project
 from lightning_clamp.clamping.probes import probe, seeds_of
 
@@ -37,6 +37,7 @@ def score_pass(
     dense: bool,
     what: str,
     known: Derivatives | None = None,
+    keep: Logits | None = None,
 ) -> list[Derivatives]:
     """One forward and one backward to the input: the score sums of every grid.
 
@@ -52,6 +53,7 @@ def score_pass(
         what: Shown as progress.
         known: Sums of the one grid at an earlier point, of which is kept what costs much and changes little: the own
             block of a map of many parameters. None to form all.
+        keep: Is given the logits, which the pass has anyway.
 
     Returns:
         For every grid the sums in (coefficients, free parameters of the map).
@@ -61,7 +63,7 @@ def score_pass(
 
     def batch_sums() -> Iterator[tuple[Tensor, ...]]:
         for inputs, target in data.read(what):
-            (gradient, scores), *probes = _input_scores(data, inputs, target, perturbation, space, free, n_probes)
+            (gradient, scores), *probes = _input_scores(data, inputs, target, perturbation, space, free, n_probes, keep)
             held.append((scores, torch.cat(project(gradient, grids), 1)))
             curvatures = _curvatures(probes, grids) if probes else []
             if curvatures or sum(len(batch[0]) for batch in held) >= _LEAST_ROWS:
@@ -120,9 +122,12 @@ def _input_scores(
     space: MapSpace,
     free: Tensor,
     n_probes: int = 0,
+    keep: Logits | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """The loss's gradient to every input of a batch, and every item's score in the map, ``(N, q)``; those of probes."""
     logits, moved = data.tracked(inputs, perturbation)
+    if keep is not None:
+        keep.keep(logits, target)
     rows = data.rows(logits, target)
     fixed = rows._replace(logits=rows.logits.detach()).doubled()
     slopes = _slopes(inputs, fixed, space.apply(fixed.logits, free, fixed.label).softmax(1), n_probes)

@@ -16,9 +16,11 @@ from lightning_clamp.clamping import score_pass as passes_of_scores
 from lightning_clamp.clamping import scoring
 from lightning_clamp.clamping.blocks import BlockDerivatives
 from lightning_clamp.clamping.frozen import frozen
+from lightning_clamp.clamping.map_loss import row_losses
 from lightning_clamp.clamping.moments import logit_moments
 from lightning_clamp.clamping.newton import LossDerivatives, effective_parameters, score_test
 from lightning_clamp.clamping.output_map import map_space
+from lightning_clamp.clamping.pace import Pace, to_come
 from lightning_clamp.clamping.passes import CalibrationSet, summed
 from lightning_clamp.clamping.perturbation import make_grid
 from lightning_clamp.clamping.score_pass import score_pass
@@ -196,15 +198,54 @@ def test_a_grid_that_fell_behind_costs_one_forward_pass(shifted_start):
 
 
 def test_a_grid_that_may_still_win_is_followed(shifted_start):
-    """Two thirds of every fall are hoped for in the next step."""
+    """As far as the parabola through promise and fall goes on, and some more."""
     fit, samples, first, summary = shifted_start
     one = fit(2, to_beat=0.0)
-    fall = first.map_fit.nll - one.map_fit.nll
-    behind = one.expected(first, 0.0, summary)
-    followed = fit(10, to_beat=behind - 1.9 * fall)
+    fall = summary.n_rows * (first.map_fit.nll - one.map_fit.nll)
+    behind, hope = one.expected(first, 0.0, summary), to_come(first.step(Pace())[1], fall) / summary.n_rows
+    followed = fit(10, to_beat=behind - 0.9 * hope)
     assert followed.passes > 2
     assert samples[True] > 0
-    assert fit(10, to_beat=behind - 2.1 * fall).passes == 2
+    assert fit(10, to_beat=behind - 1.1 * hope).passes == 2
+
+
+def test_a_step_that_is_near_certain_brings_the_next_gradient_along(shifted_start):
+    """One pass where a forward pass and then one with backward would do; the last is forward alone."""
+    fit, samples, first, summary = shifted_start
+    half = first.predicted.criterion + first.predicted_gain / 2
+    sure = fit(4, to_beat=half + 1e-6)
+    assert len(sure.history) == sure.passes > 2
+    assert samples == {True: 1000 * (sure.passes - 2), False: 1000}
+    samples.clear()
+    careful = fit(4, to_beat=half - 1e-6)
+    assert samples == {True: 1000, False: 2000}
+    assert len(careful.history) == careful.passes - 1
+    assert sure.objective(summary.n_rows) < careful.objective(summary.n_rows)
+
+
+@pytest.mark.parametrize("kind", ["temperature", "vector"])
+def test_sums_are_carried_over_to_the_best_map(kind):
+    """To first order: of how the coefficients' gradient differs there, the more is known the nearer it is."""
+    network = SmallNet()
+    x = images(4000)
+    y = sampled(network(x).detach().double())
+    free = space_of(kind, y).temperature_only(1.0)
+    shift = 0.02 * torch.ones(len(free)).double()
+    here, there = (sums_at(network, x, y, 2, free=free + move, kind=kind)[0] for move in (0, shift))
+    carried = here.at_best_map(shift, there.gradient[12:])
+    assert torch.equal(carried.gradient[12:], there.gradient[12:])
+    missing, whole = ((one.gradient - there.gradient)[:12].norm() for one in (carried, here))
+    assert float(missing) < 0.25 * float(whole)
+
+
+def test_the_losses_of_a_start_are_read_once(shifted_start, monkeypatch):
+    """Where logits are not kept, each reading is a forward pass."""
+    fit, _, first, _ = shifted_start
+    read = []
+    monkeypatch.setattr(scoring, "row_losses", lambda rows, *map_: read.append(rows) or row_losses(rows, *map_))
+    best = fit(5, to_beat=0.0)
+    assert 0 < len(read) < best.passes
+    assert all(rows is not first.logits for rows in read)
 
 
 def test_the_error_of_a_grid_is_that_of_the_losses_change(shifted_start):
@@ -225,7 +266,26 @@ def test_the_error_of_a_grid_is_that_of_the_losses_change(shifted_start):
     [(0.0, -math.inf, 0.25), (0.25, -0.1, 1.0), (0.25, 0.1, 1.0), (0.25, 0.5, 0.25), (1.0, 0.9, 0.25), (0.0, 1.2, 0.0)],
 )
 def test_damping_follows_how_far_a_step_kept_its_promise(damping, kept, expected):
-    assert scoring._adapted(damping, kept) == expected
+    assert Pace(damping).after(kept).damping == expected
+
+
+@pytest.mark.parametrize(
+    ("kept", "length"), [(-math.inf, 1), (0.2, 1), (0.5, 2 / 3), (1, 1), (1.2, 1.25), (1.4, 1.5), (2.5, 1.5)]
+)
+def test_a_step_is_as_long_as_the_last_should_have_been(kept, length):
+    """As far as the minimum of the parabola, up to a half more; one that failed is damped instead."""
+    pace = Pace(length=1.3).after(kept)
+    assert pace.length == pytest.approx(length)
+    assert pace.is_sure is (kept > 0.5)
+
+
+@pytest.mark.parametrize(
+    ("fall", "expected"), [(0.1, 0.2), (0.5, 1 / 6), (1.0, 1 / 3), (1.5, 0.5), (1.8, 3.2), (3.0, 6.0)]
+)
+def test_what_may_follow_a_fall_is_what_is_left_on_the_parabola(fall, expected):
+    """Of a promise of one nat; a third of the fall at least, twice the fall at most."""
+    assert to_come(1.0, fall) == pytest.approx(expected)
+    assert to_come(10.0, 10 * fall) == pytest.approx(10 * expected)
 
 
 @pytest.mark.parametrize("max_passes", [1, 2, 6])
@@ -307,6 +367,7 @@ def test_a_step_changes_the_temperature_by_a_factor_of_e_at_most(sign):
     curvature = torch.diag(torch.tensor([2.0, 1e-9], dtype=torch.float64))
     sums = LossDerivatives(torch.tensor([0.5, sign * 1e-6], dtype=torch.float64), curvature, curvature)
     step, promise = bounded_step(sums, common_scale=0.2)
+    assert torch.equal(step, bounded_step(sums, common_scale=0.2, length=1.5)[0])
     assert (0.2 + float(step[-1])) / 0.2 == pytest.approx(math.exp(-sign))
     assert float(step[0] / step[-1]) == pytest.approx(sign * 0.25e-3)
     # What the quadratic model promises for that share of the step.
@@ -335,6 +396,9 @@ def test_in_blocks_the_model_is_the_same(kind, monkeypatch):
     damped = [sums.shrunk(point, ridge).damped(12, 0.5).newton_step()[0] for sums in (whole, blocks)]
     torch.testing.assert_close(*damped, rtol=1e-3, atol=1e-5)
     assert float(damped[0][:12].norm()) < float(step[:12].norm())
+    shift = 0.1 * torch.ones(len(free)).double()
+    carried = [sums.at_best_map(shift, shift).gradient for sums in (whole, blocks)]
+    torch.testing.assert_close(*carried, rtol=1e-4, atol=1e-4)
 
 
 def test_later_passes_take_the_block_of_a_map_of_many_parameters_from_the_first(monkeypatch):
