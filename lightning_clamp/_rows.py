@@ -137,6 +137,31 @@ def merged(parts: Iterable[Rows]) -> Iterator[Rows]:
         yield _joined(waiting)
 
 
+def merged_batches(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits and targets of the same items in batches of about the size of :func:`row_blocks`, or of one as it is."""
+    waiting: list[tuple[Tensor, Tensor]] = []
+    size = 0
+    for pair in pairs:
+        size += pair[0].numel()
+        if waiting and (size > _block_elements(pair[0]) or _layout(pair) != _layout(waiting[0])):
+            yield _one_batch(waiting)
+            waiting, size = [], pair[0].numel()
+        waiting.append(pair)
+    if waiting:
+        yield _one_batch(waiting)
+
+
+def _layout(pair: tuple[Tensor, Tensor]) -> list[object]:
+    return [(tensor.shape[1:], tensor.dtype, tensor.device) for tensor in pair]
+
+
+def _one_batch(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    if len(pairs) == 1:
+        return pairs[0]
+    logits, target = (torch.cat(tensors) for tensors in zip(*pairs, strict=True))
+    return logits, target
+
+
 def _split(whole: Rows) -> Iterator[Rows]:
     """Whole items of rows, which follow one another, in parts of at most about the size of a block."""
     size = max(1, whole.n_items * _block_elements(whole.logits) // max(1, whole.logits.numel()))

@@ -38,10 +38,11 @@ class MapLoss:
         self._of_rows = []
 
         def batch_sums(batch: Rows) -> tuple[Tensor, ...]:
-            log_probs = self.space.apply(batch.logits, free, batch.label).log_softmax(1)
-            loss, weight = self.space.loss_of_label(log_probs, batch.target)
+            space = self.space.beside(batch.logits)
+            log_probs = space.apply(batch.logits, free, batch.label).log_softmax(1)
+            loss, weight = space.loss_of_label(log_probs, batch.target)
             self._of_rows.append(loss)
-            return loss.sum(), self.space.pull(batch.logits, errors(log_probs.exp_(), batch, weight), batch.label)
+            return loss.sum(), space.pull(batch.logits, errors(log_probs.exp_(), batch, weight), batch.label)
 
         shapes = [(), (len(free),)]
         loss, gradient = summed((batch_sums(batch) for batch in self.rows), shapes, self.rows.ranks)
@@ -57,15 +58,16 @@ def map_derivatives(rows: RowSource, space: MapSpace, free: Tensor, *, dense: bo
     """
 
     def batch_sums(batch: Rows) -> tuple[Tensor, ...]:
-        log_probs = space.apply(batch.logits, free, batch.label).log_softmax(1)
-        _, weight = space.loss_of_label(log_probs, batch.target)
+        here = space.beside(batch.logits)
+        log_probs = here.apply(batch.logits, free, batch.label).log_softmax(1)
+        _, weight = here.loss_of_label(log_probs, batch.target)
         probs = log_probs.exp()
         error = errors(probs.clone(), batch, weight)
-        curvature = space.curvature(batch.logits, probs, weight, batch.label)
-        terms = (space.pull(batch.logits, error, batch.label), curvature)
+        curvature = here.curvature(batch.logits, probs, weight, batch.label)
+        terms = (here.pull(batch.logits, error, batch.label), curvature)
         if not dense:
             return terms
-        scores = space.pull_per_item(batch, error)
+        scores = here.pull_per_item(batch, error)
         return (*terms, scores.T @ scores)
 
     n = len(free)
@@ -78,9 +80,10 @@ def curvature_product(rows: RowSource, space: MapSpace, free: Tensor, direction:
     """The curvature of :func:`map_derivatives` at a point, ``(q, q)``, times a direction: one pass, and no matrix."""
 
     def batch_sums(batch: Rows) -> tuple[Tensor, ...]:
-        probs = space.apply(batch.logits, free).softmax(1)
-        turned = probs * space.apply(batch.logits, direction)
-        return (space.pull(batch.logits, turned.sub_(probs * turned.sum(1, keepdim=True))),)
+        here = space.beside(batch.logits)
+        probs = here.apply(batch.logits, free).softmax(1)
+        turned = probs * here.apply(batch.logits, direction)
+        return (here.pull(batch.logits, turned.sub_(probs * turned.sum(1, keepdim=True))),)
 
     return summed((batch_sums(batch) for batch in rows), [(len(free),)], rows.ranks)[0]
 
@@ -93,7 +96,7 @@ def errors(probs: Tensor, batch: Rows, weight: Tensor | None = None) -> Tensor:
 
 def row_losses(rows: RowSource, space: MapSpace, free: Tensor) -> list[Tensor]:
     """Loss of every row, batch by batch."""
-    mapped = ((space.apply(batch.logits, free, batch.label), batch.target) for batch in rows)
+    mapped = ((space.beside(batch.logits).apply(batch.logits, free, batch.label), batch.target) for batch in rows)
     return [space.loss_of_label(logits.log_softmax(1), target)[0] for logits, target in mapped]
 
 

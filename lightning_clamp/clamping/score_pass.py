@@ -70,6 +70,8 @@ def score_pass(
         if held:
             yield _products(held, sizes, with_map=of_map is None)
 
+    # Once: what is sent to an accelerator has to wait for all it is at work on.
+    free, grids = free.to(data.device), [grid.on(data.device) for grid in grids]
     held: list[tuple[Tensor, Tensor]] = []
     q, sizes = len(free), [grid.n_coefficients for grid in grids]
     shapes = [(q,), (sum(sizes),), (sum(sizes), q), *((p, p) for p in sizes), *([(q, q)] if of_map is None else [])]
@@ -124,6 +126,7 @@ def _input_scores(
     """The loss's gradient to every input of a batch, and every item's score in the map, ``(N, q)``; those of probes."""
     logits, moved = data.tracked(inputs, perturbation)
     rows = data.rows(logits, target)
+    space = space.beside(logits)
     fixed = rows._replace(logits=rows.logits.detach()).doubled()
     slopes = _slopes(inputs, fixed, space.apply(fixed.logits, free, fixed.label).softmax(1), n_probes)
     # Scores say where to step and how sure that is, for which seven digits are enough.

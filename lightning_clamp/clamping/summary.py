@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from lightning_clamp._batch import Inputs, tensors_of
 from lightning_clamp._checks import counted
 from lightning_clamp._rows import MASKED, Rows, class_axis_is_unclear, is_dense, unclear_axis
-from lightning_clamp.clamping.outlier import Heaviest, heaviest_of, warn_of_one_sample
+from lightning_clamp.clamping.outlier import heaviest_in, heaviest_of, warn_of_one_sample
 from lightning_clamp.clamping.passes import CalibrationSet, Logits, summed
 from lightning_clamp.clamping.ranks import Ranks
 from lightning_clamp.clamping.repeats import marks_of, warn_of_repeats
@@ -85,7 +85,7 @@ def summarize(data: CalibrationSet, *, trial: bool = False) -> DatasetSummary:
     bare_seen = Logits(data, None, bare=True) if data.spec.views else logits_seen
     kinds: set[_Kind] = set()
     marks: list[bytes] = []
-    heaviest = [Heaviest()]
+    heaviest: list[Tensor] = []
 
     def batch_sums() -> Iterator[tuple[Tensor, ...]]:
         seen = 0
@@ -93,9 +93,7 @@ def summarize(data: CalibrationSet, *, trial: bool = False) -> DatasetSummary:
             with torch.no_grad():
                 logits, bare, value = data.observed(inputs)
             rows = data.rows(logits, target)
-            _check_labels(rows)
-            if not trial:
-                _check_values(rows, seen, data.ranks)
+            _check(rows, seen, data.ranks, trial=trial)
             logits_seen.keep(logits, target)
             if data.spec.views:
                 bare_seen.keep(bare, target)
@@ -105,19 +103,19 @@ def summarize(data: CalibrationSet, *, trial: bool = False) -> DatasetSummary:
                 marks.extend(marks_of(inputs))
             seen += len(logits)
             kinds.add(_kind(inputs, value, logits, target, rows, data))
-            counts = [len(logits), len(rows.target), *_not_probabilities(logits)]
-            yield losses.sum(), torch.tensor(counts, dtype=torch.float64)
+            counts = torch.tensor([len(logits), len(rows.target)], dtype=torch.float64)
+            yield losses.sum(), counts, _not_probabilities(logits)
 
-    loss, counts = summed(batch_sums(), [(), (5,)], data.ranks)
-    all_kinds, all_marks, all_heaviest = zip(*data.ranks.gather((kinds, marks, max(heaviest))), strict=True)
+    loss, counts, outputs = summed(batch_sums(), [(), (2,), (3,)], data.ranks)
+    all_kinds, all_marks, all_heaviest = zip(*data.ranks.gather((kinds, marks, heaviest_in(heaviest))), strict=True)
     kinds = set().union(*all_kinds)
     kind = _of_all(kinds)
-    n_samples, n_rows, *outputs = (int(count) for count in counts)
+    n_samples, n_rows = (int(count) for count in counts)
     if not trial:
         warn_of_repeats(all_marks, data.ranks)
         check_size(n_samples, n_rows)
         warn_of_one_sample(all_heaviest, float(loss), data.ranks)
-    _refuse_probabilities(data, *outputs, trial=trial)
+    _refuse_probabilities(data, *(int(count) for count in outputs), trial=trial)
     return DatasetSummary(
         logits=logits_seen,
         bare_logits=bare_seen,
@@ -173,10 +171,26 @@ def _of_all(kinds: set[_Kind]) -> _Kind:
     return max(kinds, key=lambda kind: (kind.row_elements, repr(kind)))
 
 
+def _check(rows: Rows, offset: int, ranks: Ranks, *, trial: bool) -> None:
+    """Refuse what cannot be used; an accelerator is waited for once, and again for the words of an error."""
+    n_classes = rows.logits.shape[1]
+    wrong = (rows.target < 0) | (rows.target >= n_classes)
+    of_label = rows.logits.gather(1, rows.target.clamp(0, n_classes - 1)[:, None])
+    if not bool((wrong | ~_usable(rows) | (of_label[:, 0] <= MASKED)).any()):
+        return
+    _check_labels(rows)
+    if not trial:
+        _check_values(rows, offset, ranks)
+
+
+def _usable(rows: Rows) -> Tensor:
+    """Which rows have finite logits; a class may be masked by -inf."""
+    return (torch.isfinite(rows.logits) | (rows.logits == -torch.inf)).all(1)
+
+
 def _check_values(rows: Rows, offset: int, ranks: Ranks) -> None:
     where = "the calibration set" if ranks.size == 1 else f"the part of the calibration set that rank {ranks.rank} has"
-    # A class may be masked by -inf.
-    usable = (torch.isfinite(rows.logits) | (rows.logits == -torch.inf)).all(1)
+    usable = _usable(rows)
     if not bool(usable.all()):
         first = int(rows.item[~usable][0]) + offset
         raise ValueError(
@@ -235,13 +249,13 @@ def check_size(n_samples: int, n_rows: int) -> None:
         )
 
 
-def _not_probabilities(logits: Tensor) -> tuple[int, int, int]:
-    """How many outputs lie outside [0, 1] and how many within, and how many rows of classes do not sum to 1."""
+def _not_probabilities(logits: Tensor) -> Tensor:
+    """How many outputs lie outside [0, 1] and how many within, and how many rows of classes do not sum to 1: (3,)."""
     # NaN is outside, too.
     outside, within = (~((logits >= 0) & (logits <= 1))).sum(), ((logits > 0) & (logits < 1)).sum()
     tolerance = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 2e-2
     sums = logits.float().sum(1) if logits.ndim > 1 else logits.float()
-    return int(outside), int(within), int((~((sums - 1).abs() <= tolerance)).sum())
+    return torch.stack([outside, within, (~((sums - 1).abs() <= tolerance)).sum()])
 
 
 def _refuse_probabilities(data: CalibrationSet, outside: int, within: int, unnormalised: int, *, trial: bool) -> None:
