@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_clamp._rows import Rows
 from lightning_clamp.clamping.newton import LossDerivatives
-from lightning_clamp.clamping.output_map import MapSpace
+from lightning_clamp.clamping.output_map import MapSpace, temperature_space
 from lightning_clamp.clamping.passes import RowSource, summed
 
 
@@ -76,6 +76,17 @@ def map_derivatives(rows: RowSource, space: MapSpace, free: Tensor, *, dense: bo
     return LossDerivatives(gradient, curvature, outer[0] if dense else curvature)
 
 
+def scale_curvature(rows: RowSource, space: MapSpace, free: Tensor) -> float:
+    """The curvature of :func:`map_derivatives` in the common scale alone."""
+
+    def batch_sums(batch: Rows) -> tuple[Tensor, ...]:
+        log_probs = space.beside(batch.logits).apply(batch.logits, free, batch.label).log_softmax(1)
+        _, weight = space.loss_of_label(log_probs, batch.target)
+        return (temperature_space(space.n_classes).curvature(batch.logits, log_probs.exp_(), weight),)
+
+    return float(summed((batch_sums(batch) for batch in rows), [(1, 1)], rows.ranks)[0])
+
+
 def curvature_product(rows: RowSource, space: MapSpace, free: Tensor, direction: Tensor) -> Tensor:
     """The curvature of :func:`map_derivatives` at a point, ``(q, q)``, times a direction: one pass, and no matrix."""
 
@@ -98,6 +109,11 @@ def row_losses(rows: RowSource, space: MapSpace, free: Tensor) -> list[Tensor]:
     """Loss of every row, batch by batch."""
     mapped = ((space.beside(batch.logits).apply(batch.logits, free, batch.label), batch.target) for batch in rows)
     return [space.loss_of_label(logits.log_softmax(1), target)[0] for logits, target in mapped]
+
+
+def total_loss(rows: RowSource, losses: list[Tensor]) -> float:
+    """The summed loss of rows, from that of every row of this rank: :func:`row_losses`."""
+    return float(summed(((loss.sum(),) for loss in losses), [()], rows.ranks)[0])
 
 
 def standard_error(rows: RowSource, losses: list[Tensor], reference: list[Tensor]) -> float:

@@ -280,18 +280,28 @@ class MapSpace:
         corner = (probs * logits**2).sum().reshape(1, 1)
         if self.kind == "temperature":
             return corner
-        classes, centred = self.n_classes, logits - self.centre.to(logits)
-        features = {"bias": [], "vector": [centred[:, :, None]], "matrix": [centred[:, None].expand(-1, classes, -1)]}
-        inputs = torch.cat([*features[self.kind], torch.ones_like(logits)[:, :, None]], 2)  # (M, C, m)
-        weighted = probs[:, :, None] * inputs
-        blocks = torch.einsum("nki,nkj->kij", weighted, inputs)
-        border = (weighted * logits[:, :, None]).sum(0)
         order = self._order(logits.device)
+        blocks, border = self._own_squares(logits, probs)
         square = logits.new_zeros(len(self.weight), len(self.weight))
         square[order[:, :, None], order[:, None, :]] = blocks
         square[order, -1] = square[-1, order] = border
         square[-1, -1] = corner[0, 0]
         return square
+
+    def _own_squares(self, logits: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each class's row of D and bias: the sums of the outer products, ``(C, m, m)``, and those with s."""
+        centred = logits - self.centre.to(logits)
+        if self.kind == "matrix":
+            inputs = torch.cat([centred, torch.ones_like(logits[:, :1])], 1)
+            blocks = (probs.T[:, None] * inputs.T) @ inputs
+            return blocks, (probs * logits).T @ inputs
+        of_bias, with_bias = probs.sum(0), (probs * logits).sum(0)
+        if self.kind == "bias":
+            return of_bias[:, None, None], with_bias[:, None]
+        first = probs * centred
+        mixed = first.sum(0)
+        blocks = torch.stack([(first * centred).sum(0), mixed, mixed, of_bias], 1).reshape(-1, 2, 2)
+        return blocks, torch.stack([(first * logits).sum(0), with_bias], 1)
 
     def _order(self, device: torch.device) -> Tensor:
         """Which free parameters class k's logit depends on: its row of D, and its bias, ``(C, m)``."""

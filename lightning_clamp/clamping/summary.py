@@ -1,5 +1,6 @@
 """A first look at the calibration set: one forward pass that counts, checks, and keeps the logits."""
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -93,7 +94,7 @@ def summarize(data: CalibrationSet, *, trial: bool = False) -> DatasetSummary:
             with torch.no_grad():
                 logits, bare, value = data.observed(inputs)
             rows = data.rows(logits, target)
-            _check(rows, seen, data.ranks, trial=trial)
+            outside = _checked(logits, rows, seen, data.ranks, trial=trial)
             logits_seen.keep(logits, target)
             if data.spec.views:
                 bare_seen.keep(bare, target)
@@ -104,7 +105,9 @@ def summarize(data: CalibrationSet, *, trial: bool = False) -> DatasetSummary:
             seen += len(logits)
             kinds.add(_kind(inputs, value, logits, target, rows, data))
             counts = torch.tensor([len(logits), len(rows.target)], dtype=torch.float64)
-            yield losses.sum(), counts, _not_probabilities(logits)
+            # What is no probability anyhow need not be counted.
+            outputs = torch.ones(3, device=logits.device) if outside else _not_probabilities(logits)
+            yield losses.sum(), counts, outputs
 
     loss, counts, outputs = summed(batch_sums(), [(), (2,), (3,)], data.ranks)
     all_kinds, all_marks, all_heaviest = zip(*data.ranks.gather((kinds, marks, heaviest_in(heaviest))), strict=True)
@@ -171,26 +174,29 @@ def _of_all(kinds: set[_Kind]) -> _Kind:
     return max(kinds, key=lambda kind: (kind.row_elements, repr(kind)))
 
 
-def _check(rows: Rows, offset: int, ranks: Ranks, *, trial: bool) -> None:
-    """Refuse what cannot be used; an accelerator is waited for once, and again for the words of an error."""
-    n_classes = rows.logits.shape[1]
-    wrong = (rows.target < 0) | (rows.target >= n_classes)
-    of_label = rows.logits.gather(1, rows.target.clamp(0, n_classes - 1)[:, None])
-    if not bool((wrong | ~_usable(rows) | (of_label[:, 0] <= MASKED)).any()):
-        return
-    _check_labels(rows)
-    if not trial:
-        _check_values(rows, offset, ranks)
+def _checked(logits: Tensor, rows: Rows, offset: int, ranks: Ranks, *, trial: bool) -> bool:
+    """Refuse what cannot be used; whether any output of the network lies outside [0, 1].
 
-
-def _usable(rows: Rows) -> Tensor:
-    """Which rows have finite logits; a class may be masked by -inf."""
-    return (torch.isfinite(rows.logits) | (rows.logits == -torch.inf)).all(1)
+    An accelerator is waited for once, unless there is something to say.
+    """
+    if not len(rows.target):
+        return False
+    last = rows.logits.shape[1] - 1
+    of_label = rows.logits.gather(1, rows.target.clamp(0, last)[:, None])
+    numbers = [*rows.target.aminmax(), of_label.amin(), *logits.aminmax()]
+    first_label, last_label, lowest, low, high = torch.stack([number.double() for number in numbers]).tolist()
+    # Neither minimum nor maximum is NaN where nothing is.
+    if not (0 <= first_label <= last_label <= last and lowest > MASKED and math.isfinite(low) and math.isfinite(high)):
+        _check_labels(rows)
+        if not trial:
+            _check_values(rows, offset, ranks)
+    return not (low >= 0 and high <= 1)
 
 
 def _check_values(rows: Rows, offset: int, ranks: Ranks) -> None:
     where = "the calibration set" if ranks.size == 1 else f"the part of the calibration set that rank {ranks.rank} has"
-    usable = _usable(rows)
+    # A class may be masked by -inf.
+    usable = (torch.isfinite(rows.logits) | (rows.logits == -torch.inf)).all(1)
     if not bool(usable.all()):
         first = int(rows.item[~usable][0]) + offset
         raise ValueError(
@@ -250,7 +256,7 @@ def check_size(n_samples: int, n_rows: int) -> None:
 
 
 def _not_probabilities(logits: Tensor) -> Tensor:
-    """How many outputs lie outside [0, 1] and how many within, and how many rows of classes do not sum to 1: (3,)."""
+    """How many outputs lie outside [0, 1] and how many within, and how many rows of classes do not sum to 1, (3,)."""
     # NaN is outside, too.
     outside, within = (~((logits >= 0) & (logits <= 1))).sum(), ((logits > 0) & (logits < 1)).sum()
     tolerance = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 2e-2
