@@ -20,6 +20,7 @@ TASKS: tuple[Task, ...] = ("multiclass", "binary", "multilabel")
 # no memory that the system has to hand out anew each time; an accelerator wants few, large kernels.
 _BLOCK_ELEMENTS = 2**20
 _BLOCK_ELEMENTS_DEVICE = 2**26
+_NARROW = 32
 # Logits from here down are masked, as `masked_fill` with -inf, -1e9 or finfo.min leaves them: of probability 0.
 MASKED = -1e4
 # What stands for them in float64: no temperature brings it back, and products with a probability of 0 stay 0.
@@ -176,11 +177,27 @@ def _split(whole: Rows) -> Iterator[Rows]:
         yield Rows(whole.logits[start:end], whole.target[start:end], items, n_items, label)
 
 
+def is_narrow(logits: Tensor) -> bool:
+    """Whether rows have so few columns that a CPU is faster along the columns than along the rows."""
+    return logits.shape[1] <= _NARROW and logits.device.type == "cpu"
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """Of each row ``(M, C)``; where there are few columns torch's own takes several times as long on a CPU."""
+    if not is_narrow(logits):
+        return logits.log_softmax(1)
+    away = logits - logits.amax(1, keepdim=True)
+    return away.sub_(away.exp().sum(1, keepdim=True).log_())
+
+
 def _joined(parts: Sequence[Rows]) -> Rows:
     offsets = accumulate((part.n_items for part in parts), initial=0)
     labels = [part.label for part in parts if part.label is not None]
     return Rows(
-        torch.cat([part.logits for part in parts]),
+        # Column by column in memory, so that an operation on few columns works along many rows.
+        torch.cat([part.logits.T for part in parts], 1).T
+        if is_narrow(parts[0].logits)
+        else torch.cat([part.logits for part in parts]),
         torch.cat([part.target for part in parts]),
         torch.cat([part.item + offset for part, offset in zip(parts, offsets, strict=False)]),
         sum(part.n_items for part in parts),

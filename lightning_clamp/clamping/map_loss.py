@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_clamp._rows import Rows
+from lightning_clamp._rows import Rows, log_softmax
 from lightning_clamp.clamping.newton import LossDerivatives
 from lightning_clamp.clamping.output_map import MapSpace, temperature_space
 from lightning_clamp.clamping.passes import RowSource, summed
@@ -39,7 +39,7 @@ class MapLoss:
 
         def batch_sums(batch: Rows) -> tuple[Tensor, ...]:
             space = self.space.beside(batch.logits)
-            log_probs = space.apply(batch.logits, free, batch.label).log_softmax(1)
+            log_probs = log_softmax(space.apply(batch.logits, free, batch.label))
             loss, weight = space.loss_of_label(log_probs, batch.target)
             self._of_rows.append(loss)
             return loss.sum(), space.pull(batch.logits, errors(log_probs.exp_(), batch, weight), batch.label)
@@ -59,7 +59,7 @@ def map_derivatives(rows: RowSource, space: MapSpace, free: Tensor, *, dense: bo
 
     def batch_sums(batch: Rows) -> tuple[Tensor, ...]:
         here = space.beside(batch.logits)
-        log_probs = here.apply(batch.logits, free, batch.label).log_softmax(1)
+        log_probs = log_softmax(here.apply(batch.logits, free, batch.label))
         _, weight = here.loss_of_label(log_probs, batch.target)
         probs = log_probs.exp()
         error = errors(probs.clone(), batch, weight)
@@ -80,7 +80,7 @@ def scale_curvature(rows: RowSource, space: MapSpace, free: Tensor) -> float:
     """The curvature of :func:`map_derivatives` in the common scale alone."""
 
     def batch_sums(batch: Rows) -> tuple[Tensor, ...]:
-        log_probs = space.beside(batch.logits).apply(batch.logits, free, batch.label).log_softmax(1)
+        log_probs = log_softmax(space.beside(batch.logits).apply(batch.logits, free, batch.label))
         _, weight = space.loss_of_label(log_probs, batch.target)
         return (temperature_space(space.n_classes).curvature(batch.logits, log_probs.exp_(), weight),)
 
@@ -92,7 +92,7 @@ def curvature_product(rows: RowSource, space: MapSpace, free: Tensor, direction:
 
     def batch_sums(batch: Rows) -> tuple[Tensor, ...]:
         here = space.beside(batch.logits)
-        probs = here.apply(batch.logits, free).softmax(1)
+        probs = log_softmax(here.apply(batch.logits, free)).exp_()
         turned = probs * here.apply(batch.logits, direction)
         return (here.pull(batch.logits, turned.sub_(probs * turned.sum(1, keepdim=True))),)
 
@@ -108,7 +108,7 @@ def errors(probs: Tensor, batch: Rows, weight: Tensor | None = None) -> Tensor:
 def row_losses(rows: RowSource, space: MapSpace, free: Tensor) -> list[Tensor]:
     """Loss of every row, batch by batch."""
     mapped = ((space.beside(batch.logits).apply(batch.logits, free, batch.label), batch.target) for batch in rows)
-    return [space.loss_of_label(logits.log_softmax(1), target)[0] for logits, target in mapped]
+    return [space.loss_of_label(log_softmax(logits), target)[0] for logits, target in mapped]
 
 
 def total_loss(rows: RowSource, losses: list[Tensor]) -> float:

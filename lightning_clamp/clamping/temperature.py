@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_clamp._rows import MASKED, Rows
+from lightning_clamp._rows import MASKED, Rows, log_softmax
 from lightning_clamp.clamping.passes import RowSource, summed
 
 # Bounds on log T, counted from the logits' spread. An optimum at the cold end is none; at the hot end all classes are
@@ -94,7 +94,7 @@ def _temperature_derivatives(rows: RowSource, log_temperature: float) -> tuple[f
     """Mean loss per row, its first and second derivative in log T, and the number of rows."""
 
     def batch_sums(batch: Rows) -> tuple[Tensor, ...]:
-        log_probs = (batch.logits * math.exp(-log_temperature)).log_softmax(1)
+        log_probs = log_softmax(batch.logits * math.exp(-log_temperature))
         of_label = log_probs.gather(1, batch.target[:, None]).sum()
         # Moments of the scaled logits less one number for each row, which changes no variance.
         first = log_probs.exp().mul_(log_probs)
