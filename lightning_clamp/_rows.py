@@ -20,6 +20,7 @@ TASKS: tuple[Task, ...] = ("multiclass", "binary", "multilabel")
 # no memory that the system has to hand out anew each time; an accelerator wants few, large kernels.
 _BLOCK_ELEMENTS = 2**20
 _BLOCK_ELEMENTS_DEVICE = 2**26
+_NARROW = 32
 # Logits from here down are masked, as `masked_fill` with -inf, -1e9 or finfo.min leaves them: of probability 0.
 MASKED = -1e4
 # What stands for them in float64: no temperature brings it back, and products with a probability of 0 stay 0.
@@ -137,6 +138,31 @@ def merged(parts: Iterable[Rows]) -> Iterator[Rows]:
         yield _joined(waiting)
 
 
+def merged_batches(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits and targets of the same items in batches of about the size of :func:`row_blocks`, or of one as it is."""
+    waiting: list[tuple[Tensor, Tensor]] = []
+    size = 0
+    for pair in pairs:
+        size += pair[0].numel()
+        if waiting and (size > _block_elements(pair[0]) or _layout(pair) != _layout(waiting[0])):
+            yield _one_batch(waiting)
+            waiting, size = [], pair[0].numel()
+        waiting.append(pair)
+    if waiting:
+        yield _one_batch(waiting)
+
+
+def _layout(pair: tuple[Tensor, Tensor]) -> list[object]:
+    return [(tensor.shape[1:], tensor.dtype, tensor.device) for tensor in pair]
+
+
+def _one_batch(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    if len(pairs) == 1:
+        return pairs[0]
+    logits, target = (torch.cat(tensors) for tensors in zip(*pairs, strict=True))
+    return logits, target
+
+
 def _split(whole: Rows) -> Iterator[Rows]:
     """Whole items of rows, which follow one another, in parts of at most about the size of a block."""
     size = max(1, whole.n_items * _block_elements(whole.logits) // max(1, whole.logits.numel()))
@@ -151,11 +177,27 @@ def _split(whole: Rows) -> Iterator[Rows]:
         yield Rows(whole.logits[start:end], whole.target[start:end], items, n_items, label)
 
 
+def is_narrow(logits: Tensor) -> bool:
+    """Whether rows have so few columns that a CPU is faster along the columns than along the rows."""
+    return logits.shape[1] <= _NARROW and logits.device.type == "cpu"
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """Of each row ``(M, C)``; where there are few columns torch's own takes several times as long on a CPU."""
+    if not is_narrow(logits):
+        return logits.log_softmax(1)
+    away = logits - logits.amax(1, keepdim=True)
+    return away.sub_(away.exp().sum(1, keepdim=True).log_())
+
+
 def _joined(parts: Sequence[Rows]) -> Rows:
     offsets = accumulate((part.n_items for part in parts), initial=0)
     labels = [part.label for part in parts if part.label is not None]
     return Rows(
-        torch.cat([part.logits for part in parts]),
+        # Column by column in memory, so that an operation on few columns works along many rows.
+        torch.cat([part.logits.T for part in parts], 1).T
+        if is_narrow(parts[0].logits)
+        else torch.cat([part.logits for part in parts]),
         torch.cat([part.target for part in parts]),
         torch.cat([part.item + offset for part, offset in zip(parts, offsets, strict=False)]),
         sum(part.n_items for part in parts),

@@ -144,7 +144,7 @@ def _draw(logits: Tensor, target: Tensor, held: Tensor, held_target: Tensor) -> 
     path = [] if steps is None else list(fit_path(space, steps, base, against))
     unshrunk = unshrunk_vector(logits, target)
     vector = None if unshrunk is None else trial(unshrunk)
-    averaged = trial(average(path, against, head_start=HEAD_START)) if path else None
+    averaged = trial(average(path, against, head_start=HEAD_START)[0]) if path else None
     return Draw(n, losses(base), vector, [trial(fit) for fit, _ in path], averaged)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_clamp._rows import MASKED, Rows
+from lightning_clamp._rows import MASKED, Rows, log_softmax
 from lightning_clamp.clamping.moments import LogitMoments
 from lightning_clamp.clamping.output_map import MapSpace
 from lightning_clamp.clamping.passes import RowSource, summed
@@ -68,9 +68,10 @@ class BetaSpace(MapSpace):
 
     def apply(self, logits: Tensor, free: Tensor, label: Tensor | None = None) -> Tensor:
         """The mapped logits of rows ``(M, 2)``."""
-        own, bias = self.deviations(free.to(logits))
-        mapped = logits * (own + free[-1].to(logits)) + (bias - own * self.centre.to(logits))
-        mapped += self.skewness(logits)[:, None] * (self.skew(free) * _HALVES).to(logits)
+        free = free.to(logits)
+        own, bias = self.deviations(free)
+        mapped = torch.addcmul(bias - own * self.centre.to(logits), logits, own + free[-1])
+        mapped.addcmul_(self.skewness(logits)[:, None], self.skew(free) * _HALVES.to(logits))
         return mapped.where(logits > MASKED, logits) if self.masked else mapped
 
     def pull(self, logits: Tensor, slopes: Tensor, label: Tensor | None = None) -> Tensor:
@@ -102,7 +103,7 @@ class BetaSpace(MapSpace):
 
 def _log_probs(logits: Tensor, temperature: float) -> Tensor:
     """Log-probabilities of rows ``(M, 2)`` at a temperature."""
-    return (logits / temperature).log_softmax(1)
+    return log_softmax(logits / temperature)
 
 
 def beta_space(rows: RowSource, moments: LogitMoments, temperature: float, repeats: float = 1.0) -> BetaSpace:

@@ -6,6 +6,7 @@ formed and factorised once for all grids that share a pass.
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -23,9 +24,11 @@ class MapBlock:
     def solve(self, ridge: Tensor, right: Tensor) -> Tensor:
         """``(products + diag(ridge))⁻¹ right``, ``(q, k)``."""
         if self._last is None or not torch.equal(self._last[0], ridge):
-            root, failed = torch.linalg.cholesky_ex(self.products + ridge.diag())
+            matrix = self.products.clone()
+            matrix.diagonal().add_(ridge)
+            root, failed = torch.linalg.cholesky_ex(matrix)
             if int(failed):
-                return solve(self.products + ridge.diag(), right)
+                return solve(matrix, right)
             self._last = ridge, root
         return torch.cholesky_solve(right, self._last[1])
 
@@ -54,6 +57,8 @@ class BlockDerivatives:
 
     def damped(self, n_first: int, damping: float) -> "BlockDerivatives":
         """With so many times the coefficients' mean curvature added to that of each of them."""
+        if not damping:
+            return self
         added = damping * self.own.diagonal().mean()
         return replace(self, own=self.own + added * torch.eye(n_first, dtype=torch.float64))
 
@@ -64,7 +69,7 @@ class BlockDerivatives:
 
     def newton_step(self) -> tuple[Tensor, float]:
         """The step, and the fall of the summed loss that it promises."""
-        answer, left, score = self._profiled()
+        answer, left, score = self._profiled
         coefficients = -solve(left, score)
         of_map = self.gradient[len(self.own) :]
         step = torch.cat([coefficients, answer @ coefficients - self.of_map.solve(self.ridge, of_map[:, None])[:, 0]])
@@ -72,7 +77,7 @@ class BlockDerivatives:
 
     def score_test(self, n_tested: int) -> ScoreTest:
         """Rao's test of the coefficients, the map profiled out."""
-        answer, _, score = self._profiled()
+        answer, _, score = self._profiled
         explained = self.cross @ answer
         covariance = self.own + explained + explained.T + answer.T @ self.of_map.products @ answer
         return ScoreTest(float(score @ solve(covariance, score)), n_tested)
@@ -83,6 +88,7 @@ class BlockDerivatives:
         both = 2 * float(first @ self.cross @ second)
         return float(first @ self.own @ first) + both + float(second @ self.of_map.products @ second)
 
+    @cached_property
     def _profiled(self) -> tuple[Tensor, Tensor, Tensor]:
         """The map's answer ``(q, p)``; and with it the coefficients' curvature and gradient."""
         p = len(self.own)

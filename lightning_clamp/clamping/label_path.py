@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_clamp._rows import Rows
+from lightning_clamp._rows import Rows, log_softmax
 from lightning_clamp.clamping.descent import Inverse
 from lightning_clamp.clamping.labels import LabelSpace
 from lightning_clamp.clamping.map_loss import errors
@@ -67,7 +67,7 @@ class LabelPath:
         """R, from the derivatives that rows of each label have in common parameters, ``(K, 2, 2)``, of 1 and z."""
 
         def batch_sums(batch: Rows) -> tuple[Tensor, ...]:
-            log_probs = self._space.apply(batch.logits, self._point, batch.label).log_softmax(1)
+            log_probs = log_softmax(self._space.apply(batch.logits, self._point, batch.label))
             error = errors(log_probs.exp(), batch)[:, 1:]
             values = torch.stack([torch.ones_like(error), batch.logits[:, 1:]], 2)
             scores = batch.per_item(error * (values @ profiled.to(error)[batch.label])[:, 0])

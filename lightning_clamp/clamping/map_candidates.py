@@ -27,7 +27,6 @@ from lightning_clamp.clamping.shrinkage import (
     fit_path,
     is_wide_matrix,
     promise,
-    rated,
     shrinkage_path,
     temperature_map,
     with_share,
@@ -44,8 +43,9 @@ def candidates_on(fit: GridFit, comparison: Comparison) -> list[tuple[Candidate,
     That has no uniform share: what looks like wrong labels may be what a perturbation puts right.
     """
     starts = _temperatures_on(fit, comparison)
-    alone = _of_temperature(fit, starts, comparison)
-    found = _FittedMaps(fit, starts or [comparison.base], comparison)
+    before = row_losses(fit.logits, fit.map_fit.space, fit.map_fit.free)
+    alone = _of_temperature(fit, before, starts, comparison)
+    found = _FittedMaps(fit, before, starts or [comparison.base], comparison)
     return [alone, *(found.best_of(kind) for kind in comparison.spaces)]
 
 
@@ -62,11 +62,15 @@ def _temperatures_on(fit: GridFit, comparison: Comparison) -> list[MapFit]:
     return [plain] if shared is None else [plain, shared]
 
 
-def _of_temperature(fit: GridFit, starts: Sequence[MapFit], comparison: Comparison) -> tuple[Candidate, MapFit | None]:
+def _of_temperature(
+    fit: GridFit, before: list[Tensor], starts: Sequence[MapFit], comparison: Comparison
+) -> tuple[Candidate, MapFit | None]:
     if not starts:
         refusal = Refusal("no temperature", "no temperature is best")
         return unfitted(fit, "temperature", comparison, refusal), None
-    return _fitted(fit, starts[-1], comparison), starts[0]
+    best = starts[-1]
+    losses = before if best is fit.map_fit else row_losses(fit.logits, best.space, best.free)
+    return _fitted(fit, before, best, losses, comparison), starts[0]
 
 
 class _FittedMaps:
@@ -77,15 +81,21 @@ class _FittedMaps:
 
     Args:
         fit: The grid.
+        before: Loss of every row with the map that the grid was fitted with, batch by batch.
         starts: The temperature alone on these logits, and with a uniform share if that pays.
         comparison: What to fit, and what to compare with.
     """
 
-    def __init__(self, fit: GridFit, starts: Sequence[MapFit], comparison: Comparison) -> None:
-        self._fit, self._starts, self._comparison = fit, starts, comparison
+    def __init__(self, fit: GridFit, before: list[Tensor], starts: Sequence[MapFit], comparison: Comparison) -> None:
+        self._fit, self._before, self._starts, self._comparison = fit, before, starts, comparison
+        first, *shared = starts
         repeats, n_rows = comparison.base.effective_parameters, comparison.summary.n_rows
-        self._reference = Reference.of(fit.logits, starts[0], repeats, n_rows)
-        self._rated = [rated(shared, self._reference) for shared in starts[1:]]
+        if first is fit.map_fit:
+            reference = Reference(fit.logits, first, before, repeats, n_rows)
+        else:
+            reference = Reference.of(fit.logits, first, repeats, n_rows)
+        self._reference = reference
+        self._rated = [reference.rated(one, row_losses(fit.logits, one.space, one.free)) for one in shared]
 
     def best_of(self, kind: OutputMap) -> tuple[Candidate, MapFit | None]:
         """The average of all kinds so far, themselves averages; and the best single map of this kind to go on from.
@@ -103,9 +113,10 @@ class _FittedMaps:
             refusal = Refusal("no usable map", "no map of that kind has a positive temperature")
             return unfitted(fit, kind, comparison, refusal), None
         for path_of_start in filter(None, by_start):
-            mean = average(path_of_start, self._reference, head_start=HEAD_START)
-            self._rated.append(rated(mean, self._reference))
-        candidate = _fitted(fit, average(self._rated, self._reference), comparison)
+            mean, losses = average(path_of_start, self._reference, head_start=HEAD_START)
+            self._rated.append(self._reference.rated(mean, losses))
+        mean, losses = average(self._rated, self._reference)
+        candidate = _fitted(fit, self._before, mean, losses, comparison)
         first = next(filter(None, by_start))
         seconds = fit.seconds + time.perf_counter() - started
         # Derivatives in the input are those of maps that are linear in the logits.
@@ -145,14 +156,13 @@ def unfitted(fit: GridFit, kind: OutputMap, comparison: Comparison, refusal: Ref
     )
 
 
-def _fitted(fit: GridFit, map_fit: MapFit, comparison: Comparison) -> Candidate:
-    """A candidate with all its figures."""
+def _fitted(
+    fit: GridFit, before: list[Tensor], map_fit: MapFit, losses: list[Tensor], comparison: Comparison
+) -> Candidate:
+    """A candidate with all its figures; the losses of rows are those with the grid's own map, and with this one."""
     summary, base, kind = comparison.summary, comparison.base, map_fit.space.kind
     effective = fit.effective_coefficients(dense=summary.dense) + map_fit.effective_parameters
-    error = fit.standard_error
-    if map_fit is not fit.map_fit:
-        losses = [row_losses(fit.logits, one.space, one.free) for one in (map_fit, fit.map_fit)]
-        error += standard_error(fit.logits, *losses)
+    error = fit.standard_error + (0.0 if losses is before else standard_error(fit.logits, losses, before))
     gain = base.nll - map_fit.nll
     expected = estimate(gain, effective - base.effective_parameters, summary.n_rows, error)
     bare = unfitted(fit, kind, comparison)

@@ -5,9 +5,9 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_clamp._rows import Rows
+from lightning_clamp._rows import Rows, log_softmax
 from lightning_clamp.clamping.newton import LossDerivatives
-from lightning_clamp.clamping.output_map import MapSpace
+from lightning_clamp.clamping.output_map import MapSpace, temperature_space
 from lightning_clamp.clamping.passes import RowSource, summed
 
 
@@ -38,10 +38,11 @@ class MapLoss:
         self._of_rows = []
 
         def batch_sums(batch: Rows) -> tuple[Tensor, ...]:
-            log_probs = self.space.apply(batch.logits, free, batch.label).log_softmax(1)
-            loss, weight = self.space.loss_of_label(log_probs, batch.target)
+            space = self.space.beside(batch.logits)
+            log_probs = log_softmax(space.apply(batch.logits, free, batch.label))
+            loss, weight = space.loss_of_label(log_probs, batch.target)
             self._of_rows.append(loss)
-            return loss.sum(), self.space.pull(batch.logits, errors(log_probs.exp_(), batch, weight), batch.label)
+            return loss.sum(), space.pull(batch.logits, errors(log_probs.exp_(), batch, weight), batch.label)
 
         shapes = [(), (len(free),)]
         loss, gradient = summed((batch_sums(batch) for batch in self.rows), shapes, self.rows.ranks)
@@ -57,15 +58,16 @@ def map_derivatives(rows: RowSource, space: MapSpace, free: Tensor, *, dense: bo
     """
 
     def batch_sums(batch: Rows) -> tuple[Tensor, ...]:
-        log_probs = space.apply(batch.logits, free, batch.label).log_softmax(1)
-        _, weight = space.loss_of_label(log_probs, batch.target)
+        here = space.beside(batch.logits)
+        log_probs = log_softmax(here.apply(batch.logits, free, batch.label))
+        _, weight = here.loss_of_label(log_probs, batch.target)
         probs = log_probs.exp()
         error = errors(probs.clone(), batch, weight)
-        curvature = space.curvature(batch.logits, probs, weight, batch.label)
-        terms = (space.pull(batch.logits, error, batch.label), curvature)
+        curvature = here.curvature(batch.logits, probs, weight, batch.label)
+        terms = (here.pull(batch.logits, error, batch.label), curvature)
         if not dense:
             return terms
-        scores = space.pull_per_item(batch, error)
+        scores = here.pull_per_item(batch, error)
         return (*terms, scores.T @ scores)
 
     n = len(free)
@@ -74,13 +76,25 @@ def map_derivatives(rows: RowSource, space: MapSpace, free: Tensor, *, dense: bo
     return LossDerivatives(gradient, curvature, outer[0] if dense else curvature)
 
 
+def scale_curvature(rows: RowSource, space: MapSpace, free: Tensor) -> float:
+    """The curvature of :func:`map_derivatives` in the common scale alone."""
+
+    def batch_sums(batch: Rows) -> tuple[Tensor, ...]:
+        log_probs = log_softmax(space.beside(batch.logits).apply(batch.logits, free, batch.label))
+        _, weight = space.loss_of_label(log_probs, batch.target)
+        return (temperature_space(space.n_classes).curvature(batch.logits, log_probs.exp_(), weight),)
+
+    return float(summed((batch_sums(batch) for batch in rows), [(1, 1)], rows.ranks)[0])
+
+
 def curvature_product(rows: RowSource, space: MapSpace, free: Tensor, direction: Tensor) -> Tensor:
     """The curvature of :func:`map_derivatives` at a point, ``(q, q)``, times a direction: one pass, and no matrix."""
 
     def batch_sums(batch: Rows) -> tuple[Tensor, ...]:
-        probs = space.apply(batch.logits, free).softmax(1)
-        turned = probs * space.apply(batch.logits, direction)
-        return (space.pull(batch.logits, turned.sub_(probs * turned.sum(1, keepdim=True))),)
+        here = space.beside(batch.logits)
+        probs = log_softmax(here.apply(batch.logits, free)).exp_()
+        turned = probs * here.apply(batch.logits, direction)
+        return (here.pull(batch.logits, turned.sub_(probs * turned.sum(1, keepdim=True))),)
 
     return summed((batch_sums(batch) for batch in rows), [(len(free),)], rows.ranks)[0]
 
@@ -93,8 +107,13 @@ def errors(probs: Tensor, batch: Rows, weight: Tensor | None = None) -> Tensor:
 
 def row_losses(rows: RowSource, space: MapSpace, free: Tensor) -> list[Tensor]:
     """Loss of every row, batch by batch."""
-    mapped = ((space.apply(batch.logits, free, batch.label), batch.target) for batch in rows)
-    return [space.loss_of_label(logits.log_softmax(1), target)[0] for logits, target in mapped]
+    mapped = ((space.beside(batch.logits).apply(batch.logits, free, batch.label), batch.target) for batch in rows)
+    return [space.loss_of_label(log_softmax(logits), target)[0] for logits, target in mapped]
+
+
+def total_loss(rows: RowSource, losses: list[Tensor]) -> float:
+    """The summed loss of rows, from that of every row of this rank: :func:`row_losses`."""
+    return float(summed(((loss.sum(),) for loss in losses), [()], rows.ranks)[0])
 
 
 def standard_error(rows: RowSource, losses: list[Tensor], reference: list[Tensor]) -> float:

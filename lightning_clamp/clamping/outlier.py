@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from lightning_clamp._rows import Rows
@@ -19,12 +20,18 @@ class Heaviest(NamedTuple):
     sample: int = 0
 
 
-def heaviest_of(losses: Tensor, rows: Rows, offset: int) -> Heaviest:
-    """The heaviest row of a batch, of which ``offset`` samples were read before."""
+def heaviest_of(losses: Tensor, rows: Rows, offset: int) -> Tensor:
+    """Loss and sample of the heaviest row of a batch, of which ``offset`` samples were read before, ``(2,)``."""
     if not len(losses):
-        return Heaviest()
-    row = int(losses.argmax())
-    return Heaviest(float(losses[row]), int(rows.item[row]) + offset)
+        return losses.new_zeros(2)
+    loss, row = losses.max(0)
+    return torch.stack([loss, (rows.item.gather(0, row[None])[0] + offset).to(loss)])
+
+
+def heaviest_in(batches: Sequence[Tensor]) -> Heaviest:
+    """The heaviest of all batches."""
+    found = [(loss, int(sample)) for loss, sample in torch.stack([*batches]).tolist()] if batches else []
+    return max(Heaviest(), *(Heaviest(*one) for one in found)) if found else Heaviest()
 
 
 def warn_of_one_sample(of_ranks: Sequence[Heaviest], total: float, ranks: Ranks) -> None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, TypeAlias
 
 import torch
@@ -74,6 +75,21 @@ class MapSpace:
         """The same space beside another temperature alone, with its uniform share."""
         return replace(self, share=share)
 
+    def beside(self, logits: Tensor) -> "MapSpace":
+        """The same space on the device of some logits: what is sent to a GPU has to wait for all it is at work on."""
+        device = logits.device
+        if device == self.centre.device:
+            return self
+        if device not in self._elsewhere:
+            seen = None if self.seen is None else self.seen.to(device)
+            self._elsewhere[device] = replace(self, centre=self.centre.to(device), seen=seen)
+        return self._elsewhere[device]
+
+    @cached_property
+    def _elsewhere(self) -> dict[torch.device, "MapSpace"]:
+        """Copies on other devices."""
+        return {}
+
     def temperature_only(self, temperature: float) -> Tensor:
         """The free parameters of a temperature alone."""
         free = torch.zeros_like(self.weight)
@@ -131,19 +147,26 @@ class MapSpace:
     # The last argument of the next four is for labels alone, see .labels.
     def linear(self, change: Tensor, free: Tensor, label: Tensor | None = None) -> Tensor:
         """What the map makes of a change of the logits, ``(..., C)``."""
-        own, _ = self.deviations(free.to(change))
+        free = free.to(change)
+        own, _ = self.deviations(free)
         if own is None:
-            return free[-1].to(change) * change
+            return free[-1] * change
         if own.ndim == 1:
-            return (own + free[-1].to(change)) * change
-        return change @ (own + free[-1].to(change) * torch.eye(len(own)).to(change)).T
+            return (own + free[-1]) * change
+        return change @ self._whole(own, free[-1]).T
+
+    @staticmethod
+    def _whole(own: Tensor, common: Tensor) -> Tensor:
+        """The matrix that logits are multiplied with, ``(C, C)``."""
+        return own.diagonal_scatter(own.diagonal() + common)
 
     def pull_logits(self, logits: Tensor, slopes: Tensor, free: Tensor, label: Tensor | None = None) -> Tensor:
         """Derivatives in the logits, ``(M, C)``, from those in the mapped logits; 0 in masked ones."""
         if self.kind == "matrix":
-            own, _ = self.deviations(free.to(slopes))
+            free = free.to(slopes)
+            own, _ = self.deviations(free)
             assert own is not None
-            pulled = slopes @ own + free[-1].to(slopes) * slopes
+            pulled = slopes @ self._whole(own, free[-1])
         else:
             # Each class's logit depends on its own alone: the transpose is the map itself.
             pulled = self.linear(slopes, free, label)
@@ -156,12 +179,22 @@ class MapSpace:
             return free.new_zeros(self.n_classes)
         if own is None:
             return bias
-        return bias - (own @ self.centre if own.ndim == 2 else own * self.centre)
+        centre = self.centre.to(own)
+        return bias - (own @ centre if own.ndim == 2 else own * centre)
 
     def apply(self, logits: Tensor, free: Tensor, label: Tensor | None = None) -> Tensor:
         """The mapped logits of rows ``(M, C)``."""
-        mapped = self.linear(logits, free).add_(self.offset(free).to(logits))
+        mapped = self._mapped(logits, free.to(logits))
         return mapped.where(logits > MASKED, logits) if self.masked else mapped
+
+    def _mapped(self, logits: Tensor, free: Tensor) -> Tensor:
+        own, bias = self.deviations(free)
+        if bias is None:
+            return free[-1] * logits
+        offset = self.offset(free)
+        if own is not None and own.ndim == 2:
+            return torch.addmm(offset, logits, self._whole(own, free[-1]).T)
+        return torch.addcmul(offset, logits, free[-1] if own is None else own + free[-1])
 
     def loss_of_label(self, log_probs: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
         """Loss of every row, ``(M,)``; and the part of the label's probability that the softmax has, ``(M, 1)``.
@@ -247,26 +280,35 @@ class MapSpace:
         corner = (probs * logits**2).sum().reshape(1, 1)
         if self.kind == "temperature":
             return corner
-        classes, centred = self.n_classes, logits - self.centre.to(logits)
-        features = {"bias": [], "vector": [centred[:, :, None]], "matrix": [centred[:, None].expand(-1, classes, -1)]}
-        inputs = torch.cat([*features[self.kind], torch.ones_like(logits)[:, :, None]], 2)  # (M, C, m)
-        weighted = probs[:, :, None] * inputs
-        blocks = torch.einsum("nki,nkj->kij", weighted, inputs)
-        border = (weighted * logits[:, :, None]).sum(0)
-        order = self._order.to(logits.device)
+        order = self._order(logits.device)
+        blocks, border = self._own_squares(logits, probs)
         square = logits.new_zeros(len(self.weight), len(self.weight))
         square[order[:, :, None], order[:, None, :]] = blocks
         square[order, -1] = square[-1, order] = border
         square[-1, -1] = corner[0, 0]
         return square
 
-    @property
-    def _order(self) -> Tensor:
+    def _own_squares(self, logits: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each class's row of D and bias: the sums of the outer products, ``(C, m, m)``, and those with s."""
+        centred = logits - self.centre.to(logits)
+        if self.kind == "matrix":
+            inputs = torch.cat([centred, torch.ones_like(logits[:, :1])], 1)
+            blocks = (probs.T[:, None] * inputs.T) @ inputs
+            return blocks, (probs * logits).T @ inputs
+        of_bias, with_bias = probs.sum(0), (probs * logits).sum(0)
+        if self.kind == "bias":
+            return of_bias[:, None, None], with_bias[:, None]
+        first = probs * centred
+        mixed = first.sum(0)
+        blocks = torch.stack([(first * centred).sum(0), mixed, mixed, of_bias], 1).reshape(-1, 2, 2)
+        return blocks, torch.stack([(first * logits).sum(0), with_bias], 1)
+
+    def _order(self, device: torch.device) -> Tensor:
         """Which free parameters class k's logit depends on: its row of D, and its bias, ``(C, m)``."""
         classes = self.n_classes
         count = len(self.weight) - 1
-        bias = torch.arange(count - classes, count)[:, None]
-        return torch.cat([torch.arange(count - classes).reshape(classes, -1), bias], 1)
+        bias = torch.arange(count - classes, count, device=device)[:, None]
+        return torch.cat([torch.arange(count - classes, device=device).reshape(classes, -1), bias], 1)
 
 
 def temperature_space(n_classes: int, *, share: float = 0.0) -> MapSpace:

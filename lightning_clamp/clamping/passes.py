@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_clamp._batch import Inputs, copied, logits_of, map_tensors, n_items
-from lightning_clamp._rows import Rows, merged
+from lightning_clamp._rows import Rows, merged, merged_batches
 from lightning_clamp.clamping.frozen import kept_random_state, module_of
 from lightning_clamp.clamping.kept import KeptBatches, most_of_logits
 from lightning_clamp.clamping.perturbation import shifted
@@ -300,8 +300,9 @@ class Logits:
             self._kept.append((logits.detach().clone(), target.clone()))
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield logits as the network returned them, with their target."""
+        """Yield logits as the network returned them, with their target; in few large batches where they are kept."""
         if self._kept is not None:
+            self._kept = list(merged_batches(self._kept))
             yield from self._kept
         else:
             yield from self.data.forward(self.perturbation, "logits", bare=self.bare)

@@ -1,7 +1,7 @@
 r"""Smooth perturbations: a few coefficients per channel, spread over the image by bicubic interpolation."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -35,6 +35,10 @@ class Grid:
     def channels(self) -> int:
         """Number of channels; 1 for inputs without any axis."""
         return self.shape[0] if self.shape else 1
+
+    def on(self, device: torch.device | None) -> "Grid":
+        """The same grid on a device; None for where it is."""
+        return replace(self, rows=self.rows.to(device), columns=self.columns.to(device))
 
     def image(self, coefficients: Tensor) -> Tensor:
         """The perturbation with these coefficients ``(n_coefficients,)``, shaped like one input, float64."""

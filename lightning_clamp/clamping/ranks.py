@@ -46,14 +46,16 @@ class Ranks:
         """
         if self.group is None:
             self.gather(None, error)
-            return tuple(term.cpu() for term in terms)
+            devices = {term.device for term in terms if term.device.type != "cpu"}
+            # In one piece: an accelerator is waited for with each.
+            return _parts(_flat(terms, devices.pop()).cpu(), terms) if devices else tuple(terms)
         failed = torch.tensor([float(error is not None)], dtype=torch.float64)
-        flat = torch.cat([failed.to(self._device), *(term.to(self._device).flatten() for term in terms)])
+        flat = _flat((failed, *terms), self._device)
         dist.all_reduce(flat, group=self.group)
-        failures, *sums = torch.split(flat.cpu(), [1, *(term.numel() for term in terms)])
+        failures, *sums = _parts(flat.cpu(), (failed, *terms))
         if failures.item():
             self.gather(None, error)
-        return tuple(total.reshape(term.shape) for total, term in zip(sums, terms, strict=True))
+        return tuple(sums)
 
     def gather(self, value: T, error: BaseException | None = None) -> list[T]:
         """The values of all ranks, in their order; errors as in :meth:`total`."""
@@ -131,6 +133,16 @@ class Ranks:
         if self.group is not None and "nccl" in str(dist.get_backend(self.group)):
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
+
+
+def _flat(terms: Sequence[Tensor], device: torch.device) -> Tensor:
+    return torch.cat([term.to(device).flatten() for term in terms])
+
+
+def _parts(flat: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The inverse of :func:`_flat`."""
+    parts = torch.split(flat, [term.numel() for term in like])
+    return tuple(part.reshape(term.shape) for part, term in zip(parts, like, strict=True))
 
 
 ALONE = Ranks()

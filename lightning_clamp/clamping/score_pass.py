@@ -23,6 +23,8 @@ Derivatives: TypeAlias = LossDerivatives | BlockDerivatives
 _PROBES = 1
 # Items whose scores are multiplied at once: adding up products takes as long as forming them for some hundred.
 _LEAST_ROWS = 2048
+# Of their products' rows that are computed at once, from the diagonal on.
+_PANEL = 256
 # Parameters of a map whose block is most of the work: its scores are float32, and it is factorised once.
 _MANY = 1000
 
@@ -72,6 +74,8 @@ def score_pass(
         if held:
             yield _products(held, sizes, with_map=of_map is None)
 
+    # Once: what is sent to an accelerator has to wait for all it is at work on.
+    free, grids = free.to(data.device), [grid.on(data.device) for grid in grids]
     held: list[tuple[Tensor, Tensor]] = []
     q, sizes = len(free), [grid.n_coefficients for grid in grids]
     shapes = [(q,), (sum(sizes),), (sum(sizes), q), *((p, p) for p in sizes), *([(q, q)] if of_map is None else [])]
@@ -100,7 +104,18 @@ def _products(held: list[tuple[Tensor, Tensor]], sizes: list[int], *, with_map: 
     of_map, of_grids = (torch.cat(scores) for scores in zip(*held, strict=True))
     cross = of_grids.to(of_map.dtype).T @ of_map
     own = [part.T @ part for part in torch.split(of_grids, sizes, dim=1)]
-    return (sum_of_map, of_grids.sum(0), cross, *own, *([of_map.T @ of_map] if with_map else []))
+    return (sum_of_map, of_grids.sum(0), cross, *own, *([_square(of_map)] if with_map else []))
+
+
+def _square(scores: Tensor) -> Tensor:
+    """``scores.T @ scores``, of whose two halves only one is computed."""
+    count = scores.shape[1]
+    total = scores.new_empty(count, count)
+    for first in range(0, count, _PANEL):
+        panel = scores[:, first : first + _PANEL].T @ scores[:, first:]
+        total[first : first + _PANEL, first:] = panel
+        total[first:, first : first + _PANEL] = panel.T
+    return total
 
 
 def _derivatives(
@@ -129,6 +144,7 @@ def _input_scores(
     if keep is not None:
         keep.keep(logits, target)
     rows = data.rows(logits, target)
+    space = space.beside(logits)
     fixed = rows._replace(logits=rows.logits.detach()).doubled()
     slopes = _slopes(inputs, fixed, space.apply(fixed.logits, free, fixed.label).softmax(1), n_probes)
     # Scores say where to step and how sure that is, for which seven digits are enough.

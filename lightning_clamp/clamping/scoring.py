@@ -125,11 +125,12 @@ def first_pass(data: CalibrationSet, summary: DatasetSummary, start: GridFit, gr
             seconds=shared,
             history=(_record(1, start.map_fit),),
         )
-        step, promise = fit.step(Pace())
+        shrunk = sums.shrunk(fit.point, fit.ridge)
+        step, promise = bounded_step(shrunk, float(fit.point[-1]))
         gain, error = promise / summary.n_rows, _error(step, sums) / summary.n_rows
         fits.append(
             fit._replace(
-                test=sums.shrunk(fit.point, fit.ridge).score_test(p),
+                test=shrunk.score_test(p),
                 predicted_gain=gain,
                 predicted=estimate(gain, fit.effective_coefficients(dense=summary.dense), summary.n_rows, error),
             )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_clamp._rows import Rows
+from lightning_clamp._rows import Rows, log_softmax
 from lightning_clamp.clamping.map_loss import errors
 from lightning_clamp.clamping.newton import solve
 from lightning_clamp.clamping.output_map import MapSpace, temperature_space
@@ -78,7 +78,7 @@ def fit_temperature_and_share(rows: RowSource, fit: TemperatureFit, n_classes: i
 def with_best_share(rows: RowSource, space: MapSpace, free: Tensor) -> MapSpace:
     """The space with the share that is best beside a map, which may be none; the loss is convex in it."""
     mapped = ((space.apply(batch.logits, free, batch.label), batch.target) for batch in rows)
-    labels = [logits.log_softmax(1).gather(1, target[:, None]) for logits, target in mapped]
+    labels = [log_softmax(logits).gather(1, target[:, None]) for logits, target in mapped]
     odds = [(own + math.log(space.n_classes)).exp() for own in labels]  # of the softmax against the uniform
 
     def slope(share: float) -> float:
@@ -123,7 +123,7 @@ def _evaluated(rows: RowSource, at: Tensor, n_classes: int) -> ShareFit:
 
     def batch_sums(batch: Rows) -> tuple[Tensor, ...]:
         scaled = scale * batch.logits
-        log_probs = scaled.log_softmax(1)
+        log_probs = log_softmax(scaled)
         loss, weight = space.loss_of_label(log_probs, batch.target)
         assert weight is not None
         in_scale = (errors(log_probs.exp(), batch, weight) * scaled).sum(1, keepdim=True)

@@ -19,7 +19,14 @@ from lightning_clamp.clamping.criterion import estimate
 from lightning_clamp.clamping.descent import minimise
 from lightning_clamp.clamping.label_path import LabelPath
 from lightning_clamp.clamping.labels import LabelSpace
-from lightning_clamp.clamping.map_loss import MapLoss, map_derivatives, row_losses, standard_error
+from lightning_clamp.clamping.map_loss import (
+    MapLoss,
+    map_derivatives,
+    row_losses,
+    scale_curvature,
+    standard_error,
+    total_loss,
+)
 from lightning_clamp.clamping.newton import LossDerivatives
 from lightning_clamp.clamping.output_map import MapSpace, temperature_space
 from lightning_clamp.clamping.passes import RowSource
@@ -98,16 +105,20 @@ class Reference(NamedTuple):
     repeats: float
     n_rows: int
 
-    @classmethod
-    def of(cls, rows: RowSource, fit: MapFit, repeats: float, n_rows: int) -> "Reference":
-        """With the losses, which are a pass over the rows."""
-        return cls(rows, fit, row_losses(rows, fit.space, fit.free), repeats, n_rows)
-
     def criterion(self, fit: MapFit, losses: list[Tensor]) -> float:
         """Nats of the summed loss by which a map with these losses is expected to differ, with caution."""
         change = self.n_rows * (fit.nll - self.fit.nll) + fit.effective_parameters - self.fit.effective_parameters
         caution = _CAUTION * self.n_rows * standard_error(self.rows, losses, self.losses)
         return (change + caution) / self.repeats
+
+    @classmethod
+    def of(cls, rows: RowSource, fit: MapFit, repeats: float, n_rows: int) -> "Reference":
+        """With the losses, which are a pass over the rows."""
+        return cls(rows, fit, row_losses(rows, fit.space, fit.free), repeats, n_rows)
+
+    def rated(self, fit: MapFit, losses: list[Tensor]) -> "Rated":
+        """A map with its criterion."""
+        return Rated(fit, self.criterion(fit, losses))
 
 
 class Rated(NamedTuple):
@@ -148,14 +159,6 @@ def with_share(rows: RowSource, base: MapFit, fit: TemperatureFit, n_rows: int) 
     if not estimate(gain, price, n_rows, error).criterion < 0:
         return None
     return MapFit(space, both.free, both.loss / n_rows, 2 * price)
-
-
-def with_share_again(rows: RowSource, fit: MapFit, n_rows: int) -> MapFit:
-    """The map with the share that is best beside it, if it has one."""
-    if not fit.space.share:
-        return fit
-    space = with_best_share(rows, fit.space, fit.free)
-    return replace(fit, space=space, nll=MapLoss(rows, space)(fit.free)[0] / n_rows)
 
 
 def fit_output_map(loss: MapLoss, path: ShrinkagePath, shrinkage: float, start: Tensor, n_rows: int) -> MapFit | None:
@@ -236,7 +239,7 @@ def is_wide_matrix(space: MapSpace) -> bool:
 
 def promise(rows: RowSource, space: MapSpace, best: MapFit) -> float:
     """What a wide matrix is expected to change beyond the best smaller map, in nats; below 0 it is worth its fit."""
-    if not _has_curvature(map_derivatives(rows, best.space, best.free, dense=False)):
+    if not scale_curvature(rows, best.space, best.free) > 0:
         return 0.0
     space = space.starting_at(best.temperature, best.space.share)
     free = space.widened(best.free, best.space)
@@ -271,12 +274,7 @@ def fit_path(space: MapSpace, path: ShrinkagePath, start: MapFit, reference: Ref
             return
 
 
-def rated(fit: MapFit, reference: Reference) -> Rated:
-    """A map on the reference's rows, with its criterion."""
-    return Rated(fit, reference.criterion(fit, row_losses(reference.rows, fit.space, fit.free)))
-
-
-def average(fits: Sequence[Rated], reference: Reference, *, head_start: float = 0.0) -> MapFit:
+def average(fits: Sequence[Rated], reference: Reference, *, head_start: float = 0.0) -> tuple[MapFit, list[Tensor]]:
     """The mean of maps and the temperature alone, weighted by exp(-criterion / 3 nats).
 
     Its effective parameters are the mean of theirs, and so is its uniform share, if that is none; else it has the share
@@ -286,6 +284,9 @@ def average(fits: Sequence[Rated], reference: Reference, *, head_start: float = 
         fits: Those of the widest kind last.
         reference: What their criteria were taken against.
         head_start: Nats that the temperature is ahead by.
+
+    Returns:
+        The mean, and its loss of every row, batch by batch.
     """
     weights = torch.softmax(-torch.tensor([-head_start, *(one.criterion for one in fits)]).double() / _TEMPER, 0)
     space, maps = fits[-1].fit.space, [reference.fit, *(one.fit for one in fits)]
@@ -294,8 +295,8 @@ def average(fits: Sequence[Rated], reference: Reference, *, head_start: float = 
         float(weights @ torch.tensor(values).double())
         for values in ([fit.effective_parameters for fit in maps], [fit.space.share for fit in maps])
     )
-    space = replace(space, share=shares)
-    loss, _ = MapLoss(reference.rows, space)(free)
+    space = with_best_share(reference.rows, space, free) if shares else replace(space, share=0.0)
+    losses = row_losses(reference.rows, space, free)
     strongest = min(fits, key=lambda one: one.criterion).fit
-    mean = MapFit(space, free, loss / reference.n_rows, costs, strongest.shrinkage)
-    return with_share_again(reference.rows, mean, reference.n_rows)
+    nll = total_loss(reference.rows, losses) / reference.n_rows
+    return MapFit(space, free, nll, costs, strongest.shrinkage), losses

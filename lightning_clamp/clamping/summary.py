@@ -1,5 +1,6 @@
 """A first look at the calibration set: one forward pass that counts, checks, and keeps the logits."""
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 from lightning_clamp._batch import Inputs, tensors_of
 from lightning_clamp._checks import counted
 from lightning_clamp._rows import MASKED, Rows, class_axis_is_unclear, is_dense, unclear_axis
-from lightning_clamp.clamping.outlier import Heaviest, heaviest_of, warn_of_one_sample
+from lightning_clamp.clamping.outlier import heaviest_in, heaviest_of, warn_of_one_sample
 from lightning_clamp.clamping.passes import CalibrationSet, Logits, summed
 from lightning_clamp.clamping.ranks import Ranks
 from lightning_clamp.clamping.repeats import marks_of, warn_of_repeats
@@ -85,7 +86,7 @@ def summarize(data: CalibrationSet, *, trial: bool = False) -> DatasetSummary:
     bare_seen = Logits(data, None, bare=True) if data.spec.views else logits_seen
     kinds: set[_Kind] = set()
     marks: list[bytes] = []
-    heaviest = [Heaviest()]
+    heaviest: list[Tensor] = []
 
     def batch_sums() -> Iterator[tuple[Tensor, ...]]:
         seen = 0
@@ -93,9 +94,7 @@ def summarize(data: CalibrationSet, *, trial: bool = False) -> DatasetSummary:
             with torch.no_grad():
                 logits, bare, value = data.observed(inputs)
             rows = data.rows(logits, target)
-            _check_labels(rows)
-            if not trial:
-                _check_values(rows, seen, data.ranks)
+            outside = _checked(logits, rows, seen, data.ranks, trial=trial)
             logits_seen.keep(logits, target)
             if data.spec.views:
                 bare_seen.keep(bare, target)
@@ -105,19 +104,21 @@ def summarize(data: CalibrationSet, *, trial: bool = False) -> DatasetSummary:
                 marks.extend(marks_of(inputs))
             seen += len(logits)
             kinds.add(_kind(inputs, value, logits, target, rows, data))
-            counts = [len(logits), len(rows.target), *_not_probabilities(logits)]
-            yield losses.sum(), torch.tensor(counts, dtype=torch.float64)
+            counts = torch.tensor([len(logits), len(rows.target)], dtype=torch.float64)
+            # What is no probability anyhow need not be counted.
+            outputs = torch.ones(3, device=logits.device) if outside else _not_probabilities(logits)
+            yield losses.sum(), counts, outputs
 
-    loss, counts = summed(batch_sums(), [(), (5,)], data.ranks)
-    all_kinds, all_marks, all_heaviest = zip(*data.ranks.gather((kinds, marks, max(heaviest))), strict=True)
+    loss, counts, outputs = summed(batch_sums(), [(), (2,), (3,)], data.ranks)
+    all_kinds, all_marks, all_heaviest = zip(*data.ranks.gather((kinds, marks, heaviest_in(heaviest))), strict=True)
     kinds = set().union(*all_kinds)
     kind = _of_all(kinds)
-    n_samples, n_rows, *outputs = (int(count) for count in counts)
+    n_samples, n_rows = (int(count) for count in counts)
     if not trial:
         warn_of_repeats(all_marks, data.ranks)
         check_size(n_samples, n_rows)
         warn_of_one_sample(all_heaviest, float(loss), data.ranks)
-    _refuse_probabilities(data, *outputs, trial=trial)
+    _refuse_probabilities(data, *(int(count) for count in outputs), trial=trial)
     return DatasetSummary(
         logits=logits_seen,
         bare_logits=bare_seen,
@@ -171,6 +172,25 @@ def _of_all(kinds: set[_Kind]) -> _Kind:
     if all(kind.unclear_axis for kind in kinds):
         raise ValueError(next(kind.unclear_axis for kind in kinds))
     return max(kinds, key=lambda kind: (kind.row_elements, repr(kind)))
+
+
+def _checked(logits: Tensor, rows: Rows, offset: int, ranks: Ranks, *, trial: bool) -> bool:
+    """Refuse what cannot be used; whether any output of the network lies outside [0, 1].
+
+    An accelerator is waited for once, unless there is something to say.
+    """
+    if not len(rows.target):
+        return False
+    last = rows.logits.shape[1] - 1
+    of_label = rows.logits.gather(1, rows.target.clamp(0, last)[:, None])
+    numbers = [*rows.target.aminmax(), of_label.amin(), *logits.aminmax()]
+    first_label, last_label, lowest, low, high = torch.stack([number.double() for number in numbers]).tolist()
+    # Neither minimum nor maximum is NaN where nothing is.
+    if not (0 <= first_label <= last_label <= last and lowest > MASKED and math.isfinite(low) and math.isfinite(high)):
+        _check_labels(rows)
+        if not trial:
+            _check_values(rows, offset, ranks)
+    return not (low >= 0 and high <= 1)
 
 
 def _check_values(rows: Rows, offset: int, ranks: Ranks) -> None:
@@ -235,13 +255,13 @@ def check_size(n_samples: int, n_rows: int) -> None:
         )
 
 
-def _not_probabilities(logits: Tensor) -> tuple[int, int, int]:
-    """How many outputs lie outside [0, 1] and how many within, and how many rows of classes do not sum to 1."""
+def _not_probabilities(logits: Tensor) -> Tensor:
+    """How many outputs lie outside [0, 1] and how many within, and how many rows of classes do not sum to 1, (3,)."""
     # NaN is outside, too.
     outside, within = (~((logits >= 0) & (logits <= 1))).sum(), ((logits > 0) & (logits < 1)).sum()
     tolerance = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 2e-2
     sums = logits.float().sum(1) if logits.ndim > 1 else logits.float()
-    return int(outside), int(within), int((~((sums - 1).abs() <= tolerance)).sum())
+    return torch.stack([outside, within, (~((sums - 1).abs() <= tolerance)).sum()])
 
 
 def _refuse_probabilities(data: CalibrationSet, outside: int, within: int, unnormalised: int, *, trial: bool) -> None:

@@ -5,9 +5,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from lightning_clamp._rows import MASKED, Rows
+from lightning_clamp._rows import MASKED, Rows, log_softmax
 from lightning_clamp.clamping.passes import RowSource, summed
 
 # Bounds on log T, counted from the logits' spread. An optimum at the cold end is none; at the hot end all classes are
@@ -82,10 +81,10 @@ def _spread(rows: RowSource) -> tuple[float, float]:
 
     def batch_sums(batch: Rows) -> tuple[Tensor, ...]:
         present = batch.logits > MASKED
-        count = present.sum(1, keepdim=True)
-        mean = (batch.logits * present).sum(1, keepdim=True) / count
-        variance = (((batch.logits - mean) * present) ** 2).sum(1, keepdim=True) / count
-        return variance.sqrt().sum(), count.double().log().sum(), torch.tensor(float(len(count)))
+        count = present.sum(1).double()
+        mean = batch.logits.where(present, 0.0).sum(1) / count
+        size = torch.linalg.vector_norm((batch.logits - mean[:, None]).where(present, 0.0), dim=1)
+        return (size / count.sqrt()).sum(), count.log().sum(), torch.tensor(float(len(count)))
 
     total, loss, n = (float(term) for term in summed((batch_sums(batch) for batch in rows), [()] * 3, rows.ranks))
     return total / n, loss / n
@@ -95,14 +94,14 @@ def _temperature_derivatives(rows: RowSource, log_temperature: float) -> tuple[f
     """Mean loss per row, its first and second derivative in log T, and the number of rows."""
 
     def batch_sums(batch: Rows) -> tuple[Tensor, ...]:
-        scaled = batch.logits * math.exp(-log_temperature)
-        log_probs = scaled.log_softmax(1)
-        probs = log_probs.exp()
-        mean = (probs * scaled).sum(1, keepdim=True)
-        slope = (scaled.gather(1, batch.target[:, None]) - mean).sum()
-        variance = (probs * (scaled - mean) ** 2).sum()
-        nll = F.nll_loss(log_probs, batch.target, reduction="sum")
-        return nll, slope, variance - slope, torch.tensor(float(len(batch.target)))
+        log_probs = log_softmax(batch.logits * math.exp(-log_temperature))
+        of_label = log_probs.gather(1, batch.target[:, None]).sum()
+        # Moments of the scaled logits less one number for each row, which changes no variance.
+        first = log_probs.exp().mul_(log_probs)
+        mean = first.sum(1)
+        slope = of_label - mean.sum()
+        variance = first.mul_(log_probs).sum() - mean @ mean
+        return -of_label, slope, variance - slope, torch.tensor(float(len(batch.target)))
 
     total = summed((batch_sums(batch) for batch in rows), [()] * 4, rows.ranks)
     nll, slope, curvature, count = (float(term) for term in total)

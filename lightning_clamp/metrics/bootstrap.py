@@ -214,7 +214,9 @@ def _rows(blocks: Tensor) -> Tensor:
 def _draws(n: int, resamples: int, seed: int) -> Tensor:
     """How often each of ``n`` blocks is drawn, ``(resamples, n)`` float64."""
     drawn = torch.randint(n, (resamples, n), generator=torch.Generator().manual_seed(seed))
-    return torch.zeros(resamples, n, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(resamples, n).double())
+    return torch.zeros(resamples, n, dtype=torch.float64).scatter_add_(
+        1, drawn, torch.ones(1, 1).double().expand(resamples, n)
+    )
 
 
 def _resampled(weights: Tensor, blocks: Tensor) -> dict[str, Tensor]:

@@ -199,7 +199,7 @@ def test_the_average_is_one_map():
     for space in (map_space("vector", moments), beta_space(data, moments, base.temperature)):
         path = shrinkage_path(data, space, base, dense=False)
         fits += fit_path(space, path, base, against)
-    mean = average(fits, against, head_start=3.0)
+    mean, _ = average(fits, against, head_start=3.0)
     assert mean.space.kind == "beta"
     weights = torch.softmax(-torch.tensor([-3.0, *(one.criterion for one in fits)]).double() / 3, 0)
     maps = [fit.space.apply(logits, fit.free).diff(dim=1)[:, 0] for fit in (base, *(one.fit for one in fits))]

@@ -252,7 +252,8 @@ def test_the_average_is_no_worse_than_the_mean_and_counts_the_temperature():
     space = map_space("matrix", logit_moments(data, 5))
     against = Reference.of(data, base, 1.0, 400)
     path = list(fit_path(space, shrinkage_path(data, space, base, dense=False), base, against))
-    mean = average(path, against, head_start=3.0)
+    mean, losses_of_rows = average(path, against, head_start=3.0)
+    assert float(torch.cat(losses_of_rows).mean()) == pytest.approx(mean.nll)
     weights = torch.softmax(-torch.tensor([-3.0, *(criterion for _, criterion in path)]).double() / 3, 0)
     losses = torch.tensor([base.nll, *(fit.nll for fit, _ in path)]).double()
     assert mean.nll <= float(weights @ losses) + 1e-9
