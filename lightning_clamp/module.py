@@ -10,6 +10,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from typing_extensions import Unpack
@@ -31,6 +32,8 @@ from lightning_clamp.spec import Spec, SpecKeywords
 if TYPE_CHECKING:
     from torch.onnx import ONNXProgram
 
+_TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+
 
 class CalibrationModule(LightningModule):
     """A frozen network and its clamp: ``module(x)`` are calibrated logits.
@@ -38,7 +41,7 @@ class CalibrationModule(LightningModule):
     ``trainer.test`` logs ``calibrated/nll``, ``calibrated/ece`` and ``calibrated/accuracy`` (of several labels the
     means over them, and NLL and ECE of each), tests whether the clamp still holds (``calibrated/p`` and its parts) and
     says so in a sentence; ``trainer.predict`` returns calibrated logits. The network stays in eval mode, and nothing
-    here has a gradient.
+    here has a gradient. Of a LightningModule the hooks that change batches on their way to the device run here too.
 
     Args:
         network: Module from inputs to logits. It is frozen in place: pass a copy to go on training the original.
@@ -76,7 +79,16 @@ class CalibrationModule(LightningModule):
         self.groups: Groups | None = None
         self._tested: _Tested | None = None
         self._by_group: GroupReport | None = None
+        if isinstance(network, LightningModule):
+            self._take_over_hooks(network)
         self.eval()
+
+    def _take_over_hooks(self, network: LightningModule) -> None:
+        """Have batches changed as the network's own steps would get them."""
+        for hook in _TRANSFER_HOOKS:
+            # No methods of this class: where a datamodule has the hook, Lightning would warn that both have it.
+            if is_overridden(hook, network):
+                setattr(self, hook, getattr(network, hook))
 
     @classmethod
     def from_result(cls, network: nn.Module, result: CalibrationResult) -> "CalibrationModule":
