@@ -1,7 +1,7 @@
 """The plugin: one callback that calibrates when training ends, and lets test and predict use the result."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -42,6 +42,11 @@ from lightning_clamp.clamping.options import ClampKeywords, Method, make_plan
 from lightning_clamp.clamping.result import CalibrationResult
 from lightning_clamp.module import CalibrationModule
 from lightning_clamp.report import log_result
+
+_MADE_ANEW = (
+    "{}.configure_callbacks makes a new NeuralClamping for every run, and the one that calibrated is gone: make one in "
+    "__init__, and return that."
+)
 
 
 class NeuralClamping(Callback):
@@ -367,7 +372,10 @@ class NeuralClamping(Callback):
                 self._result = self._path = None
                 rank_zero_info(str(self._calibrate(trainer, pl_module)))
         if self._result is None:
-            warn_every_time("NeuralClamping has calibrated nothing yet: these are the outputs of the bare model.")
+            way_out = " " + _MADE_ANEW.format(type(pl_module).__name__) if self._is_made_anew_by(pl_module) else ""
+            warn_every_time(
+                f"NeuralClamping has calibrated nothing yet: these are the outputs of the bare model.{way_out}"
+            )
         elif not self._belongs(trainer, seen):
             warn_every_time(
                 "The weights are not the ones that NeuralClamping calibrated (another checkpoint, or further "
@@ -377,6 +385,12 @@ class NeuralClamping(Callback):
         elif not self._result.clamp.is_identity:
             clamp = copy.deepcopy(self._result.clamp).to(pl_module.device)
             self._hooks = ClampHooks(pl_module, clamp, self._result.spec, lambda: fingerprint(pl_module) == seen)
+
+    def _is_made_anew_by(self, module: LightningModule) -> bool:
+        """Whether a module's configure_callbacks makes another one in every run, and so made this one."""
+        made = module.configure_callbacks()
+        others = [callback for callback in (made if isinstance(made, Sequence) else [made]) if callback is not self]
+        return any(isinstance(callback, NeuralClamping) for callback in others)
 
     def _belongs(self, trainer: Trainer, seen: str) -> bool:
         """Whether the clamp was fitted to weights of this fingerprint: the first rank's, as when it was fitted."""

@@ -83,6 +83,9 @@ def try_network(trainer: Trainer, module: LightningModule, batches: CalibrationB
             "parameters."
         )
         return
+    if not any(ranks.gather(any(n_items(plan.spec.pair(batch)[0]) for batch in firsts))):
+        rank_zero_info("NeuralClamping does not try the network before training: the first batch is empty.")
+        return
     counts = [count for count in ranks.gather(_n_samples(batches, firsts, ranks)) if count is not None]
     if len(counts) == ranks.size:
         check_size(sum(counts), sum(counts))
