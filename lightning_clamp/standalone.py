@@ -14,12 +14,15 @@ from lightning_clamp._trainer.data import CalibrationBatches, given_calibration_
 from lightning_clamp._trainer.devices import check_float64, check_method, check_strategy, ranks_of
 from lightning_clamp._trainer.mailbox import Mailbox
 from lightning_clamp._trainer.preflight import check_forward, check_site
-from lightning_clamp._trainer.run import check_place, publish, run_in_trainer
+from lightning_clamp._trainer.run import TrainedNetwork, check_place, publish, run_in_trainer
+from lightning_clamp._trainer.steady import warn_if_unsteady
 from lightning_clamp._trainer.weights import Moment
 from lightning_clamp.checkpoint import SaveTo, check_save_to
 from lightning_clamp.clamping.copies import independent_copy
+from lightning_clamp.clamping.frozen import frozen
 from lightning_clamp.clamping.kept import check_cache_bytes
 from lightning_clamp.clamping.options import ClampKeywords, Method, Plan, make_plan
+from lightning_clamp.clamping.passes import CalibrationSet
 from lightning_clamp.clamping.result import CalibrationResult
 from lightning_clamp.module import CalibrationModule
 from lightning_clamp.report import log_result
@@ -205,6 +208,11 @@ class _Run(LightningModule):
                 "also served to choose the model."
             )
         batches = CalibrationBatches(source, trainer, self, ranks_of(trainer), self.plan.spec)
+        firsts, batches.firsts = batches.firsts, []
+        network = TrainedNetwork(trainer, self.network)
+        data = CalibrationSet(network, firsts, self.plan.spec, cache_bytes=0, ranks=ranks_of(trainer))
+        with frozen(network):
+            warn_if_unsteady(data)
         self.result = run_in_trainer(trainer, self.network, batches, self.plan, self.cache_bytes)
         # The epoch that trained last: current_epoch is beyond it once that has ended.
         moment = Moment(max(0, trainer.fit_loop.epoch_progress.current.ready - 1), trainer.global_step)

@@ -19,6 +19,7 @@ from lightning_clamp._batch import n_items
 from lightning_clamp._trainer.data import CalibrationBatches, as_validation
 from lightning_clamp._trainer.devices import ranks_of
 from lightning_clamp._trainer.run import TrainedNetwork
+from lightning_clamp._trainer.steady import warn_if_unsteady
 from lightning_clamp.clamping.eligible import eligible_grids
 from lightning_clamp.clamping.frozen import frozen
 from lightning_clamp.clamping.gradient import gradient_problem
@@ -92,7 +93,9 @@ def try_network(trainer: Trainer, module: LightningModule, batches: CalibrationB
     data = CalibrationSet(network, firsts, plan.spec, cache_bytes=0, ranks=ranks)
     # What a Trainer compiles would be compiled once more for a frozen network.
     with as_validation(trainer), _as_at_the_end(module), frozen(network), torch.compiler.set_stance("force_eager"):
-        _try_gradient(data, summarize(data, trial=True), plan)
+        summary = summarize(data, trial=True)
+        warn_if_unsteady(data)
+        _try_gradient(data, summary, plan)
 
 
 @contextmanager

@@ -430,7 +430,11 @@ BAD = {
         r"a tuple, got ndarray: convert it, torch.as_tensor\(\.\.\.\)",
     ),
     "an array of labels": (bad(batches=[(X, Y.numpy())]), TypeError, "must be a tensor, got ndarray: convert it"),
-    "images one by one": (bad(batches=[(list(X), Y)]), TypeError, "3 items, and the target has 100 items: stack items into one"),
+    "images one by one": (
+        bad(batches=[(list(X), Y)]),
+        TypeError,
+        "3 items, and the target has 100 items: stack items into one",
+    ),
     "names for labels": (
         bad(batches=[(X, ["cat"] * len(X))]),
         TypeError,
