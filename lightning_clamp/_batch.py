@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from lightning_clamp._checks import OptionError
+from lightning_clamp._checks import OptionError, counted
 
 # One tensor, or several: by the names of the arguments that a network's forward has for them, or in their order.
 Inputs: TypeAlias = Tensor | Mapping[str, Tensor] | tuple[Tensor, ...]
@@ -17,7 +17,7 @@ _LOGITS = ("logits", "out")
 # How targets are called, for a hint.
 _TARGETS = ("label", "target", "class", "y")
 
-_OF_SEVERAL = ": stack items into one, or give several inputs the names that forward's arguments have."
+_OF_SEVERAL = ": stack items into one; several inputs of forward go into a tuple, each with a row per item."
 _OF_NAMES = ": number the classes from 0 on, and put the numbers of a batch into one tensor."
 _OF_SAMPLES = ": if the loader yields samples, pass DataLoader(dataset, batch_size=...), which makes batches of them."
 
@@ -27,7 +27,8 @@ def as_pair(batch: Any, keys: BatchKeys | None = None) -> tuple[Inputs, Tensor]:
 
     Args:
         batch: A pair; with ``keys`` also a longer tuple, a mapping, or any object with attributes. The input may itself
-            be a mapping, of the arguments of the network's forward.
+            be several: a mapping, of the arguments of the network's forward, or a tuple or a list of them in their
+            order.
         keys: ``(input, target)``, each a key, an attribute's name or a position; the input may be several names, of
             arguments of the network's forward, or several positions, in their order. None for a pair
             ``(inputs, target)``.
@@ -47,6 +48,11 @@ def as_pair(batch: Any, keys: BatchKeys | None = None) -> tuple[Inputs, Tensor]:
         raise TypeError(f"The target of a batch must be a tensor, got {_converted(target) or _named(target) + way_out}")
     if target.ndim == 0:
         raise TypeError(f"The target of a batch must have one value per item, got a single number{_OF_SAMPLES}")
+    if isinstance(inputs, tuple) and len(inputs[0]) != len(target):
+        raise TypeError(
+            f"The input of a batch is {len(inputs)} tensors of {counted(len(inputs[0]), 'item')}, and the target has "
+            f"{counted(len(target), 'item')}{_OF_SEVERAL}"
+        )
     return inputs, target
 
 
@@ -56,12 +62,7 @@ def input_of(batch: Any, keys: BatchKeys) -> Inputs:
         inputs = _entry(batch, keys[0])
         if isinstance(inputs, Tensor):
             return inputs
-        if not isinstance(inputs, Mapping):
-            raise TypeError(
-                "The input of a batch must be a tensor or a dict of tensors, got "
-                f"{_converted(inputs) or _named(inputs) + _OF_SEVERAL}"
-            )
-        several = dict(inputs)
+        several: dict[Any, Tensor] = dict(inputs) if isinstance(inputs, Mapping) else _in_order(inputs)
     else:
         several = {name: _entry(batch, name) for name in keys[0]}
     for name, value in several.items():
@@ -70,6 +71,18 @@ def input_of(batch: Any, keys: BatchKeys) -> Inputs:
             raise TypeError(f"The input {name!r} of a batch must be a tensor, got {got}")
     in_order = all(isinstance(name, int) for name in several)
     return tuple(several.values()) if in_order else several
+
+
+def _in_order(inputs: Any) -> dict[Any, Tensor]:
+    """Several inputs by their position."""
+    if not isinstance(inputs, tuple | list) or not inputs:
+        raise TypeError(
+            "The input of a batch must be a tensor, or several in a dict or a tuple, got "
+            f"{_converted(inputs) or _named(inputs) + _OF_SEVERAL}"
+        )
+    if len({value.shape[:1] for value in inputs if isinstance(value, Tensor)}) > 1:
+        raise TypeError(f"The input of a batch is {_described(inputs)} of different length{_OF_SEVERAL}")
+    return dict(enumerate(inputs))
 
 
 def check_batch_keys(keys: Any) -> None:
@@ -205,8 +218,8 @@ def logits_of(output: Any) -> Tensor:
         logits = getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
         raise TypeError(
-            f"The network must return a tensor of logits, or have them as `.logits`, got {_described(output)}: wrap it "
-            "in an nn.Module whose forward returns the logits alone."
+            f"The network must return a tensor of logits, or have them as `.logits`, got {_described(output)}: let its "
+            "forward return the logits alone, or all in a dict, {'logits': logits, ...}."
         )
     return logits
 

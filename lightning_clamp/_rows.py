@@ -340,8 +340,8 @@ def _class_indices(logits: Tensor, target: Tensor) -> Tensor:
             f"Logits of shape {tuple(logits.shape)} (class axis 1) need a target of shape {tuple(wanted)}, got "
             f"{tuple(target.shape)}{_way_out(logits, target)}."
         )
-    if target.is_floating_point() or target.dtype == torch.bool:
-        whole = target.dtype == torch.bool or bool((target == target.round()).all())
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        whole = target.is_complex() or target.dtype == torch.bool or bool((target == target.round()).all())
         way_out = "; use target.long()" if whole else " between whole numbers: only a classifier can be calibrated"
         raise TypeError(f"The target must hold class indices as int64, got {target.dtype}{way_out}.")
     return target

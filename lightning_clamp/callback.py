@@ -1,7 +1,7 @@
 """The plugin: one callback that calibrates when training ends, and lets test and predict use the result."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from lightning_clamp._trainer.hooks import ClampHooks, warn_every_time
 from lightning_clamp._trainer.mailbox import Mailbox
 from lightning_clamp._trainer.preflight import check_forward, check_site, kept_loaders, try_network
 from lightning_clamp._trainer.run import check_place, publish, run_in_trainer
+from lightning_clamp._trainer.steps import StepInputs
 from lightning_clamp._trainer.weights import Weights, averages_weights, check_best, weights_of
 from lightning_clamp.checkpoint import (
     STATE_KEY,
@@ -42,6 +43,11 @@ from lightning_clamp.clamping.options import ClampKeywords, Method, make_plan
 from lightning_clamp.clamping.result import CalibrationResult
 from lightning_clamp.module import CalibrationModule
 from lightning_clamp.report import log_result
+
+_MADE_ANEW = (
+    "{}.configure_callbacks makes a new NeuralClamping for every run, and the one that calibrated is gone: make one in "
+    "__init__, and return that."
+)
 
 
 class NeuralClamping(Callback):
@@ -108,6 +114,8 @@ class NeuralClamping(Callback):
         self._batches: CalibrationBatches | None = None
         self._module: LightningModule | None = None
         self._hooks: ClampHooks | None = None
+        self._steps = StepInputs(self.plan.spec)
+        self._steps_seen = False
         # Whether the training of this fit came to its end, and whether its calibration did.
         self._ended = self._done = False
         # The step at which this fit's training began, once the network was tried.
@@ -229,7 +237,7 @@ class NeuralClamping(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget that an earlier fit ended."""
-        self._ended = self._done = False
+        self._ended = self._done = self._steps_seen = False
         self._batches = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -269,6 +277,18 @@ class NeuralClamping(Callback):
             check_site(pl_module, spec.perturb_at)
         with kept_loaders(loaders_of(source.loader)):
             return CalibrationBatches(source, trainer, pl_module, ranks_of(trainer), spec)
+
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Look once in a fit at what validation_step does to its input."""
+        if trainer.state.fn == "fit" and not self._steps_seen:
+            self._steps_seen = True
+            self._steps.start(pl_module)
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        """Say so if a calibration will not do the same."""
+        self._steps.end(pl_module, "validation_step", batch)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Calibrate, report and save; a failure is reported and never loses the finished training."""
@@ -320,6 +340,7 @@ class NeuralClamping(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook behind, and say that an interrupted training was not calibrated."""
         self._remove_hooks()
+        self._steps.stop()
         begun = self._first_step is not None and trainer.global_step > self._first_step
         if trainer.state.fn == "fit" and begun and not self._done:
             rank_zero_info(
@@ -367,7 +388,10 @@ class NeuralClamping(Callback):
                 self._result = self._path = None
                 rank_zero_info(str(self._calibrate(trainer, pl_module)))
         if self._result is None:
-            warn_every_time("NeuralClamping has calibrated nothing yet: these are the outputs of the bare model.")
+            way_out = " " + _MADE_ANEW.format(type(pl_module).__name__) if self._is_made_anew_by(pl_module) else ""
+            warn_every_time(
+                f"NeuralClamping has calibrated nothing yet: these are the outputs of the bare model.{way_out}"
+            )
         elif not self._belongs(trainer, seen):
             warn_every_time(
                 "The weights are not the ones that NeuralClamping calibrated (another checkpoint, or further "
@@ -377,6 +401,12 @@ class NeuralClamping(Callback):
         elif not self._result.clamp.is_identity:
             clamp = copy.deepcopy(self._result.clamp).to(pl_module.device)
             self._hooks = ClampHooks(pl_module, clamp, self._result.spec, lambda: fingerprint(pl_module) == seen)
+
+    def _is_made_anew_by(self, module: LightningModule) -> bool:
+        """Whether a module's configure_callbacks makes another one in every run, and so made this one."""
+        made = module.configure_callbacks()
+        others = [callback for callback in (made if isinstance(made, Sequence) else [made]) if callback is not self]
+        return any(isinstance(callback, NeuralClamping) for callback in others)
 
     def _belongs(self, trainer: Trainer, seen: str) -> bool:
         """Whether the clamp was fitted to weights of this fingerprint: the first rank's, as when it was fitted."""
@@ -388,16 +418,32 @@ class NeuralClamping(Callback):
             self._hooks.remove()
             self._hooks = None
 
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        """Look at what test_step does to its input."""
+        if self._hooks is not None and batch_idx == 0:
+            self._steps.start(pl_module)
+
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        """Look at what predict_step does to its input."""
+        if self._hooks is not None and batch_idx == 0:
+            self._steps.start(pl_module)
+
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         """Check that the clamp took effect."""
+        self._steps.end(pl_module, "test_step", batch)
         self._check_effect(pl_module, "test_step", first=batch_idx == 0)
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         """Check that the clamp took effect."""
+        self._steps.end(pl_module, "predict_step", batch)
         self._check_effect(pl_module, "predict_step", first=batch_idx == 0)
 
     def _check_effect(self, pl_module: LightningModule, step: str, *, first: bool) -> None:

@@ -1,9 +1,10 @@
 """A calibrated model for places where this package is not installed: a program, an ONNX file, or plain weights."""
 
 import copy
+import inspect
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
@@ -57,7 +58,8 @@ def to_exported_program(module: Calibrated, example: Any = None, **options: Any)
 
     Args:
         module: The calibrated model.
-        example: A batch of inputs, a tensor or a dict of tensors; by default the network's ``example_input_array``.
+        example: A batch of inputs, a tensor or a dict of tensors, by default the network's ``example_input_array``. A
+            tuple is taken for a dict with the names of forward's arguments.
         **options: Of ``torch.export.export``. ``dynamic_shapes`` replaces the one that lets the batch axis vary.
 
     Returns:
@@ -182,17 +184,31 @@ def fold(module: Calibrated, example: Any = None) -> Folded:
 
 
 def _inputs(module: Calibrated, example: Any) -> Inputs:
-    """The example on the module's device, a tensor or a plain dict of tensors."""
+    """The example on the module's device, a tensor or a plain dict of tensors; a tuple has the names of forward."""
     if example is None:
         example = getattr(module.network, "example_input_array", None)
     if example is None:
         raise ValueError("An export needs an example: pass a batch of inputs, or set the model's example_input_array.")
+    if isinstance(example, tuple | list):
+        # As Lightning has it for a network of several inputs.
+        example = _by_name(module.network, example)
     tensors = list(example.values()) if isinstance(example, Mapping) else [example]
     if not all(isinstance(tensor, Tensor) for tensor in tensors):
         kinds = ", ".join(type(tensor).__name__ for tensor in tensors)
         raise TypeError(f"The example must be a batch of inputs, a tensor or a dict of tensors, got {kinds}.")
     device = module.clamp.log_temperature.device
     return map_tensors(example, lambda tensor: tensor.to(device))
+
+
+def _by_name(network: nn.Module, example: Sequence[Any]) -> dict[str, Any]:
+    """Several inputs by the names that the arguments of the network's forward have."""
+    names = list(inspect.signature(network.forward).parameters)
+    if len(example) > len(names):
+        raise TypeError(
+            f"The example has {len(example)} inputs, and forward of {type(network).__name__} takes {len(names)} "
+            f"({', '.join(names)}): pass one for each."
+        )
+    return dict(zip(names, example, strict=False))
 
 
 def _output_map(clamp: Clamp) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from typing_extensions import Unpack
@@ -31,6 +32,8 @@ from lightning_clamp.spec import Spec, SpecKeywords
 if TYPE_CHECKING:
     from torch.onnx import ONNXProgram
 
+_TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+
 
 class CalibrationModule(LightningModule):
     """A frozen network and its clamp: ``module(x)`` are calibrated logits.
@@ -38,7 +41,7 @@ class CalibrationModule(LightningModule):
     ``trainer.test`` logs ``calibrated/nll``, ``calibrated/ece`` and ``calibrated/accuracy`` (of several labels the
     means over them, and NLL and ECE of each), tests whether the clamp still holds (``calibrated/p`` and its parts) and
     says so in a sentence; ``trainer.predict`` returns calibrated logits. The network stays in eval mode, and nothing
-    here has a gradient.
+    here has a gradient. Of a LightningModule the hooks that change batches on their way to the device run here too.
 
     Args:
         network: Module from inputs to logits. It is frozen in place: pass a copy to go on training the original.
@@ -76,7 +79,16 @@ class CalibrationModule(LightningModule):
         self.groups: Groups | None = None
         self._tested: _Tested | None = None
         self._by_group: GroupReport | None = None
+        if isinstance(network, LightningModule):
+            self._take_over_hooks(network)
         self.eval()
+
+    def _take_over_hooks(self, network: LightningModule) -> None:
+        """Have batches changed as the network's own steps would get them."""
+        for hook in _TRANSFER_HOOKS:
+            # No methods of this class: where a datamodule has the hook, Lightning would warn that both have it.
+            if is_overridden(hook, network):
+                setattr(self, hook, getattr(network, hook))
 
     @classmethod
     def from_result(cls, network: nn.Module, result: CalibrationResult) -> "CalibrationModule":
@@ -132,11 +144,12 @@ class CalibrationModule(LightningModule):
         network, result = load_calibrated(path, network_class, map_location, init_arguments)
         return cls.from_result(network, result)
 
-    def forward(self, inputs: Inputs | None = None, /, **named: Tensor) -> Tensor:
+    def forward(self, inputs: Inputs | None = None, /, *more: Tensor, **named: Tensor) -> Tensor:
         """Calibrated logits, of the network's shape, at least float32.
 
         Args:
-            inputs: A batch; a dict is the network's keyword arguments.
+            inputs: A batch; a dict is the network's keyword arguments, a tuple its arguments.
+            *more: Its further arguments, as in ``module(images, ages)``.
             **named: Or those arguments themselves, as in ``module(**batch)``. Of a batch with a target ``batch_keys``
                 says which entries are inputs; without it all are passed on, and what the network makes of its labels is
                 left out.
@@ -149,7 +162,9 @@ class CalibrationModule(LightningModule):
         if (inputs is None) == (not named):
             raise TypeError("A CalibrationModule is called with a batch of inputs, module(x), or module(**batch).")
         if inputs is None:
-            inputs = cast(Inputs, self.spec.inputs(named))
+            inputs = cast(Inputs, self.spec.named_inputs(named))
+        elif more:
+            inputs = (cast(Tensor, inputs), *more)
         # A network may change its input in place, and views are made of it as it was.
         logits = self._logits(copied(inputs) if self.spec.views else inputs)
         self.spec.check_logits(logits)
@@ -165,17 +180,21 @@ class CalibrationModule(LightningModule):
         # Read first, also where a hook adds it, so that torch.compile knows whether there is a perturbation: hooks it
         # takes no notice of.
         if self.clamp.perturbation is not None and self.spec.perturb_at is None:
-            if isinstance(inputs, Mapping) and len(inputs) > 1:
+            if not isinstance(inputs, Tensor) and len(inputs) > 1:
+                names = inputs if isinstance(inputs, Mapping) else range(len(inputs))
                 raise ValueError(
                     "The perturbation was fitted to one input, and which of "
-                    f"{', '.join(map(repr, inputs))} is it? Pass that one alone, or say so by `batch_keys`."
+                    f"{', '.join(map(repr, names))} is it? Pass that one alone, or say so by `batch_keys`."
                 )
             inputs = map_single_tensor(inputs, self.clamp.perturb)
         return logits_of(call_network(self.network, inputs))
 
-    def predict_proba(self, inputs: Inputs) -> Tensor:
-        """Calibrated probabilities: a softmax over axis 1, or for a one-logit head and for labels the sigmoid."""
-        return self.spec.probs(self(inputs))
+    def predict_proba(self, inputs: Inputs | None = None, /, *more: Tensor, **named: Tensor) -> Tensor:
+        """Calibrated probabilities: a softmax over axis 1, or for a one-logit head and for labels the sigmoid.
+
+        The arguments are those of :meth:`forward`.
+        """
+        return self.spec.probs(self(inputs, *more, **named))
 
     def to_exported_program(self, example: Any = None, **options: Any) -> ExportedProgram:
         """Capture this module for use without this package; see :func:`.export.to_exported_program`."""
@@ -197,7 +216,12 @@ class CalibrationModule(LightningModule):
         """
         if method != "trace":
             raise ValueError(f"A clamp is no TorchScript: use method='trace' or to_exported_program, got {method!r}.")
-        return super().to_torchscript(file_path, method, example_inputs, **kwargs)
+        # They change batches, and the example is what forward takes.
+        hooks = {name: vars(self).pop(name) for name in _TRANSFER_HOOKS if name in vars(self)}
+        try:
+            return super().to_torchscript(file_path, method, example_inputs, **kwargs)
+        finally:
+            vars(self).update(hooks)
 
     def folded(self, example: Any = None) -> export.Folded:
         """The network with the output map in the weights of its last layer; see :func:`.export.fold`."""

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_clamp._batch import map_tensors
 from lightning_clamp._rows import is_dense
+from lightning_clamp._trainer.data import transferred
 from lightning_clamp.clamping.copies import independent_copy
 from lightning_clamp.clamping.label_shift import ClassFrequencies, class_frequencies, condition_number, present
 from lightning_clamp.metrics import CalibrationEvidence, CalibrationTest
@@ -122,7 +122,7 @@ def _probabilities(module: CalibrationModule, batches: Iterable[Any]) -> Iterato
     """Calibrated probabilities of each batch, ``(N, C)`` float64 on the CPU; two columns for one logit."""
     for batch in batches:
         with torch.no_grad():
-            yield _as_columns(module, module(_moved(module, module.spec.inputs(batch))))
+            yield _as_columns(module, module(module.spec.inputs(transferred(module, batch))))
 
 
 def _as_columns(module: CalibrationModule, logits: Tensor) -> Tensor:
@@ -137,10 +137,6 @@ def _as_columns(module: CalibrationModule, logits: Tensor) -> Tensor:
     return logits.softmax(1)
 
 
-def _moved(module: CalibrationModule, inputs: Any) -> Any:
-    return map_tensors(inputs, lambda value: value.to(module.device))
-
-
 def _priors_of(module: CalibrationModule, labelled: Iterable[Any]) -> Tensor:
     """Mean probabilities on labelled batches.
 
@@ -150,9 +146,9 @@ def _priors_of(module: CalibrationModule, labelled: Iterable[Any]) -> Tensor:
     test: CalibrationTest | None = None
     total, count = torch.zeros(0), 0
     for batch in labelled:
-        inputs, target = module.spec.pair(batch)
+        inputs, target = module.spec.pair(transferred(module, batch))
         with torch.no_grad():
-            logits = module(_moved(module, inputs)).cpu()
+            logits = module(inputs).cpu()
         probs = _as_columns(module, logits)
         if test is None:
             test, total = CalibrationTest(probs.shape[1], **module.spec.of_metrics), torch.zeros_like(probs[0])

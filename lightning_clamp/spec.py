@@ -3,7 +3,7 @@
 Public calls take them as flat keywords; everything below takes the one object.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,10 +105,15 @@ class Spec:
     def inputs(self, batch: Any) -> Any:
         """The input of a batch that need not have a target: of a pair or a longer tuple the first, unless named."""
         if isinstance(batch, tuple | list) and (self.batch_keys is None or len(batch) == 1):
-            return batch[0]
+            return input_of(batch, (0, 1))
         if self.batch_keys is not None and not isinstance(batch, Tensor):
             return input_of(batch, self.batch_keys)
         return batch
+
+    def named_inputs(self, named: Mapping[str, Any]) -> Any:
+        """Of a batch that is passed by its names the inputs; all of it, where ``batch_keys`` names none."""
+        by_position = self.batch_keys is None or not isinstance(self.batch_keys[1], str)
+        return named if by_position else self.inputs(named)
 
     @property
     def n_views(self) -> int:

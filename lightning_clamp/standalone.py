@@ -6,6 +6,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 from typing_extensions import Unpack
 
 from lightning_clamp._checks import check_made, check_package
@@ -13,12 +14,15 @@ from lightning_clamp._trainer.data import CalibrationBatches, given_calibration_
 from lightning_clamp._trainer.devices import check_float64, check_method, check_strategy, ranks_of
 from lightning_clamp._trainer.mailbox import Mailbox
 from lightning_clamp._trainer.preflight import check_forward, check_site
-from lightning_clamp._trainer.run import check_place, publish, run_in_trainer
+from lightning_clamp._trainer.run import TrainedNetwork, check_place, publish, run_in_trainer
+from lightning_clamp._trainer.steady import warn_if_unsteady
 from lightning_clamp._trainer.weights import Moment
 from lightning_clamp.checkpoint import SaveTo, check_save_to
 from lightning_clamp.clamping.copies import independent_copy
+from lightning_clamp.clamping.frozen import frozen
 from lightning_clamp.clamping.kept import check_cache_bytes
 from lightning_clamp.clamping.options import ClampKeywords, Method, Plan, make_plan
+from lightning_clamp.clamping.passes import CalibrationSet
 from lightning_clamp.clamping.result import CalibrationResult
 from lightning_clamp.module import CalibrationModule
 from lightning_clamp.report import log_result
@@ -81,9 +85,7 @@ def calibrate_by_plan(
     check_package(trainer, model, dataloaders, datamodule)
     check_made(model)
     if not isinstance(model, LightningModule) or isinstance(model, CalibrationModule):
-        raise TypeError(
-            f"`calibrate` takes the LightningModule that was trained, before torch.compile, got {type(model).__name__}."
-        )
+        raise TypeError(f"`calibrate` takes the LightningModule that was trained, {_not_a_model(model)}")
     check_save_to(save_to)
     check_cache_bytes(cache_bytes)
     check_strategy(trainer)
@@ -102,6 +104,19 @@ def calibrate_by_plan(
             "calibrate() runs inside trainer.validate, which this Trainer skips: remove limit_val_batches=0."
         )
     return CalibrationModule.from_result(run.network, result).cpu()
+
+
+def _not_a_model(given: object) -> str:
+    """What was given in the place of a LightningModule, and the way out."""
+    got = f"got {type(given).__name__}"
+    # Private, and what torch.compile calls the module that it wraps. A test holds it.
+    if hasattr(given, "_orig_mod"):
+        return f"{got}: pass the one before torch.compile, and compile the calibrated module."
+    if isinstance(given, CalibrationModule):
+        return f"{got}, which is calibrated already: pass its `network`."
+    if isinstance(given, nn.Module):
+        return f"{got}: fit_clamp(network, dataloader) takes any network."
+    return f"{got}: call calibrate(trainer, model, dataloaders)."
 
 
 def _one_source(dataloaders: Any, datamodule: LightningDataModule | None) -> Any:
@@ -193,8 +208,14 @@ class _Run(LightningModule):
                 "also served to choose the model."
             )
         batches = CalibrationBatches(source, trainer, self, ranks_of(trainer), self.plan.spec)
+        firsts, batches.firsts = batches.firsts, []
+        network = TrainedNetwork(trainer, self.network)
+        data = CalibrationSet(network, firsts, self.plan.spec, cache_bytes=0, ranks=ranks_of(trainer))
+        with frozen(network):
+            warn_if_unsteady(data)
         self.result = run_in_trainer(trainer, self.network, batches, self.plan, self.cache_bytes)
-        moment = Moment(trainer.current_epoch, trainer.global_step)
+        # The epoch that trained last: current_epoch is beyond it once that has ended.
+        moment = Moment(max(0, trainer.fit_loop.epoch_progress.current.ready - 1), trainer.global_step)
         try:
             publish(trainer, self.network, self.result, self.save_to, moment, self.mailbox)
             log_result(trainer, self.result)

@@ -63,6 +63,12 @@ def test_several_inputs_of_a_tuple_are_arguments_in_their_order():
         assert isinstance(inputs, tuple)
         assert torch.equal(torch.stack([inputs[0] > 1, inputs[1]]), torch.stack([X > 1, X > 1]))
         assert target is Y
+    for several in ((X, X > 1), [X, X > 1]):
+        inputs, target = as_pair((several, Y))
+        assert isinstance(inputs, tuple)
+        assert inputs[0] is X
+        assert target is Y
+        assert input_of({"image": several}, ("image", "label"))[1] is several[1]
     with pytest.raises(TypeError, match="no entry 4, which `batch_keys` names: got tuple of 3 items"):
         as_pair((X, X, Y), ((0, 4), 2))
 
@@ -94,13 +100,20 @@ def test_the_keys_that_are_proposed_are_the_batchs_own(batch, proposed):
     ("batch", "keys", "message"),
     [
         ({"image": X, "label": Y}, None, r"got dict of image, label: pass .* such as batch_keys=\('image', 'label'\)"),
-        (([X, X], Y), None, "dict of tensors, got list: stack items into one, or give several inputs the names"),
+        (([X[0], X[1]], Y), None, "input of a batch is 2 tensors of 2 items, and the target has 3 items: stack items"),
+        (([X, X[:2]], Y), None, "input of a batch is list of 2 items of different length: stack items into one; sev"),
+        (([X, "names"], Y), None, "The input 1 of a batch must be a tensor, got str"),
+        (([], Y), None, "must be a tensor, or several in a dict or a tuple, got list: stack items into one; several"),
         (Sample(X, Y), None, "got Sample: pass a loader"),
         ({"image": X}, ("image", "label"), "no entry 'label', which `batch_keys` names: got dict of image"),
         ((X, Y), ("image", "label"), "no entry 'image', .* got tuple of 2 items"),
         (Sample(X, Y), ("pixels", "label"), "no entry 'pixels'"),
         ((X, Y), (0, 5), "no entry 5"),
-        (Sample(X, Y), ("name", "label"), "input of a batch must be a tensor or a dict of tensors, got str"),
+        (
+            Sample(X, Y),
+            ("name", "label"),
+            "input of a batch must be a tensor, or several in a dict or a tuple, got str",
+        ),
         (Sample(X, Y), ("image", "name"), "target of a batch must be a tensor, got str"),
         (Sample(X, Y), (["image", "name"], "label"), "input 'name' of a batch must be a tensor, got str"),
     ],
@@ -272,3 +285,12 @@ def test_several_inputs_are_keyword_arguments_of_the_network():
     one = tuple(in_order[0][key] for key in (2, 0))
     assert torch.equal(module(one), module({"image": one[0], "brightness": one[1]}))
     assert torch.equal(module.predict_step(in_order[0], 0), module(one))
+    named = {"image": one[0], "brightness": one[1]}
+    for logits in (module(*one), module(**named), module(one)):
+        assert torch.equal(logits, module(one))
+    for probs in (module.predict_proba(*one), module.predict_proba(**named)):
+        assert torch.equal(probs, module(one).softmax(1))
+    nested = fit_clamp(TwoInputs(), [((x, b), y) for b, y, x in in_order], perturb_at="net", **OPTIONS)
+    assert torch.equal(nested.clamp.perturbation, by_position.clamp.perturbation)
+    nested_module = CalibrationModule.from_result(TwoInputs(), nested)
+    assert torch.equal(nested_module.predict_step([list(one), y], 0), module(one))

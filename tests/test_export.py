@@ -20,6 +20,7 @@ import lightning_clamp
 from lightning_clamp import CalibrationModule, Clamp
 from lightning_clamp.export import fold, to_exported_program, to_onnx
 from tests.scenarios import LitClassifier, SmallNet, images, loader, trainer
+from tests.test_batch import TwoInputs
 
 DOCS = Path(lightning_clamp.__file__).parent.parent / "docs"
 
@@ -318,10 +319,26 @@ def test_the_example_of_the_network_serves_if_none_is_given():
     assert close(fold(module).network(x), module(x))
 
 
-@pytest.mark.parametrize("example", [(images(2), images(2)), {"x": "text"}])
+@pytest.mark.parametrize("example", ["text", {"x": "text"}, ("text",)])
 def test_an_example_is_a_tensor_or_a_dict_of_tensors(example):
-    with pytest.raises(TypeError, match=r"must be a batch of inputs, a tensor or a dict of tensors, got (tuple|str)"):
+    with pytest.raises(TypeError, match=r"must be a batch of inputs, a tensor or a dict of tensors, got str"):
         to_exported_program(KINDS["vector"](), example)
+
+
+def test_an_example_of_several_inputs_has_the_names_of_forward(tmp_path):
+    module, x, b = CalibrationModule(TwoInputs(), Clamp(None, 0.4, None, torch.rand(4) + 0.5)), images(5), torch.rand(5)
+    expected, named = module(x, b), {"image": x, "brightness": b}
+    assert close(reloaded(module, (x[:2], b[:2]))(named), expected)
+    assert close(fold(module, (x, b)).network(x, b), expected)
+    module.network.example_input_array = (x[:1], b[:1])
+    to_onnx(module, tmp_path / "two.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "two.onnx")
+    feed = {name: tensor.numpy() for name, tensor in named.items()}
+    assert close(torch.from_numpy(session.run(["logits"], feed)[0]), expected)
+    with pytest.raises(
+        TypeError, match=r"has 3 inputs, and forward of TwoInputs takes 2 \(image, brightness\): pass o"
+    ):
+        fold(module, (x, b, b))
 
 
 def test_a_module_that_a_trainer_has_tested_is_exported_and_left_alone(tmp_path):

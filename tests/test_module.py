@@ -1,18 +1,22 @@
+import copy
 import logging
 import math
+import pickle
 import threading
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_clamp
-from lightning_clamp import CalibrationModule, Clamp, Groups, NeuralClamping, calibrate, fit_clamp
+from lightning_clamp import CalibrationModule, Clamp, Groups, NeuralClamping, calibrate, fit_clamp, shifted_priors
 from lightning_clamp.metrics import by_group, calibration_test, negative_log_likelihood
 from lightning_clamp.spec import Spec
 from tests.scenarios import SHIFT, LitClassifier, SmallNet, images, loader, train_loader, trainer
@@ -174,6 +178,9 @@ def test_a_perturbation_is_not_left_out_where_inputs_cannot_be_told_apart():
     for call in (lambda: module(pixel_values=x, labels=x), lambda: module({"pixel_values": x, "labels": x})):
         with pytest.raises(ValueError, match=r"fitted to one input, and which of 'pixel_values', 'labels' is it\?"):
             call()
+    for call in (lambda: module(x, x), lambda: module((x, x))):
+        with pytest.raises(ValueError, match=r"fitted to one input, and which of 0, 1 is it\?"):
+            call()
 
 
 @pytest.mark.parametrize("arguments", [((), {}), ((images(1),), {"x": images(1)})])
@@ -312,3 +319,55 @@ def test_groups_that_will_not_do_are_refused(tmp_path):
         module.groups = groups
         with pytest.raises((TypeError, ValueError), match=message):
             trainer(tmp_path).test(module, grouped(640), verbose=False)
+
+
+class OnDevice(LitClassifier):
+    """Converts and shifts its images on the way to the device, as is done for speed."""
+
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        return batch[0].float() / 8, batch[1]
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return batch[0] + SHIFT, batch[1]
+
+    def predict_step(self, batch, batch_idx):
+        return self(batch[0])
+
+
+def raw_images(n: int, seed: int) -> DataLoader:
+    """Data of :class:`OnDevice`."""
+    pixels, target = loader(n, seed).dataset.tensors
+    return DataLoader(TensorDataset((pixels * 8).double(), target), batch_size=100)
+
+
+def test_the_hooks_that_change_batches_run_for_the_calibrated_module_too(tmp_path):
+    clamping = NeuralClamping(raw_images(300, 1), grids=())
+    run, data = trainer(tmp_path, clamping, ModelCheckpoint(tmp_path)), raw_images(200, 3)
+    model = OnDevice()
+    run.fit(model, raw_images(100, 5))
+    expected = torch.cat(run.predict(model, data))
+    (own,) = run.test(model, data, verbose=False)
+    module = clamping.calibrated_module()
+    loaded = CalibrationModule.from_checkpoint(clamping.checkpoint_path, OnDevice)
+    for one in (module, loaded, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(torch.cat(trainer(tmp_path).predict(one, data)), expected)
+        (measured,) = trainer(tmp_path).test(one, data, verbose=False)
+        assert measured["calibrated/nll"] == pytest.approx(own["test_nll"], abs=1e-6)
+    torch.testing.assert_close(shifted_priors(module, data, labelled=data).before, expected.double().softmax(1).mean(0))
+
+
+class Preparing(LightningDataModule):
+    def test_dataloader(self):
+        return raw_images(200, 3)
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return batch[0].float() * 0, batch[1]
+
+
+def test_a_datamodules_hook_runs_and_no_warning_says_that_there_are_two(tmp_path):
+    module = CalibrationModule(LitClassifier(), Clamp())
+    # A warning is an error.
+    (measured,) = trainer(tmp_path).test(module, datamodule=Preparing(), verbose=False)
+    _, target = raw_images(200, 3).dataset.tensors
+    blank = module.network(torch.zeros(200, 3, 8, 8))
+    assert measured["calibrated/nll"] == pytest.approx(float(F.cross_entropy(blank, target)), abs=1e-5)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_clamp import CalibrationModule, Clamp, NeuralClamping, calibrate, fit_clamp
@@ -122,8 +123,16 @@ class Failing(LitClassifier):
 @pytest.mark.parametrize(
     ("model", "data", "options", "error", "message"),
     [
-        (torch.nn.Linear(2, 2), HELD_OUT, {}, TypeError, "takes the LightningModule that was trained, .* got Linear"),
-        (CalibrationModule(LitClassifier(), Clamp()), HELD_OUT, {}, TypeError, "got CalibrationModule"),
+        (torch.nn.Linear(2, 2), HELD_OUT, {}, TypeError, r"got Linear: fit_clamp\(network, dataloader\) takes any"),
+        (
+            CalibrationModule(LitClassifier(), Clamp()),
+            HELD_OUT,
+            {},
+            TypeError,
+            "got CalibrationModule, .* its `network`",
+        ),
+        (torch.compile(LitClassifier(), backend="eager"), HELD_OUT, {}, TypeError, "pass the one before torch.compile"),
+        (HELD_OUT, None, {}, TypeError, r"got DataLoader: call calibrate\(trainer, model, dataloaders\)"),
         (LitClassifier(), HELD_OUT, {"epochs": 3}, TypeError, '`epochs` is an option of method="published"'),
         (LitClassifier(), [], {}, MisconfigurationException, "The calibration set is empty"),
         (LitClassifier(), iter([]), {}, MisconfigurationException, "must be a DataLoader or a list of batches"),
@@ -195,6 +204,16 @@ def test_where_it_is_saved(tmp_path, save_to, where):
     place = save_to if isinstance(save_to, bool) else tmp_path / save_to
     calibrate(trainer(tmp_path), LitClassifier(), HELD_OUT, save_to=place, **OPTIONS)
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.ckpt")] == ([] if where is None else [where])
+
+
+def test_the_name_has_the_epoch_that_trained_last(tmp_path):
+    run, model = trainer(tmp_path, ModelCheckpoint(tmp_path / "here"), max_epochs=2), LitClassifier()
+    run.fit(model, train_loader())
+    calibrate(run, model, HELD_OUT, save_to=True, **OPTIONS)
+    assert sorted(path.name for path in (tmp_path / "here").iterdir()) == [
+        "epoch=1-step=4-calibrated.ckpt",
+        "epoch=1-step=4.ckpt",
+    ]
 
 
 @pytest.mark.parametrize("name", ["~/runs", "~/runs/mine.ckpt"])

@@ -144,6 +144,13 @@ def validation_batch(trainer: Trainer, module: LightningModule, batch: Any, data
     return trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
 
 
+def transferred(module: LightningModule, batch: Any) -> Any:
+    """A batch as a Trainer would hand it to this module, without one: changed by its transfer hooks, on its device."""
+    batch = module.on_before_batch_transfer(batch, 0)
+    batch = module.transfer_batch_to_device(batch, module.device, 0)
+    return module.on_after_batch_transfer(batch, 0)
+
+
 @contextmanager
 def as_validation(trainer: Trainer) -> Iterator[None]:
     """Have the Trainer validate for a while: transfer hooks that augment ask whether it is training."""

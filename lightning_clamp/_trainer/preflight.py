@@ -19,6 +19,7 @@ from lightning_clamp._batch import n_items
 from lightning_clamp._trainer.data import CalibrationBatches, as_validation
 from lightning_clamp._trainer.devices import ranks_of
 from lightning_clamp._trainer.run import TrainedNetwork
+from lightning_clamp._trainer.steady import warn_if_unsteady
 from lightning_clamp.clamping.eligible import eligible_grids
 from lightning_clamp.clamping.frozen import frozen
 from lightning_clamp.clamping.gradient import gradient_problem
@@ -83,13 +84,18 @@ def try_network(trainer: Trainer, module: LightningModule, batches: CalibrationB
             "parameters."
         )
         return
+    if not any(ranks.gather(any(n_items(plan.spec.pair(batch)[0]) for batch in firsts))):
+        rank_zero_info("NeuralClamping does not try the network before training: the first batch is empty.")
+        return
     counts = [count for count in ranks.gather(_n_samples(batches, firsts, ranks)) if count is not None]
     if len(counts) == ranks.size:
         check_size(sum(counts), sum(counts))
     data = CalibrationSet(network, firsts, plan.spec, cache_bytes=0, ranks=ranks)
     # What a Trainer compiles would be compiled once more for a frozen network.
     with as_validation(trainer), _as_at_the_end(module), frozen(network), torch.compiler.set_stance("force_eager"):
-        _try_gradient(data, summarize(data, trial=True), plan)
+        summary = summarize(data, trial=True)
+        warn_if_unsteady(data)
+        _try_gradient(data, summary, plan)
 
 
 @contextmanager

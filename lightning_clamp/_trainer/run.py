@@ -144,6 +144,28 @@ def _described(args: Iterable[Any], kwargs: Mapping[str, Any]) -> str:
     return ", ".join([*map(kind, args), *(f"{name}: {kind(value)}" for name, value in kwargs.items())])
 
 
+# What a Trainer is told, so that inputs have the dtype of the weights.
+_PRECISIONS = {
+    torch.bfloat16: "bf16-true",
+    torch.float16: "16-true",
+    torch.float64: "64-true",
+    torch.float32: "32-true",
+}
+
+
+def _way_out(module: nn.Module, inputs: Iterable[Any]) -> str:
+    """What is mostly wrong with a call that fails: the dtype, or which entries of a batch are the input."""
+    weights = next((parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()), None)
+    given = [value.dtype for value in inputs if isinstance(value, Tensor) and value.is_floating_point()]
+    if given and weights in _PRECISIONS and weights not in given:
+        return f"Its weights are {weights}: Trainer(precision={_PRECISIONS[weights]!r}) makes inputs of that dtype."
+    return (
+        "If that is not what its forward takes: `batch_keys` says which entries of a batch are input and target. "
+        "Several inputs are arguments of their own, batch_keys=((0, 1), 2) for forward(a, b), and "
+        "batch_keys=(['ids', 'mask'], 'labels') for forward(ids, mask)."
+    )
+
+
 class TrainedNetwork(nn.Module):
     """The module's forward in the Trainer's precision."""
 
@@ -175,8 +197,7 @@ class TrainedNetwork(nn.Module):
                 raise
             raise RuntimeError(
                 f"The network fails when it is called with {_described(args, kwargs)}. {type(error).__name__}: {error} "
-                "(If that is not what its forward takes: `batch_keys` says which entries of a batch are input and "
-                "target.)"
+                f"({_way_out(self.module, [*args, *kwargs.values()])})"
             ) from error
         self._has_run = True
         return output

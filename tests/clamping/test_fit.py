@@ -427,10 +427,14 @@ BAD = {
     "arrays": (
         bad(batches=[(X.numpy(), Y)]),
         TypeError,
-        r"tensors, got ndarray: convert it, torch.as_tensor\(\.\.\.\)",
+        r"a tuple, got ndarray: convert it, torch.as_tensor\(\.\.\.\)",
     ),
     "an array of labels": (bad(batches=[(X, Y.numpy())]), TypeError, "must be a tensor, got ndarray: convert it"),
-    "images one by one": (bad(batches=[(list(X), Y)]), TypeError, "got list: stack items into one, or give several"),
+    "images one by one": (
+        bad(batches=[(list(X), Y)]),
+        TypeError,
+        "3 items, and the target has 100 items: stack items into one",
+    ),
     "names for labels": (
         bad(batches=[(X, ["cat"] * len(X))]),
         TypeError,
@@ -451,7 +455,7 @@ BAD = {
     ),
     "triple": (bad(batches=[(X, Y, Y)]), TypeError, "got tuple of 3 items"),
     "bare": (bad(batches=[X]), TypeError, r"pair \(inputs, target\), got Tensor"),
-    "lists": (bad(batches=[([1], [2])]), TypeError, "input of a batch must be a tensor or a dict of tensors, got list"),
+    "lists": (bad(batches=[([1], [2])]), TypeError, "The input 0 of a batch must be a tensor, got int"),
     "no_grad": (
         bad(network=torch.no_grad()(SmallNet()), method="published"),
         RuntimeError,

@@ -121,6 +121,32 @@ def test_it_is_said_every_time(tmp_path):
         assert len(said(lambda: trainer(tmp_path, clamping()).predict(model, UNSEEN))) == 1
 
 
+class Configuring(LitClassifier):
+    """Brings its callback along: one for all runs, or a new one for each."""
+
+    def __init__(self, one_for_all):
+        super().__init__(lr=0.0)
+        self.made = [clamping()] if one_for_all else None
+
+    def configure_callbacks(self):
+        return clamping() if self.made is None else self.made
+
+
+@pytest.mark.parametrize("one_for_all", [True, False])
+def test_a_callback_that_the_model_makes_anew_in_every_run_is_told(tmp_path, one_for_all):
+    model, run = Configuring(one_for_all), trainer(tmp_path)
+    run.fit(model, train_loader())
+    calibrated = run.callbacks[-1].calibrated_module()
+    texts = said(lambda: run.predict(model, UNSEEN))
+    if one_for_all:
+        assert not texts
+        assert torch.equal(torch.cat(run.predict(model, UNSEEN)), calibrated(UNSEEN.dataset.tensors[0]))
+    else:
+        assert [
+            "Configuring.configure_callbacks makes a new NeuralClamping for every run" in text for text in texts
+        ] == [True]
+
+
 def test_who_wants_no_warnings_gets_none(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

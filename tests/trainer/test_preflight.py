@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, TensorDataset
 
-from lightning_clamp import NeuralClamping
+from lightning_clamp import NeuralClamping, calibrate
 from lightning_clamp._trainer.preflight import kept_loaders
 from tests.ranks import on_ranks
 from tests.scenarios import SmallNet, Validating, images, sampled, trainer
@@ -85,6 +85,13 @@ REFUSED = {
     "what forward does not take": (
         lambda net, x: net(x["image"]), held_out(), {}, RuntimeError, r"called with torch.float32 of shape \(30, 3, 8"
     ),
+    "forward of two inputs": (
+        lambda net, x, y: net(x), held_out(), {}, RuntimeError, r"batch_keys=\(\(0, 1\), 2\) for forward\(a, b\)"
+    ),
+    "a dict without logits": (
+        lambda net, x: {"pred": net(x)}, held_out(), {}, TypeError, "got dict of pred: let its .*{'logits': logits"
+    ),
+    "complex labels": (None, held_out(y=Y.to(torch.complex64)), {}, TypeError, "indices as int64, got torch.complex64"),
     "8 samples": (None, held_out(X[:8], Y[:8]), {}, ValueError, "has 8 samples; a temperature needs at least 10"),
     "8 samples in small batches": (None, held_out(X[:8], Y[:8], 3), {}, ValueError, "has 8 samples"),
     "quarter size": (
@@ -253,6 +260,23 @@ def test_what_may_come_right_is_let_pass(tmp_path, case):
     callback = NeuralClamping(held_out(), on_error="raise", method="temperature")
     trainer(tmp_path, callback).fit(LET_PASS[case](), held_out())
     assert callback.result is not None
+
+
+def test_a_first_batch_that_is_empty_is_no_empty_set(tmp_path, caplog):
+    callback = NeuralClamping([(X[:0], Y[:0]), (X, Y)], on_error="raise", method="temperature")
+    with caplog.at_level("INFO"):
+        trainer(tmp_path, callback).fit(Net(), held_out())
+    assert "does not try the network before training: the first batch is empty" in caplog.text
+    assert callback.result.n_samples == N
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [(torch.bfloat16, "bf16-true"), (torch.float64, "64-true")])
+def test_weights_of_another_dtype_are_said_to_need_a_precision(tmp_path, dtype, precision):
+    model = Net().to(dtype)
+    with pytest.raises(RuntimeError, match=rf"Its weights are {dtype}: Trainer\(precision='{precision}'\) makes"):
+        calibrate(trainer(tmp_path), model, held_out(), method="temperature")
+    module = calibrate(trainer(tmp_path, precision=precision), model, held_out(), method="temperature")
+    assert module.network.net.conv.weight.dtype == dtype
 
 
 @pytest.mark.filterwarnings("ignore:The network was left as it is")
