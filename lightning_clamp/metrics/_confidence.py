@@ -34,15 +34,6 @@ def _checked(rows: PredictedRows, confidence: Confidence) -> tuple[Tensor, Tenso
     return value, torch.eq(predicted, label)
 
 
-def _addends(rows: PredictedRows, confidence: Confidence) -> Tensor:
-    """What checked rows add to their groups; see :func:`~._binning.addends`."""
-    added = addends(*_of_rows(rows, confidence))
-    if rows.reader.validate_args:
-        rows.mark(added[0])
-        rows.total(added[:2])
-    return added
-
-
 def _of_rows(rows: PredictedRows, confidence: Confidence) -> tuple[Tensor, Tensor, Tensor | bool]:
     """Confidence of rows, ``(m,)``, and two things that are equal where they are right."""
     label: Tensor | bool = True
@@ -89,8 +80,12 @@ class ConfidenceMetric(RowMetric):
 
     def add(self, rows: PredictedRows) -> None:
         """Add rows to the histogram."""
-        added = _addends(rows, self.confidence)
+        added = addends(*_of_rows(rows, self.confidence))
         index = cell_index(added[1], self.n_bins)
+        # As late as can be: an accelerator is waited for.
+        if rows.reader.validate_args:
+            rows.mark(added[0])
+            rows.total(added[:2])
         if self.num_labels is None:
             self.sums.index_add_(1, index, added)
             return

@@ -15,8 +15,8 @@ Average: TypeAlias = Literal["macro", "none"]
 
 # Probabilities at work at once on an accelerator, which takes 16 bytes for each.
 _AT_ONCE_DEVICE = 2**24
-# From how many on they are first added up in copies of the sums, and how many copies of sums of one bin there are: at
-# most 512 probabilities come to one of them, and the copies take 2 MB for 15 bins.
+# From how many on they are first added up in copies of the sums, and how many sums of one bin these have at most: they
+# take 2 MB for 15 bins, and no sum is of more than 1,024 probabilities.
 _SPREAD_FROM = 2**20
 _SPREAD = 2**15
 
@@ -73,7 +73,8 @@ def classwise_calibration_error(
 class ClasswiseCalibrationError(RowMetric):
     """Streaming :func:`classwise_calibration_error`, exact; its state takes 128 KB for C = 1,000.
 
-    That is per bin and class the summed probability less the occurrences, and a row of counts: ``(n_bins + 1, C)``.
+    That is per bin and class the summed probability less the occurrences, and a row of counts: ``(n_bins + 1, C)``. On
+    an accelerator, batches of a million probabilities are first added up by at most 1,024 in the dtype of the preds.
 
     Args:
         num_classes: Number of classes; 2 for ``task="binary"``.
@@ -168,7 +169,7 @@ def _sums_of_many(index: Tensor, gap: Tensor, n_bins: int) -> Tensor:
     the sums. The classes of a bin lie side by side, so that threads side by side add to one piece of memory.
     """
     rows, classes = gap.shape
-    copies = max(1, _SPREAD // classes)
+    copies = _copies(classes)
     rest = rows % copies
     sums = gap.new_zeros(n_bins, copies, classes)
     if rest:
@@ -176,6 +177,11 @@ def _sums_of_many(index: Tensor, gap: Tensor, n_bins: int) -> Tensor:
         index, gap = index[:-rest], gap[:-rest]
     sums.scatter_add_(0, index.view(-1, copies, classes), gap.view(-1, copies, classes))
     return sums.sum(1)
+
+
+def _copies(classes: int) -> int:
+    # A power of two, which divides most numbers of rows.
+    return 1 << max(1, _SPREAD // classes).bit_length() - 1
 
 
 def _error(sums: Tensor, average: Average) -> Tensor:

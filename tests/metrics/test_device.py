@@ -18,7 +18,7 @@ from lightning_clamp.metrics import (
 )
 from lightning_clamp.metrics._binning import _bin_edges, _cell_edges, bin_index, cell_count, cell_index, merged
 from lightning_clamp.metrics._reading import _top_label, _top_label_at_once
-from lightning_clamp.metrics.classwise import _add_all
+from lightning_clamp.metrics.classwise import _AT_ONCE_DEVICE, _add_all, _copies
 from tests.kernels import is_kernel
 from tests.metrics.test_metrics import METRICS, POOLED, make
 from tests.scenarios import calibrated_logits
@@ -251,3 +251,10 @@ def test_class_wise_sums_leave_given_probabilities_alone():
     # Private in torch, and what counts changes in place of a tensor that has no values.
     assert probs._version == 0
     assert probs.zero_()._version == 1
+
+
+@pytest.mark.parametrize("classes", [2, 3, 21, 100, 1000, 20_000, 40_000])
+def test_copies_of_class_wise_sums_are_small_and_of_at_most_1024_rows_each(classes):
+    copies = _copies(classes)
+    assert -(-(_AT_ONCE_DEVICE // classes) // copies) <= 1024
+    assert 4 * 15 * copies * classes <= 2e6 or copies == 1
