@@ -58,6 +58,11 @@ class Positions(NamedTuple):
         """Whether the target has the probability of each label."""
         return self.target.is_floating_point()
 
+    @property
+    def equal_labels(self) -> bool:
+        """Whether the target has labels that all count the same."""
+        return self.keep is None and self.weight is None and not self.soft
+
     def log_probs(self) -> Tensor:
         """Log-probabilities, shape of the logits; finite where a soft target may multiply them by 0."""
         log_probs = F.log_softmax(self.logits, 1)
@@ -155,8 +160,7 @@ class Positions(NamedTuple):
     def reduced_cross_entropy(self, log_probs: Tensor, reduction: Reduction) -> Tensor:
         """Reduce the cross-entropy; in torch's own loss, which is one step, where labels all count the same."""
         # Over positions of their own axes torch's step takes as long as three softmaxes on a GPU.
-        several = self.soft or self.keep is not None or self.weight is not None or log_probs.ndim > 2
-        if several or not self.n_all or reduction == "none":
+        if not self.equal_labels or log_probs.ndim > 2 or not self.n_all or reduction == "none":
             return self.reduced(self.cross_entropy(log_probs), reduction)
         return F.nll_loss(log_probs, self.target, reduction=reduction)
 
