@@ -1,8 +1,8 @@
 """Penalties of logits beyond a margin, as means over the classes, of each position or of all of them.
 
-Known gradients are part of the definition where a term stands still (the stop-gradient of ACLS), and half the passes over
-memory that autograd would make: they are added to that of the cross-entropy, on its way back or in one step with it.
-Comparisons are written into float tensors, which is three times faster than a mask of bools and its use.
+Known gradients are part of the definition where a term stands still (the stop-gradient of ACLS), and half the passes
+over memory that autograd would make: they are added to that of the cross-entropy, on its way back or in one step with
+it. Comparisons are written into float tensors, which is three times faster than a mask of bools and its use.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_clamp.losses._modes import check_first_derivative
+from lightning_clamp.losses._positions import mean_nll
 
 
 class Penalty(NamedTuple):
@@ -52,8 +53,8 @@ def _adaptive_margins(
     return squares.mean() if of_all else squares.mean(1), slope
 
 
-# The penalty of MbLS, negative; of several largest logits the first is pulled down, as in the code. It is flat wherever it
-# has a gradient, so that this may be differentiated again.
+# The penalty of MbLS, negative; of several largest logits the first is pulled down, as in the code. It is flat wherever
+# it has a gradient, so that this may be differentiated again.
 MARGINS = Penalty(_margins, -1.0, None)
 # The penalty of ACLS, as the mean over the classes of weighted squares, in units of the first weight but 0.
 ADAPTIVE_MARGINS = Penalty(_adaptive_margins, 2.0, "acls_loss")
@@ -91,9 +92,7 @@ class _Mean(torch.autograd.Function):
         log_probs = F.log_softmax(logits, 1)
         ctx.save_for_backward(logits, target, log_probs, slope)
         ctx.once, ctx.share = penalty.once, weight * penalty.scale / logits.shape[1]
-        # As in Positions.reduced_cross_entropy.
-        nll = F.nll_loss(log_probs, target, reduction="none").mean() if logits.ndim > 2 else F.nll_loss(log_probs, target)
-        return torch.add(nll, value, alpha=weight)
+        return torch.add(mean_nll(log_probs, target), value, alpha=weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -109,7 +108,7 @@ class _Mean(torch.autograd.Function):
 
 
 def passed(logits: Tensor, of_all: bool, penalty: Penalty, options: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """The logits, of which the cross-entropy is then taken, and the penalty: of each position, ``(N, ...)``, or of all."""
+    """The logits, to take the cross-entropy of, and the penalty of each position, ``(N, ...)``, or of all."""
     logits, value = _Passed.apply(logits, of_all, penalty, *options)
     return logits, value
 

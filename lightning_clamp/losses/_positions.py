@@ -158,11 +158,10 @@ class Positions(NamedTuple):
         return self.kept(values).sum() if reduction == "sum" else self.kept(values).reshape(self.shape)
 
     def reduced_cross_entropy(self, log_probs: Tensor, reduction: Reduction) -> Tensor:
-        """Reduce the cross-entropy; in torch's own loss, which is one step, where labels all count the same."""
-        # Over positions of their own axes torch's step takes as long as three softmaxes on a GPU.
-        if not self.equal_labels or log_probs.ndim > 2 or not self.n_all or reduction == "none":
-            return self.reduced(self.cross_entropy(log_probs), reduction)
-        return F.nll_loss(log_probs, self.target, reduction=reduction)
+        """Reduce the cross-entropy."""
+        if reduction == "mean" and self.equal_labels and self.n_all:
+            return mean_nll(log_probs, self.target)
+        return self.reduced(self.cross_entropy(log_probs), reduction)
 
     def reduced_with(
         self, penalty: Tensor, reduction: Reduction, log_terms: dict[str, Tensor] | None, **named: Tensor
@@ -191,6 +190,14 @@ class Positions(NamedTuple):
 
     def _per_class(self, values: Tensor) -> Tensor:
         return values.reshape(-1, *[1] * (self.logits.ndim - 2))
+
+
+def mean_nll(log_probs: Tensor, target: Tensor) -> Tensor:
+    """Mean of -log p of the labels, of which there is one at least."""
+    # torch's own mean is one step; over dense outputs it takes a GPU twice as long as the two.
+    if log_probs.ndim > 2:
+        return F.nll_loss(log_probs, target, reduction="none").mean()
+    return F.nll_loss(log_probs, target)
 
 
 def as_positions(

@@ -129,8 +129,8 @@ def mmce_loss(
     .. math:: \mathrm{CE} + \frac{\lambda}{B^2} \sum_{ij} (c_i - r_i)(c_j - r_j)\, e^{-|r_i - r_j| / 0.4}
 
     with confidence r and correctness c of each of the B positions that count. The sum over pairs is formed in
-    O(B log B) from the sorted confidences, so that dense batches can be had too; on accelerators from the pairs, where B
-    is at most 2,048. The codes' other version, which weighs right and wrong predictions apart, divides twice by the
+    O(B log B) from the sorted confidences, so that dense batches can be had too; on accelerators from all pairs, where
+    B is at most 2,048. The codes' other version, which weighs right and wrong predictions apart, divides twice by the
     number of pairs; it is left out.
 
     Args:
@@ -172,14 +172,13 @@ def mmce_loss(
     return _with_gap(positions, log_probs, error, positions.n_kept() ** 2 / -2, lambda_, reduction, log_terms)
 
 
-@torch.no_grad()
 def _kernel_sum(log_confidence: Tensor, correct: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
     """Sum of ``w_i w_j exp(-|r_i - r_j| / 0.4)`` over all pairs, w the correctness less the confidence r; over -2.
 
     And its gradient in the logarithm of r: autograd would go through all pairs once more.
 
     Args:
-        log_confidence: Of each position, ``(N, 1, ...)``.
+        log_confidence: Of each position, ``(N, 1, ...)``; without a graph.
         correct: Whether it is right, ``(N, ...)``.
         keep: Whether it counts, ``(N, ...)``; None for all.
     """
