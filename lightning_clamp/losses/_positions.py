@@ -102,13 +102,18 @@ class Positions(NamedTuple):
             return (self.target * (log_probs == top.unsqueeze(1))).sum(1)
         return log_probs.gather(1, self.target.unsqueeze(1)).squeeze(1) == top
 
-    def less_labels(self, totals: Tensor) -> Tensor:
-        """``totals``, ``(C,)``, less how many positions that count have each label, or its probabilities' sum."""
+    def excess(self, probs: Tensor) -> Tensor:
+        """Probability of each class, summed over the positions that count, less how often it is the label, ``(C,)``."""
+        pixels = [*range(2, probs.ndim)]
+        probs = probs if self.keep is None else probs * self.keep.unsqueeze(1)
         if self.soft:
             target = self.target if self.keep is None else self.target * self.keep.unsqueeze(1)
-            return totals - target.sum([0, *range(2, target.ndim)])
-        ones = self.kept(totals.new_ones(()).expand(self.target.shape))
-        return totals.index_add(0, self.target.flatten(), ones.flatten(), alpha=-1)
+            return probs.sum([0, *pixels]) - target.sum([0, *pixels])
+        ones = self.kept(probs.new_full((), -1.0).expand(self.target.shape))
+        if not pixels:
+            return probs.sum(0).index_add(0, self.target, ones)
+        # Each item apart: on a GPU, those that add to one number wait for one another.
+        return probs.sum(pixels).scatter_add(1, self.target.flatten(1), ones.flatten(1)).sum(0)
 
     def kept(self, values: Tensor) -> Tensor:
         """``values``, one for each position, with 0 where a position is ignored."""

@@ -61,10 +61,7 @@ def mdca_loss(
         logits, target, task=task, ignore_index=ignore_index, reduction=reduction, weight=weight, why_hard=""
     )
     log_probs = positions.log_probs()
-    probs = log_probs.exp()
-    if positions.keep is not None:
-        probs = probs * positions.keep.unsqueeze(1)
-    excess = positions.less_labels(probs.sum([0, *range(2, probs.ndim)]))
+    excess = positions.excess(log_probs.exp())
     gap = torch.linalg.vector_norm(excess, 1)
     return _with_gap(positions, log_probs, gap, positions.n_kept() * len(excess), beta, reduction, log_terms)
 

@@ -23,7 +23,7 @@ BEYOND = {
     "focal_loss": 14,
     "label_smoothing_loss": 14,
     "mbls_loss": 13,
-    "mdca_loss": 11,
+    "mdca_loss": 12,
     "mmce_loss": 21,
 }
 
