@@ -78,7 +78,8 @@ def check_between(name: str, value: float, low: float, high: float) -> None:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, Real)
+    # What almost all are is found ten times as fast.
+    return type(value) is float or isinstance(value, Real)
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

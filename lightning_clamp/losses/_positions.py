@@ -58,6 +58,11 @@ class Positions(NamedTuple):
         """Whether the target has the probability of each label."""
         return self.target.is_floating_point()
 
+    @property
+    def equal_labels(self) -> bool:
+        """Whether the target has labels that all count the same."""
+        return self.keep is None and self.weight is None and not self.soft
+
     def log_probs(self) -> Tensor:
         """Log-probabilities, shape of the logits; finite where a soft target may multiply them by 0."""
         log_probs = F.log_softmax(self.logits, 1)
@@ -97,13 +102,18 @@ class Positions(NamedTuple):
             return (self.target * (log_probs == top.unsqueeze(1))).sum(1)
         return log_probs.gather(1, self.target.unsqueeze(1)).squeeze(1) == top
 
-    def less_labels(self, totals: Tensor) -> Tensor:
-        """``totals``, ``(C,)``, less how many positions that count have each label, or its probabilities' sum."""
+    def excess(self, probs: Tensor) -> Tensor:
+        """Probability of each class, summed over the positions that count, less how often it is the label, ``(C,)``."""
+        pixels = [*range(2, probs.ndim)]
+        probs = probs if self.keep is None else probs * self.keep.unsqueeze(1)
         if self.soft:
             target = self.target if self.keep is None else self.target * self.keep.unsqueeze(1)
-            return totals - target.sum([0, *range(2, target.ndim)])
-        ones = self.kept(totals.new_ones(()).expand(self.target.shape))
-        return totals.index_add(0, self.target.flatten(), ones.flatten(), alpha=-1)
+            return probs.sum([0, *pixels]) - target.sum([0, *pixels])
+        ones = self.kept(probs.new_full((), -1.0).expand(self.target.shape))
+        if not pixels:
+            return probs.sum(0).index_add(0, self.target, ones)
+        # Each item apart: on a GPU, those that add to one number wait for one another.
+        return probs.sum(pixels).scatter_add(1, self.target.flatten(1), ones.flatten(1)).sum(0)
 
     def kept(self, values: Tensor) -> Tensor:
         """``values``, one for each position, with 0 where a position is ignored."""
@@ -153,12 +163,10 @@ class Positions(NamedTuple):
         return self.kept(values).sum() if reduction == "sum" else self.kept(values).reshape(self.shape)
 
     def reduced_cross_entropy(self, log_probs: Tensor, reduction: Reduction) -> Tensor:
-        """Reduce the cross-entropy; in torch's own loss, which is one step, where labels all count the same."""
-        # Over positions of their own axes torch's step takes as long as three softmaxes on a GPU.
-        several = self.soft or self.keep is not None or self.weight is not None or log_probs.ndim > 2
-        if several or not self.n_all or reduction == "none":
-            return self.reduced(self.cross_entropy(log_probs), reduction)
-        return F.nll_loss(log_probs, self.target, reduction=reduction)
+        """Reduce the cross-entropy."""
+        if reduction == "mean" and self.equal_labels and self.n_all:
+            return mean_nll(log_probs, self.target)
+        return self.reduced(self.cross_entropy(log_probs), reduction)
 
     def reduced_with(
         self, penalty: Tensor, reduction: Reduction, log_terms: dict[str, Tensor] | None, **named: Tensor
@@ -187,6 +195,14 @@ class Positions(NamedTuple):
 
     def _per_class(self, values: Tensor) -> Tensor:
         return values.reshape(-1, *[1] * (self.logits.ndim - 2))
+
+
+def mean_nll(log_probs: Tensor, target: Tensor) -> Tensor:
+    """Mean of -log p of the labels, of which there is one at least."""
+    # torch's own mean is one step; over dense outputs it takes a GPU twice as long as the two.
+    if log_probs.ndim > 2:
+        return F.nll_loss(log_probs, target, reduction="none").mean()
+    return F.nll_loss(log_probs, target)
 
 
 def as_positions(

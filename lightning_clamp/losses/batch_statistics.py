@@ -17,6 +17,8 @@ from lightning_clamp.losses._positions import Positions, Reduction, as_positions
 
 # Width of MMCE's Laplacian kernel.
 _WIDTH = 0.4
+# Positions whose pairs make a matrix of at most 16 MB.
+_FEW = 2048
 
 
 def mdca_loss(
@@ -59,10 +61,7 @@ def mdca_loss(
         logits, target, task=task, ignore_index=ignore_index, reduction=reduction, weight=weight, why_hard=""
     )
     log_probs = positions.log_probs()
-    probs = log_probs.exp()
-    if positions.keep is not None:
-        probs = probs * positions.keep.unsqueeze(1)
-    excess = positions.less_labels(probs.sum([0, *range(2, probs.ndim)]))
+    excess = positions.excess(log_probs.exp())
     gap = torch.linalg.vector_norm(excess, 1)
     return _with_gap(positions, log_probs, gap, positions.n_kept() * len(excess), beta, reduction, log_terms)
 
@@ -127,8 +126,9 @@ def mmce_loss(
     .. math:: \mathrm{CE} + \frac{\lambda}{B^2} \sum_{ij} (c_i - r_i)(c_j - r_j)\, e^{-|r_i - r_j| / 0.4}
 
     with confidence r and correctness c of each of the B positions that count. The sum over pairs is formed in
-    O(B log B) from the sorted confidences, so that dense batches can be had too. The codes' other version, which weighs
-    right and wrong predictions apart, divides twice by the number of pairs; it is left out.
+    O(B log B) from the sorted confidences, so that dense batches can be had too; on accelerators from all pairs, where
+    B is at most 2,048. The codes' other version, which weighs right and wrong predictions apart, divides twice by the
+    number of pairs; it is left out.
 
     Args:
         logits: Shape ``(N, C)`` or ``(N, C, ...)``, float; for ``task="binary"`` one logit per position.
@@ -169,30 +169,59 @@ def mmce_loss(
     return _with_gap(positions, log_probs, error, positions.n_kept() ** 2 / -2, lambda_, reduction, log_terms)
 
 
-@torch.no_grad()
 def _kernel_sum(log_confidence: Tensor, correct: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
     """Sum of ``w_i w_j exp(-|r_i - r_j| / 0.4)`` over all pairs, w the correctness less the confidence r; over -2.
 
-    And its gradient in the logarithm of r: autograd would sort and sum once more. In sorted order the kernel is a
-    product of one factor of i and one of j, neither of them beyond ``exp(2.5)``.
+    And its gradient in the logarithm of r: autograd would go through all pairs once more.
+
+    Args:
+        log_confidence: Of each position, ``(N, 1, ...)``; without a graph.
+        correct: Whether it is right, ``(N, ...)``.
+        keep: Whether it counts, ``(N, ...)``; None for all.
     """
-    log_sorted, order = log_confidence.flatten().sort()
+    # An accelerator takes its time for the number of steps, and sorting is many; the CPU for what is in them.
+    few = log_confidence.numel() <= _FEW and log_confidence.device.type != "cpu"
+    parts = log_confidence.flatten(), correct.flatten(), None if keep is None else keep.flatten()
+    value, slope = (_over_pairs if few else _over_ranks)(*parts)
+    return value, slope.reshape(log_confidence.shape)
+
+
+def _over_pairs(log_confidence: Tensor, correct: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The kernel sum of few positions, from the matrix of all pairs."""
+    confidence = log_confidence.exp()
+    weight = torch.add(correct, confidence, alpha=-1)
+    if keep is not None:
+        weight = weight * keep
+    ahead = confidence.unsqueeze(1) - confidence
+    # No product of matrices, which autocast would round.
+    shares = torch.pow(math.exp(-1 / _WIDTH), ahead.abs()).mul_(weight)
+    pull = shares.sum(1)
+    value = weight.dot(pull).mul_(-0.5)
+    slope = torch.addcmul(pull, weight, shares.mul_(ahead.sign_()).sum(1), value=1 / _WIDTH).mul_(confidence)
+    return value, slope if keep is None else slope * keep
+
+
+def _over_ranks(log_confidence: Tensor, correct: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The kernel sum of any number of positions, from their order.
+
+    There the kernel is a product of one factor of i and one of j, neither of them beyond ``exp(2.5)``.
+    """
+    log_sorted, order = log_confidence.sort()
     # Sums with changing signs over many positions: float64, which costs nothing beside the softmax.
     confidence = torch.exp(log_sorted, out=torch.empty_like(log_sorted, dtype=torch.float64))
-    weight = torch.add(correct.flatten()[order], confidence, alpha=-1)
+    weight = torch.add(correct[order], confidence, alpha=-1)
     if keep is not None:
-        weight = weight * keep.flatten()[order]
+        weight = weight * keep[order]
     rise = torch.pow(math.exp(1 / _WIDTH), confidence)
     # Of each i: the sum over those up to it, and that over all.
     upto, beyond = (weight * rise).cumsum_(0).div_(rise), (weight / rise).cumsum_(0)
     pull = torch.addcmul(upto, beyond[-1:] - beyond, rise)
-    ahead = torch.sub(pull, upto, alpha=2).add_(weight)
     value = torch.mul(weight.dot(pull), -0.5, out=log_confidence.new_empty(()))
+    ahead = torch.sub(pull, upto, alpha=2).add_(weight)
     slope = pull.addcmul_(weight, ahead, value=-1 / _WIDTH)
-    if keep is not None:
-        slope *= keep.flatten()[order]
     slope = torch.mul(slope, confidence, out=torch.empty_like(log_sorted))
-    return value, torch.empty_like(slope).scatter_(0, order, slope).reshape(log_confidence.shape)
+    slope = torch.empty_like(slope).scatter_(0, order, slope)
+    return value, slope if keep is None else slope * keep
 
 
 def _with_gap(

@@ -43,6 +43,7 @@ class _Loss(nn.Module):
 
     def __post_init__(self) -> None:
         """Refuse options out of range, by a batch of no samples."""
+        self.option_names = tuple(field.name for field in fields(self))
         self(*self.no_samples())
 
     def no_samples(self) -> tuple[Any, ...]:
@@ -51,7 +52,7 @@ class _Loss(nn.Module):
 
     def options(self) -> dict[str, Any]:
         """The options by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: getattr(self, name) for name in self.option_names}
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """The loss of a batch."""

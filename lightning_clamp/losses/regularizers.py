@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from lightning_clamp._checks import check_at_least, check_between, check_choice
 from lightning_clamp._rows import Task
-from lightning_clamp.losses._margins import AdaptiveMargins, Margins, Penalty
+from lightning_clamp.losses._margins import ADAPTIVE_MARGINS, MARGINS, Penalty, passed, penalised_mean
 from lightning_clamp.losses._positions import Positions, Reduction, as_positions
 
 Reference: TypeAlias = Literal["code", "paper"]
@@ -156,7 +156,7 @@ def mbls_loss(
     positions = as_positions(
         logits, target, task=task, ignore_index=ignore_index, reduction=reduction, weight=weight, why_hard=""
     )
-    return _penalised(positions, Margins, (margin,), alpha, -1.0, reduction, log_terms)
+    return _penalised(positions, MARGINS, (margin,), alpha, -1.0, reduction, log_terms)
 
 
 def acls_loss(
@@ -222,12 +222,12 @@ def acls_loss(
     weights = (pos_lambda, neg_lambda / (classes - 1)) if reference == "code" else (pos_lambda / 2, neg_lambda / 2)
     positive, negative = (classes * one for one in weights)
     options = (positive, negative, margin, reference == "paper")
-    return _penalised(positions, AdaptiveMargins, options, alpha, positive or negative, reduction, log_terms)
+    return _penalised(positions, ADAPTIVE_MARGINS, options, alpha, positive or negative, reduction, log_terms)
 
 
 def _penalised(
     positions: Positions,
-    penalty: type[Penalty],
+    penalty: Penalty,
     options: tuple[float, ...],
     alpha: float,
     unit: float,
@@ -236,7 +236,9 @@ def _penalised(
 ) -> Tensor:
     """Cross-entropy plus ``alpha`` times the penalty of the logits, which is given in ``unit``."""
     of_all = reduction == "mean" and positions.keep is None and positions.n_all > 0
-    logits, added = penalty.apply(positions.logits, of_all, *options)
+    if of_all and positions.equal_labels and log_terms is None and not torch.compiler.is_compiling():
+        return penalised_mean(positions.logits, positions.target, alpha * unit, penalty, options)
+    logits, added = passed(positions.logits, of_all, penalty, options)
     positions = positions._replace(logits=logits)
     log_probs = positions.log_probs()
     if log_terms is not None:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from lightning_clamp import losses
 from lightning_clamp.losses import acls_loss, entropy_penalty_loss, mbls_loss, mmce_loss
+from lightning_clamp.losses.batch_statistics import _over_pairs, _over_ranks
 from tests import references as ref
 from tests.scenarios import LOSSES, drawn, every_loss, value_and_gradient
 
@@ -81,6 +82,13 @@ def test_every_loss_notes_the_cross_entropy(loss):
     assert log_terms["cross_entropy"] == pytest.approx(F.cross_entropy(logits, target).item())
 
 
+@every_loss
+@pytest.mark.parametrize("shape", [(8, 5), (2, 5, 3)], ids=["classes", "dense"])
+def test_what_is_noted_changes_nothing(loss, shape):
+    batch = drawn(*shape)
+    torch.testing.assert_close(value_and_gradient(loss, *batch, log_terms={}), value_and_gradient(loss, *batch))
+
+
 DEGENERATE = {
     "mmce": (losses.mmce_loss, {}, 1.0),
     "mdca": (losses.mdca_loss, {}, 1.0),
@@ -114,9 +122,12 @@ def test_gradients_are_those_of_the_values(loss, shape):
     )
 
 
+# Also where all logits are below 0, and no first term is above the margin.
+@pytest.mark.parametrize("shift", [0, -20])
 @pytest.mark.parametrize("reference", ["code", "paper"])
-def test_acls_is_the_derivative_of_its_formula_with_the_stopped_terms_held(reference):
+def test_acls_is_the_derivative_of_its_formula_with_the_stopped_terms_held(reference, shift):
     logits, target = drawn(6, 5)
+    logits += shift
     top, low = logits.amax(1, keepdim=True), logits.amin(1, keepdim=True)
     is_top = logits == top
     half, share = (1.0, 1 / 4) if reference == "code" else (0.5, 1.0)
@@ -275,6 +286,25 @@ def test_mmce_is_its_sum_over_pairs(n):
     kernel = torch.exp(-(confidence[:, None] - confidence[None]).abs() / 0.4)
     expected = F.cross_entropy(logits, target) + 3 * (excess[:, None] * excess[None] * kernel).sum() / n**2
     torch.testing.assert_close(mmce_loss(logits, target, lambda_=3), expected)
+
+
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+@pytest.mark.parametrize("n", [0, 1, 60])
+def test_mmce_by_pairs_is_mmce_by_ranks(n, precision):
+    generator = torch.Generator().manual_seed(n)
+    log_confidence = -2 * torch.rand(n, generator=generator)
+    correct, keep = (torch.rand(n, generator=generator) < part for part in (0.5, 0.8))
+    for kept in (None, keep):
+        with torch.autocast("cpu", precision, enabled=precision is not None):
+            pairs, ranks = (way(log_confidence, correct, kept) for way in (_over_pairs, _over_ranks))
+        torch.testing.assert_close(pairs, ranks)
+
+
+def test_equal_confidences_are_pairs_too():
+    log_confidence, correct = -torch.arange(60.0).remainder(4), torch.arange(60) % 3 == 0
+    pairs, ranks = (way(log_confidence, correct, None) for way in (_over_pairs, _over_ranks))
+    torch.testing.assert_close(pairs[0], ranks[0])
+    assert pairs[1].unique().numel() <= 8
 
 
 LAYOUTS = {
