@@ -11,7 +11,7 @@ from typing import NamedTuple
 # much the damping then changes, and where it begins. And how far for the next to be near certain to help.
 _KEPT, _BROKEN, _TRUSTED = 0.75, 0.25, 0.5
 _FACTOR, _FIRST = 4.0, 0.25
-# By how much a step is made longer, at most, where those before brought more than they promised.
+# By how much a step is made longer, at most, where the one before brought more than it promised.
 _LONGEST = 1.5
 # What is to come after a fall, as a multiple of it: at least (each next fall is a quarter) and at most (two thirds).
 _LEAST_MORE, _MOST_MORE = 1 / 3, 2.0
@@ -34,8 +34,9 @@ class Pace(NamedTuple):
         """After a step that kept such a share of its promise."""
         if kept < _BROKEN:
             return Pace(max(_FIRST, _FACTOR * self.damping))
-        # The parabola through slope and fall has its minimum at 1 / (2 - kept) of the step.
-        length = 1 / max(2 - kept, 1 / _LONGEST)
+        # The parabola through slope and fall has its minimum at 1 / (2 - kept) of the step. One longer step is enough:
+        # nearer to the minimum the curvature is what it is taken for.
+        length = min(1 / max(2 - kept, 1 / _LONGEST), _LONGEST if self.length <= 1 else 1.0)
         return Pace(self.damping / _FACTOR if kept > _KEPT else self.damping, length, kept > _TRUSTED)
 
 

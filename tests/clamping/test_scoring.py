@@ -274,8 +274,9 @@ def test_damping_follows_how_far_a_step_kept_its_promise(damping, kept, expected
 )
 def test_a_step_is_as_long_as_the_last_should_have_been(kept, length):
     """As far as the minimum of the parabola, up to a half more; one that failed is damped instead."""
-    pace = Pace(length=1.3).after(kept)
+    pace = Pace().after(kept)
     assert pace.length == pytest.approx(length)
+    assert pace.after(1.4).length == pytest.approx(1.5 if length <= 1 else 1)
     assert pace.is_sure is (kept > 0.5)
 
 
