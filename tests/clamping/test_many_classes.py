@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_clamp import fit_clamp
 from lightning_clamp.clamping.class_blocks import BlockPath, ClassBlocks
@@ -13,12 +14,27 @@ from lightning_clamp.clamping.moments import logit_moments
 from lightning_clamp.clamping.output_map import map_space
 from lightning_clamp.clamping.paths import WholePath
 from lightning_clamp.clamping.ranks import Ranks
+from lightning_clamp.clamping.score_pass import _square
 from lightning_clamp.clamping.shrinkage import promise, temperature_map
 from lightning_clamp.clamping.temperature import fit_temperature
 from lightning_clamp.clamping.wide_matrix import MatrixBlocks, MatrixPath, vector_space
 from tests.scenarios import batches, rows, sampled, shifted_images
 
 IDENTITY = torch.nn.Identity()
+
+
+class Sent(TorchDispatchMode):
+    """Counts what is copied from the CPU to another device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default:
+            self.count += args[0].device.type == "cpu" != result.device.type
+        return result
 
 
 def distorted(n, classes, seed=0):
@@ -209,3 +225,25 @@ def test_a_grid_starts_from_the_temperature_where_the_map_is_too_large_to_be_fit
     on_grid = {one.output_map: one for one in result.candidates if one.grid}
     assert on_grid.keys() == {"temperature", "vector"}
     assert result.chosen in on_grid.values()
+
+
+@pytest.mark.parametrize("kind", ["bias", "vector", "matrix"])
+def test_nothing_is_sent_to_a_device_once_space_and_values_are_there(kind):
+    _, space, free = at(kind, *distorted(100, 6), seen=torch.arange(6) > 0)
+    logits = torch.empty(50, 6, dtype=torch.float64, device="meta")
+    there = space.beside(logits)
+    assert space.beside(logits) is there
+    assert space.beside(torch.zeros(1, 6)) is space
+    with Sent() as sent:
+        mapped = there.apply(logits, free.to("meta"))
+        there.pull(logits, mapped)
+        there.pull_logits(logits, mapped, free.to("meta"))
+        there.curvature(logits, mapped)
+    assert sent.count == 2  # the values
+
+
+def test_outer_products_are_whole_although_one_half_is_computed(monkeypatch):
+    monkeypatch.setattr("lightning_clamp.clamping.score_pass._PANEL", 4)
+    for count in (1, 4, 11):
+        scores = torch.randn(20, count, generator=torch.Generator().manual_seed(0)).double()
+        torch.testing.assert_close(_square(scores), scores.T @ scores)
