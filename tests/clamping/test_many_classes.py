@@ -8,30 +8,35 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_clamp import fit_clamp
+from lightning_clamp.clamping.beta import beta_space
 from lightning_clamp.clamping.class_blocks import BlockPath, ClassBlocks
 from lightning_clamp.clamping.map_loss import curvature_product, map_derivatives
 from lightning_clamp.clamping.moments import logit_moments
 from lightning_clamp.clamping.output_map import map_space
+from lightning_clamp.clamping.passes import CalibrationSet
 from lightning_clamp.clamping.paths import WholePath
 from lightning_clamp.clamping.ranks import Ranks
 from lightning_clamp.clamping.score_pass import _square
 from lightning_clamp.clamping.shrinkage import promise, temperature_map
+from lightning_clamp.clamping.summary import summarize
 from lightning_clamp.clamping.temperature import fit_temperature
 from lightning_clamp.clamping.wide_matrix import MatrixBlocks, MatrixPath, vector_space
+from lightning_clamp.spec import Spec
 from tests.scenarios import batches, rows, sampled, shifted_images
 
 IDENTITY = torch.nn.Identity()
 
 
 class Sent(TorchDispatchMode):
-    """Counts what is copied from the CPU to another device."""
+    """Counts what is copied from the CPU to another device, and numbers that are read one by one."""
 
     def __init__(self):
         super().__init__()
-        self.count = 0
+        self.count = self.read = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
+        self.read += func is torch.ops.aten._local_scalar_dense.default
         if func is torch.ops.aten._to_copy.default:
             self.count += args[0].device.type == "cpu" != result.device.type
         return result
@@ -242,8 +247,31 @@ def test_nothing_is_sent_to_a_device_once_space_and_values_are_there(kind):
     assert sent.count == 2  # the values
 
 
+def test_nor_where_there_is_a_skew():
+    data, _, _ = at("vector", *distorted(100, 2))
+    space = beta_space(data, logit_moments(data, 2), 1.5)
+    logits = torch.empty(50, 2, dtype=torch.float64, device="meta")
+    there, free = space.beside(logits), space.temperature_only(1.5).to("meta")
+    with Sent() as sent:
+        mapped = there.apply(logits, free)
+        there.pull(logits, mapped)
+        there.curvature(logits, mapped)
+    assert sent.count == 0
+
+
 def test_outer_products_are_whole_although_one_half_is_computed(monkeypatch):
     monkeypatch.setattr("lightning_clamp.clamping.score_pass._PANEL", 4)
     for count in (1, 4, 11):
         scores = torch.randn(20, count, generator=torch.Generator().manual_seed(0)).double()
         torch.testing.assert_close(_square(scores), scores.T @ scores)
+
+
+def test_a_batch_more_of_the_first_look_is_no_number_more_to_wait_for():
+    logits, target = distorted(400, 5)
+    counts = []
+    for size in (200, 50):
+        data = CalibrationSet(IDENTITY, batches(logits, target, size), Spec(), cache_bytes=None)
+        with Sent() as sent:
+            summarize(data)
+        counts.append(sent.read)
+    assert counts[0] == counts[1]
