@@ -190,6 +190,11 @@ def log_softmax(logits: Tensor) -> Tensor:
     return away.sub_(away.exp().sum(1, keepdim=True).log_())
 
 
+def softmax(logits: Tensor) -> Tensor:
+    """Of each row ``(M, C)``, as :func:`log_softmax`."""
+    return log_softmax(logits).exp_() if is_narrow(logits) else logits.softmax(1)
+
+
 def _joined(parts: Sequence[Rows]) -> Rows:
     offsets = accumulate((part.n_items for part in parts), initial=0)
     labels = [part.label for part in parts if part.label is not None]

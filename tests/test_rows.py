@@ -2,7 +2,16 @@ import pytest
 import torch
 
 from lightning_clamp import _rows, fit_clamp
-from lightning_clamp._rows import as_rows, is_dense, item_blocks, merged, row_blocks
+from lightning_clamp._rows import (
+    as_rows,
+    is_dense,
+    item_blocks,
+    log_softmax,
+    merged,
+    merged_batches,
+    row_blocks,
+    softmax,
+)
 from lightning_clamp.losses import focal_loss
 from lightning_clamp.metrics import NegativeLogLikelihood, class_margin, negative_log_likelihood
 from tests.scenarios import calibrated_logits
@@ -241,3 +250,26 @@ def test_blocks_of_whole_items_say_which_label_each_row_is(monkeypatch):
     blocks = list(merged([whole]))
     assert len(blocks) > 1
     assert torch.equal(torch.cat([block.label for block in blocks]), torch.arange(3).repeat(7))
+
+
+@pytest.mark.parametrize("n_classes", [2, 10, 40])
+def test_a_softmax_is_the_same_whether_rows_or_columns_lie_together(n_classes):
+    logits = 50 * torch.randn(300, n_classes, generator=torch.Generator().manual_seed(0)).double()
+    logits[::7, 0] = -torch.inf
+    (rows,) = merged([as_rows(logits, torch.zeros(300, dtype=torch.long)).doubled()])
+    assert rows.logits.stride() == ((1, 300) if n_classes < 40 else (n_classes, 1))
+    torch.testing.assert_close(log_softmax(rows.logits).exp(), logits.softmax(1))
+    torch.testing.assert_close(softmax(rows.logits), logits.softmax(1))
+    assert bool(log_softmax(rows.logits).isfinite().all())
+
+
+def test_batches_are_joined_up_to_a_block_and_not_across_layouts(monkeypatch):
+    monkeypatch.setattr(_rows, "_BLOCK_ELEMENTS", 60)
+    sizes = [(4, 3), (4, 3), (12, 3), (4, 3), (4, 3, 2), (4, 3, 2), (30, 3), (1, 3)]
+    batches = [(torch.full(size, float(k)), torch.full((size[0], *size[2:]), k)) for k, size in enumerate(sizes)]
+    joined = list(merged_batches(batches))
+    assert [tuple(logits.shape) for logits, _ in joined] == [(20, 3), (4, 3), (8, 3, 2), (30, 3), (1, 3)]
+    for part in (0, 1):
+        values = [batch[part].flatten() for batch in batches]
+        torch.testing.assert_close(torch.cat([batch[part].flatten() for batch in joined]), torch.cat(values))
+    assert [len(target) for _, target in joined] == [len(logits) for logits, _ in joined]

@@ -19,9 +19,6 @@ from lightning_clamp.clamping.moments import LogitMoments
 from lightning_clamp.clamping.output_map import MapSpace
 from lightning_clamp.clamping.passes import RowSource, summed
 
-# Of what is added to the log-odds, the classes' logits get one half each.
-_HALVES = torch.tensor([-0.5, 0.5], dtype=torch.float64)
-
 
 @dataclass(frozen=True)
 class BetaSpace(MapSpace):
@@ -64,33 +61,33 @@ class BetaSpace(MapSpace):
 
     def offset(self, free: Tensor) -> Tensor:
         """What is added to every row, ``(2,)``."""
-        return super().offset(free) - self.middle * self.skew(free) * _HALVES
+        return super().offset(free) - self.middle * self.skew(free) * _halves(free)
 
     def apply(self, logits: Tensor, free: Tensor, label: Tensor | None = None) -> Tensor:
         """The mapped logits of rows ``(M, 2)``."""
         free = free.to(logits)
         own, bias = self.deviations(free)
         mapped = torch.addcmul(bias - own * self.centre.to(logits), logits, own + free[-1])
-        mapped.addcmul_(self.skewness(logits)[:, None], self.skew(free) * _HALVES.to(logits))
+        mapped.addcmul_(self.skewness(logits)[:, None], self.skew(free) * _halves(logits))
         return mapped.where(logits > MASKED, logits) if self.masked else mapped
 
     def pull(self, logits: Tensor, slopes: Tensor, label: Tensor | None = None) -> Tensor:
         """Derivatives in the free parameters, ``(q,)``, from those in the mapped logits, ``(M, 2)``, over all rows."""
-        none, skew = slopes.new_zeros(2), (slopes @ _HALVES.to(slopes)) @ self.skewness(logits)
+        none, skew = slopes.new_zeros(2), (slopes @ _halves(slopes)) @ self.skewness(logits)
         return self._of_seen(torch.cat([none, skew[None], slopes.sum(0), (slopes * logits).sum()[None]]))
 
     def curvature(
         self, logits: Tensor, probs: Tensor, weight: Tensor | None = None, label: Tensor | None = None
     ) -> Tensor:
         """Curvature of the summed loss of rows ``(M, 2)``, ``(q, q)``, each counted ``weight`` ``(M, 1)`` times."""
-        columns = self._columns(logits, (2 * _HALVES).to(logits).expand_as(logits))
+        columns = self._columns(logits, (2 * _halves(logits)).expand_as(logits))
         variance = probs[:, :1] * probs[:, 1:]
         total = columns.T @ (columns * (variance if weight is None else variance * weight))
         return self._of_seen(self._of_seen(total).T)
 
     def _columns(self, logits: Tensor, slopes: Tensor) -> Tensor:
         """Each row's derivatives in the free parameters, ``(M, q)``."""
-        skew = (slopes @ _HALVES.to(slopes)) * self.skewness(logits)
+        skew = (slopes @ _halves(slopes)) * self.skewness(logits)
         common = (slopes * logits).sum(1, keepdim=True)
         return torch.cat([torch.zeros_like(slopes), skew[:, None], slopes, common], 1)
 
@@ -99,6 +96,11 @@ class BetaSpace(MapSpace):
         if self.seen is None:
             return values
         return torch.cat([torch.zeros_like(values[..., :-1]), values[..., -1:]], -1)
+
+
+def _halves(like: Tensor) -> Tensor:
+    """Of what is added to the log-odds, the classes' logits get one half each; made on the device, not sent there."""
+    return torch.linspace(-0.5, 0.5, 2, dtype=like.dtype, device=like.device)
 
 
 def _log_probs(logits: Tensor, temperature: float) -> Tensor:

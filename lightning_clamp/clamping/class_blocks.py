@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_clamp._rows import Rows
+from lightning_clamp._rows import Rows, log_softmax
 from lightning_clamp.clamping.descent import Inverse
 from lightning_clamp.clamping.map_loss import curvature_product, errors
 from lightning_clamp.clamping.output_map import MapSpace
@@ -33,7 +33,7 @@ class ClassBlocks:
 
     def __init__(self, rows: RowSource, space: MapSpace, free: Tensor) -> None:
         def batch_sums(batch: Rows) -> tuple[Tensor, ...]:
-            log_probs = space.apply(batch.logits, free).log_softmax(1)
+            log_probs = log_softmax(space.beside(batch.logits).apply(batch.logits, free))
             _, weight = space.loss_of_label(log_probs, batch.target)
             return _blocks(space, batch.logits, log_probs.exp_(), weight)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_clamp._rows import MASKED, Rows
+from lightning_clamp._rows import MASKED, Rows, softmax
 from lightning_clamp.clamping.moments import NOT_BY_CHANCE, LogitMoments
 from lightning_clamp.clamping.output_map import MapSpace, OutputMap
 from lightning_clamp.clamping.passes import RowSource, summed
@@ -168,7 +168,7 @@ class LabelSpace(MapSpace):
 
     def blocks(self, rows: Rows, free: Tensor) -> Tensor:
         """Curvature of the summed loss in each label's offset and factor of z, ``(K, 2, 2)``."""
-        return self._blocks(rows.logits, self.apply(rows.logits, free, rows.label).softmax(1), rows.label)
+        return self._blocks(rows.logits, softmax(self.apply(rows.logits, free, rows.label)), rows.label)
 
     def curvature(
         self, logits: Tensor, probs: Tensor, weight: Tensor | None = None, label: Tensor | None = None

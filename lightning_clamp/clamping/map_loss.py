@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_clamp._rows import Rows, log_softmax
+from lightning_clamp._rows import Rows, log_softmax, softmax
 from lightning_clamp.clamping.newton import LossDerivatives
 from lightning_clamp.clamping.output_map import MapSpace, temperature_space
 from lightning_clamp.clamping.passes import RowSource, summed
@@ -92,9 +92,9 @@ def curvature_product(rows: RowSource, space: MapSpace, free: Tensor, direction:
 
     def batch_sums(batch: Rows) -> tuple[Tensor, ...]:
         here = space.beside(batch.logits)
-        probs = log_softmax(here.apply(batch.logits, free)).exp_()
-        turned = probs * here.apply(batch.logits, direction)
-        return (here.pull(batch.logits, turned.sub_(probs * turned.sum(1, keepdim=True))),)
+        probs = softmax(here.apply(batch.logits, free))
+        turned = here.apply(batch.logits, direction).mul_(probs)
+        return (here.pull(batch.logits, turned.addcmul_(probs, turned.sum(1, keepdim=True), value=-1)),)
 
     return summed((batch_sums(batch) for batch in rows), [(len(free),)], rows.ranks)[0]
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_clamp._rows import MASKED, Rows
+from lightning_clamp._rows import MASKED, Rows, softmax
 from lightning_clamp.clamping.passes import RowSource, summed
 
 # Fewer samples of a class say next to nothing of it, where the network expects this many times as many.
@@ -104,7 +104,7 @@ def logit_moments(rows: RowSource, n_classes: int, temperature: float = 1.0, rep
     def first_sums(batch: Rows) -> tuple[Tensor, ...]:
         present = batch.logits > MASKED
         counts = torch.bincount(batch.target, minlength=n_classes)
-        expected = (batch.logits / temperature).softmax(1).sum(0)
+        expected = softmax(batch.logits / temperature).sum(0)
         return (batch.logits * present).sum(0), present.sum(0), counts, expected
 
     def square_sums(batch: Rows) -> tuple[Tensor, ...]:

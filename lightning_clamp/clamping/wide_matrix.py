@@ -13,12 +13,12 @@ Reference:
 
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
-from lightning_clamp._rows import Rows
+from lightning_clamp._rows import Rows, log_softmax
 from lightning_clamp.clamping.descent import Inverse
 from lightning_clamp.clamping.map_loss import curvature_product
 from lightning_clamp.clamping.newton import LossDerivatives
@@ -43,32 +43,43 @@ class MatrixBlocks:
     patience = 10
 
     def __init__(self, rows: RowSource, space: MapSpace, free: Tensor) -> None:
-        classes = space.n_classes
-        self.space, self.vector_space = space, _vector_space(space)
+        self.rows, self.space, self.free = rows, space, free
         self.charge = float(space.weight[1])
-        shapes = [2 * (2 * classes + 1,), *3 * [(classes, classes)]]
-        curvature, outputs, inputs, border = summed((self._factors(batch, free) for batch in rows), shapes, rows.ranks)
-        self.vector = WholePath(LossDerivatives(curvature[0], curvature, curvature), self.vector_space.weight)
+        shapes = [*3 * [2 * (space.n_classes,)], ()]
+        outputs, inputs, border, corner = summed((self._factors(batch, free) for batch in rows), shapes, rows.ranks)
         self.left, self.right = (torch.linalg.eigh(factor)[1] for factor in (outputs, inputs))
-        (values,) = summed((self._diagonal(batch, free) for batch in rows), shapes[1:2], rows.ranks)
+        (values,) = summed((self._diagonal(batch, free) for batch in rows), shapes[:1], rows.ranks)
         border = self.left.T @ border @ self.right
-        self.values = ((values - border**2 / curvature[-1, -1]) / self.charge).clamp_min(0.0)
+        self.values = ((values - border**2 / corner) / self.charge).clamp_min(0.0)
+
+    @cached_property
+    def vector(self) -> WholePath:
+        """The curvature in what a vector map has."""
+        space = vector_space(self.space)
+
+        def batch_sums(batch: Rows) -> tuple[Tensor]:
+            probs, weight, _ = self._weighted(batch, self.free)
+            return (space.beside(batch.logits).curvature(batch.logits, probs, weight),)
+
+        (whole,) = summed((batch_sums(batch) for batch in self.rows), [2 * (len(space.weight),)], self.rows.ranks)
+        return WholePath(LossDerivatives(whole[0], whole, whole), space.weight)
 
     def _weighted(self, batch: Rows, free: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Probabilities, how much each row counts, and logits about their means."""
-        log_probs = self.space.apply(batch.logits, free).log_softmax(1)
-        _, weight = self.space.loss_of_label(log_probs, batch.target)
+        space = self.space.beside(batch.logits)
+        log_probs = log_softmax(space.apply(batch.logits, free))
+        _, weight = space.loss_of_label(log_probs, batch.target)
         probs = log_probs.exp_()
         weight = torch.ones_like(probs[:, :1]) if weight is None else weight
-        return probs, weight, batch.logits - self.space.centre.to(probs)
+        return probs, weight, batch.logits - space.centre
 
     def _factors(self, batch: Rows, free: Tensor) -> tuple[Tensor, ...]:
         probs, weight, centred = self._weighted(batch, free)
-        curvature = self.vector_space.curvature(batch.logits, probs, weight)
         far = probs * (weight * (centred**2).sum(1, keepdim=True))
         spread = centred * (weight * (1 - (probs**2).sum(1, keepdim=True)))
         common = weight * probs * (batch.logits - (probs * batch.logits).sum(1, keepdim=True))
-        return curvature, far.sum(0).diag() - far.T @ probs, spread.T @ centred, common.T @ centred
+        corner = (common * batch.logits).sum()
+        return far.sum(0).diag() - far.T @ probs, spread.T @ centred, common.T @ centred, corner
 
     def _diagonal(self, batch: Rows, free: Tensor) -> tuple[Tensor]:
         probs, weight, centred = self._weighted(batch, free)
@@ -142,7 +153,7 @@ class MatrixPath(MatrixBlocks):
         return Probe(values, along**2, *quadrature(product, signs, _STEPS))
 
 
-def _vector_space(space: MapSpace) -> MapSpace:
+def vector_space(space: MapSpace) -> MapSpace:
     """What of the parameters a vector map has too, charged as they are."""
     own = space.weight[: space.n_classes**2].reshape(space.n_classes, -1).diagonal()
     return replace(space, kind="vector", weight=torch.cat([own, space.weight[space.n_classes**2 :]]))

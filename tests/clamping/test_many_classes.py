@@ -5,20 +5,41 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_clamp import fit_clamp
+from lightning_clamp.clamping.beta import beta_space
 from lightning_clamp.clamping.class_blocks import BlockPath, ClassBlocks
 from lightning_clamp.clamping.map_loss import curvature_product, map_derivatives
 from lightning_clamp.clamping.moments import logit_moments
 from lightning_clamp.clamping.output_map import map_space
+from lightning_clamp.clamping.passes import CalibrationSet
 from lightning_clamp.clamping.paths import WholePath
 from lightning_clamp.clamping.ranks import Ranks
+from lightning_clamp.clamping.score_pass import _square
 from lightning_clamp.clamping.shrinkage import promise, temperature_map
+from lightning_clamp.clamping.summary import summarize
 from lightning_clamp.clamping.temperature import fit_temperature
-from lightning_clamp.clamping.wide_matrix import MatrixBlocks, MatrixPath
+from lightning_clamp.clamping.wide_matrix import MatrixBlocks, MatrixPath, vector_space
+from lightning_clamp.spec import Spec
 from tests.scenarios import batches, rows, sampled, shifted_images
 
 IDENTITY = torch.nn.Identity()
+
+
+class Sent(TorchDispatchMode):
+    """Counts what is copied from the CPU to another device, and numbers that are read one by one."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = self.read = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.read += func is torch.ops.aten._local_scalar_dense.default
+        if func is torch.ops.aten._to_copy.default:
+            self.count += args[0].device.type == "cpu" != result.device.type
+        return result
 
 
 def distorted(n, classes, seed=0):
@@ -105,7 +126,7 @@ def test_a_matrix_has_the_curvature_of_the_vector_and_the_diagonal_of_the_rest(s
     whole = map_derivatives(data, space, free, dense=False).curvature
     blocks = MatrixBlocks(data, space, free)
     vector = torch.cat([7 * torch.arange(6), torch.arange(36, 43)])
-    known = WholePath(map_derivatives(data, blocks.vector_space, free[vector], dense=False), space.weight[vector])
+    known = WholePath(map_derivatives(data, vector_space(space), free[vector], dense=False), space.weight[vector])
     torch.testing.assert_close(blocks.vector.effective_parameters(3.0), known.effective_parameters(3.0))
     basis = torch.kron(blocks.left, blocks.right)
     profiled = whole[:36, :36] - torch.outer(whole[:36, -1], whole[-1, :36]) / whole[-1, -1]
@@ -209,3 +230,48 @@ def test_a_grid_starts_from_the_temperature_where_the_map_is_too_large_to_be_fit
     on_grid = {one.output_map: one for one in result.candidates if one.grid}
     assert on_grid.keys() == {"temperature", "vector"}
     assert result.chosen in on_grid.values()
+
+
+@pytest.mark.parametrize("kind", ["bias", "vector", "matrix"])
+def test_nothing_is_sent_to_a_device_once_space_and_values_are_there(kind):
+    _, space, free = at(kind, *distorted(100, 6), seen=torch.arange(6) > 0)
+    logits = torch.empty(50, 6, dtype=torch.float64, device="meta")
+    there = space.beside(logits)
+    assert space.beside(logits) is there
+    assert space.beside(torch.zeros(1, 6)) is space
+    with Sent() as sent:
+        mapped = there.apply(logits, free.to("meta"))
+        there.pull(logits, mapped)
+        there.pull_logits(logits, mapped, free.to("meta"))
+        there.curvature(logits, mapped)
+    assert sent.count == 2  # the values
+
+
+def test_nor_where_there_is_a_skew():
+    data, _, _ = at("vector", *distorted(100, 2))
+    space = beta_space(data, logit_moments(data, 2), 1.5)
+    logits = torch.empty(50, 2, dtype=torch.float64, device="meta")
+    there, free = space.beside(logits), space.temperature_only(1.5).to("meta")
+    with Sent() as sent:
+        mapped = there.apply(logits, free)
+        there.pull(logits, mapped)
+        there.curvature(logits, mapped)
+    assert sent.count == 0
+
+
+def test_outer_products_are_whole_although_one_half_is_computed(monkeypatch):
+    monkeypatch.setattr("lightning_clamp.clamping.score_pass._PANEL", 4)
+    for count in (1, 4, 11):
+        scores = torch.randn(20, count, generator=torch.Generator().manual_seed(0)).double()
+        torch.testing.assert_close(_square(scores), scores.T @ scores)
+
+
+def test_a_batch_more_of_the_first_look_is_no_number_more_to_wait_for():
+    logits, target = distorted(400, 5)
+    counts = []
+    for size in (200, 50):
+        data = CalibrationSet(IDENTITY, batches(logits, target, size), Spec(), cache_bytes=None)
+        with Sent() as sent:
+            summarize(data)
+        counts.append(sent.read)
+    assert counts[0] == counts[1]

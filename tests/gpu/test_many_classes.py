@@ -37,3 +37,15 @@ def test_scales_and_biases_of_a_thousand_classes_are_fitted_there():
     torch.testing.assert_close(there.clamp.class_bias.cpu(), expected.clamp.class_bias, rtol=0, atol=1e-2)
     # Beside vectors of the classes, the sums of the metrics, which are of one size for all data.
     assert 0 < max(copies.sizes) < 100_000
+
+
+def test_a_wide_matrix_is_that_of_the_cpu():
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(2000, 40, generator=generator)
+    target = sampled(logits.double() + 0.7 * logits.double().roll(1, 1), 1)
+    expected = fit_clamp(torch.nn.Identity(), [(logits, target)], grids=())
+    batches = list(zip(logits.cuda().split(300), target.cuda().split(300), strict=True))
+    there = fit_clamp(torch.nn.Identity(), batches, grids=())
+    assert there.chosen.output_map == expected.chosen.output_map == "matrix"
+    assert there.chosen.criterion == pytest.approx(expected.chosen.criterion, abs=1e-6)
+    torch.testing.assert_close(there.clamp.class_matrix.cpu(), expected.clamp.class_matrix, rtol=0, atol=1e-4)
