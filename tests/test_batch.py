@@ -160,7 +160,7 @@ def test_logits_are_found_and_replaced_in_a_copy(output):
 
 def test_logits_of_several_heads_are_said_to_be_no_tensor():
     with pytest.raises(
-        TypeError, match="`.logits`, got logits that are a dict of a, b: let its forward return the log"
+        TypeError, match=r"`\.logits`, got logits that are a dict of a, b: let its forward return the log"
     ):
         logits_of({"logits": {"a": X, "b": X}})
 
