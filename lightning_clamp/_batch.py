@@ -217,9 +217,10 @@ def logits_of(output: Any) -> Tensor:
     elif not isinstance(output, Tensor):
         logits = getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
+        got = _described(output) if logits is None else f"logits that are a {_described(logits)}"
         raise TypeError(
-            f"The network must return a tensor of logits, or have them as `.logits`, got {_described(output)}: let its "
-            "forward return the logits alone, or all in a dict, {'logits': logits, ...}."
+            f"The network must return a tensor of logits, or have them as `.logits`, got {got}: let its forward return "
+            "the logits alone, or all in a dict, {'logits': logits, ...}."
         )
     return logits
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_clamp._checks import OptionError
+from lightning_clamp._misfits import kind_of, of_each_class, to_axis_1, way_out
 
 Task: TypeAlias = Literal["multiclass", "binary", "multilabel"]
 TASKS: tuple[Task, ...] = ("multiclass", "binary", "multilabel")
@@ -239,11 +240,11 @@ def checked_target(logits: Tensor, target: Tensor, task: Task) -> Tensor:
     """
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         raise TypeError(
-            f"The network must return one float tensor of logits, got {_kind(logits)}: the numbers before the softmax "
-            "or argmax are wanted."
+            f"The network must return one float tensor of logits, got {kind_of(logits)}: the numbers before the "
+            "softmax or argmax are wanted."
         )
     if not isinstance(target, Tensor):
-        raise TypeError(f"The target must be a tensor, got {_kind(target)}.")
+        raise TypeError(f"The target must be a tensor, got {kind_of(target)}.")
     if task == "binary":
         _check_binary(logits, target)
         return target
@@ -265,7 +266,7 @@ def unclear_axis(logits: Tensor, target: Tensor) -> str:
     """What there is to say where :func:`class_axis_is_unclear` holds for every batch."""
     return (
         f"Logits of shape {tuple(logits.shape)} and a target of shape {tuple(target.shape)} fit together in two ways, "
-        f"with the classes on axis 1 or on the last: return logits.{_to_axis_1(logits)} if they are on the last, and "
+        f"with the classes on axis 1 or on the last: return logits.{to_axis_1(logits)} if they are on the last, and "
         "give the target that axis, target.unsqueeze(1), to say that they are on axis 1."
     )
 
@@ -336,49 +337,20 @@ def _class_indices(logits: Tensor, target: Tensor) -> Tensor:
             'say task="binary" for a one-logit (sigmoid) head.'
         )
     if logits.shape == target.shape:
-        raise OptionError(f"The target has the shape of the logits, {tuple(target.shape)}: {_of_each_class(target)}.")
+        raise OptionError(f"The target has the shape of the logits, {tuple(target.shape)}: {of_each_class(target)}.")
     wanted = logits.shape[:1] + logits.shape[2:]
     if target.ndim == logits.ndim and target.shape[1] == 1:
         target = target.squeeze(1)
     if target.shape != wanted:
         raise ValueError(
             f"Logits of shape {tuple(logits.shape)} (class axis 1) need a target of shape {tuple(wanted)}, got "
-            f"{tuple(target.shape)}{_way_out(logits, target)}."
+            f"{tuple(target.shape)}{way_out(logits, target)}."
         )
     if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
         whole = target.is_complex() or target.dtype == torch.bool or bool((target == target.round()).all())
-        way_out = "; use target.long()" if whole else " between whole numbers: only a classifier can be calibrated"
-        raise TypeError(f"The target must hold class indices as int64, got {target.dtype}{way_out}.")
+        remedy = "; use target.long()" if whole else " between whole numbers: only a classifier can be calibrated"
+        raise TypeError(f"The target must hold class indices as int64, got {target.dtype}{remedy}.")
     return target
-
-
-def _of_each_class(target: Tensor) -> str:
-    """What to do about a target that has a value for each class."""
-    several = 'for several labels per item, each yes or no, say task="multilabel"'
-    if bool((target.double().sum(1) > 1).any()):
-        return several
-    return f"of one-hot labels pass the class indices, target.argmax(1); {several}"
-
-
-def _way_out(logits: Tensor, target: Tensor) -> str:
-    """What would make the shapes fit, as far as they tell."""
-    items, classes, *places = logits.shape
-    shape = list(target.shape)
-    if shape == [items, *places, 1]:
-        return ": use target.squeeze(-1)"
-    if shape == [items, *places, classes]:
-        return ": of one-hot labels pass the class indices, target.argmax(-1)"
-    if shape in ([*logits.shape[:-1]], [*logits.shape[:-1], 1]) and places:
-        return f": where the classes are on the last axis, return logits.{_to_axis_1(logits)}"
-    if shape == [items] and set(places) == {1}:
-        return ": return logits.flatten(1)"
-    if len(places) > 1 and len(shape) == 1 + len(places) and shape[0] == items:
-        return f": return logits of its size, torch.nn.functional.interpolate(logits, {tuple(shape[1:])})"
-    return ""
-
-
-def _to_axis_1(logits: Tensor) -> str:
-    return "transpose(1, 2)" if logits.ndim == 3 else "movedim(-1, 1)"
 
 
 def _check_binary(logits: Tensor, target: Tensor) -> None:
@@ -412,7 +384,3 @@ def _check_multilabel(logits: Tensor, target: Tensor) -> None:
 def _without_unit_axis(tensor: Tensor) -> torch.Size:
     shape = tensor.shape
     return shape[:1] + shape[2:] if len(shape) > 1 and shape[1] == 1 else shape
-
-
-def _kind(value: object) -> str:
-    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__

@@ -156,6 +156,7 @@ class NeuralClamping(Callback):
                 "CalibrationModule.from_result(model, callback.result)."
             )
         result = self._result
+        self._steps.stop()
         with nullcontext() if self._hooks is None else self._hooks.off():
             network = independent_copy(self._module)
         belongs = fingerprint(network) == result.fingerprint
@@ -278,12 +279,6 @@ class NeuralClamping(Callback):
         with kept_loaders(loaders_of(source.loader)):
             return CalibrationBatches(source, trainer, pl_module, ranks_of(trainer), spec)
 
-    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Look once in a fit at what validation_step does to its input."""
-        if trainer.state.fn == "fit" and not self._steps_seen:
-            self._steps_seen = True
-            self._steps.start(pl_module)
-
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
@@ -293,6 +288,7 @@ class NeuralClamping(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Calibrate, report and save; a failure is reported and never loses the finished training."""
         self._ended = True
+        self._steps.stop()
         self._result = self._path = None
         with (
             self._reported(),
@@ -340,7 +336,6 @@ class NeuralClamping(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook behind, and say that an interrupted training was not calibrated."""
         self._remove_hooks()
-        self._steps.stop()
         begun = self._first_step is not None and trainer.global_step > self._first_step
         if trainer.state.fn == "fit" and begun and not self._done:
             rank_zero_info(
@@ -367,7 +362,13 @@ class NeuralClamping(Callback):
         self._install_hooks(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say that a validation is of the model without its clamp, where one would be expected."""
+        """Say that a validation is of the model without its clamp, where one would be expected.
+
+        In a fit look at what validation_step does to its input, once.
+        """
+        if trainer.state.fn == "fit" and not self._steps_seen:
+            self._steps_seen = True
+            self._steps.start(pl_module)
         if trainer.state.fn != "validate" or self.result is None or self.result.clamp.is_identity:
             return
         if pl_module is self._module or self._belongs(trainer, fingerprint(pl_module)):
@@ -401,6 +402,7 @@ class NeuralClamping(Callback):
         elif not self._result.clamp.is_identity:
             clamp = copy.deepcopy(self._result.clamp).to(pl_module.device)
             self._hooks = ClampHooks(pl_module, clamp, self._result.spec, lambda: fingerprint(pl_module) == seen)
+            self._steps.start(pl_module)
 
     def _is_made_anew_by(self, module: LightningModule) -> bool:
         """Whether a module's configure_callbacks makes another one in every run, and so made this one."""
@@ -414,23 +416,10 @@ class NeuralClamping(Callback):
         return bool(trainer.strategy.broadcast(own))
 
     def _remove_hooks(self) -> None:
+        self._steps.stop()
         if self._hooks is not None:
             self._hooks.remove()
             self._hooks = None
-
-    def on_test_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, *_: Any
-    ) -> None:
-        """Look at what test_step does to its input."""
-        if self._hooks is not None and batch_idx == 0:
-            self._steps.start(pl_module)
-
-    def on_predict_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, *_: Any
-    ) -> None:
-        """Look at what predict_step does to its input."""
-        if self._hooks is not None and batch_idx == 0:
-            self._steps.start(pl_module)
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any

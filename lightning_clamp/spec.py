@@ -158,7 +158,8 @@ class Spec:
         if self.task == "multilabel":
             check_labels_axis(logits)
         if not self.sigmoid and (logits.ndim < 2 or logits.shape[1] == 1):
+            no_batch = ", and a single input needs the axis of the batch, x[None]" if logits.ndim == 1 else ""
             raise ValueError(
                 f"The network returns logits of shape {tuple(logits.shape)}: for a one-logit (sigmoid) head say "
-                'task="binary"; task="multiclass" needs one logit per class on axis 1.'
+                f'task="binary"; task="multiclass" needs one logit per class on axis 1{no_batch}.'
             )

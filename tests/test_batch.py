@@ -158,6 +158,13 @@ def test_logits_are_found_and_replaced_in_a_copy(output):
     assert logits_of(output) is X
 
 
+def test_logits_of_several_heads_are_said_to_be_no_tensor():
+    with pytest.raises(
+        TypeError, match=r"`\.logits`, got logits that are a dict of a, b: let its forward return the log"
+    ):
+        logits_of({"logits": {"a": X, "b": X}})
+
+
 class DictData(Dataset):
     """The same images and labels as dicts, with an index on top."""
 

@@ -23,7 +23,7 @@ from lightning_clamp.checkpoint import (
     sealed,
     state_of_result,
 )
-from lightning_clamp.cli import load_weights
+from lightning_clamp.cli.files import load_weights
 from lightning_clamp.restore import load_calibrated
 from lightning_clamp.spec import Spec
 from tests.scenarios import (

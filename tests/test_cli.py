@@ -17,11 +17,12 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 
 import lightning_clamp
-from lightning_clamp import CalibrationModule, NeuralClamping, calibrate, cli
+from lightning_clamp import CalibrationModule, NeuralClamping, calibrate
 from lightning_clamp._digest import fingerprint
 from lightning_clamp.checkpoint import read_result
 from lightning_clamp.clamping.options import ClampOptions, PublishedOptions, make_plan, names_of
-from lightning_clamp.cli import ClampCLI, main
+from lightning_clamp.cli import main
+from lightning_clamp.cli.command import ClampCLI
 from lightning_clamp.spec import Spec
 from tests.scenarios import LitClassifier, Validating, loader
 
@@ -149,7 +150,9 @@ def test_calibrate_does_what_the_function_does(checkpoint, here):
 def recorded(monkeypatch):
     """What the command passes to `calibrate`, which is not run."""
     seen = []
-    monkeypatch.setattr(cli, "calibrate_by_plan", lambda *given, **options: seen.append((*given, options)))
+    monkeypatch.setattr(
+        "lightning_clamp.cli.trainer.calibrate_by_plan", lambda *given, **options: seen.append((*given, options))
+    )
     return seen
 
 
@@ -447,7 +450,7 @@ def test_who_errs_is_told_so_in_a_sentence(args, sentence, here, capsys):
 
 
 def test_without_jsonargparse_one_is_told_how_to_get_it(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "RequirementCache", lambda _: False)
+    monkeypatch.setattr("lightning_clamp.cli.command.RequirementCache", lambda _: False)
     with pytest.raises(SystemExit) as ended:
         main(["report", "x.ckpt"])
     assert ended.value.code == 2

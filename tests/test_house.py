@@ -23,7 +23,7 @@ FILES = {
 }
 # From the ground floor up: a room may ask those before it, and those beside it in the same wing.
 FLOORS = (
-    ("_checks", "_lazy"),
+    ("_checks", "_lazy", "_misfits"),
     ("_rows", "_batch"),
     ("_views",),
     ("spec",),

@@ -123,6 +123,13 @@ def test_one_logit_is_not_taken_for_a_softmax(shape):
             call(x)
 
 
+def test_one_input_without_the_axis_of_the_batch_is_told_how_to_get_it():
+    module, x = CalibrationModule(nn.Linear(3, 2), Clamp()), torch.randn(3)
+    with pytest.raises(ValueError, match=r"a single input needs the axis of the batch, x\[None\]"):
+        module(x)
+    assert module(x[None]).shape == (1, 2)
+
+
 def test_a_calibrated_file_is_loaded_with_the_network_s_class():
     with pytest.raises(TypeError, match=r"CalibrationModule.from_checkpoint\(path, YourModule\)"):
         CalibrationModule.load_from_checkpoint("x.ckpt")

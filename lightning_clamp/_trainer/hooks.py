@@ -112,23 +112,27 @@ class ClampHooks:
         if not self._spec.views:
             return logits
         (args, kwargs), self._call = self._call, ((), {})
+        images = first_argument(args, kwargs, self._first)
 
         def again(view: Tensor) -> Tensor:
-            args_again, kwargs_again = map_first_argument(*_copied(args, kwargs), self._first, lambda _: view)
+            others = _copied(args, kwargs, but=images)
+            args_again, kwargs_again = map_first_argument(*others, self._first, lambda _: view)
             return logits_of(self.module(*args_again, **kwargs_again))
 
         self._in_view = True
         try:
-            return self._spec.mean_over_views(logits, first_argument(args, kwargs, self._first), again)
+            return self._spec.mean_over_views(logits, images, again)
         finally:
             self._in_view = False
 
 
-def _copied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Copies of a call's tensors: a module may change them in place, and a view is made of them as they were."""
+def _copied(
+    args: tuple[Any, ...], kwargs: dict[str, Any], but: Tensor | None = None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Copies of a call's tensors, but one: a module may change them in place, and a view is made of what they were."""
 
     def copied(value: Any) -> Any:
-        return value.clone() if isinstance(value, Tensor) else value
+        return value.clone() if isinstance(value, Tensor) and value is not but else value
 
     return tuple(map(copied, args)), {name: copied(value) for name, value in kwargs.items()}
 

@@ -38,11 +38,14 @@ STEADY = {
     "half precision": lambda z: z.bfloat16(),
     "a mask": Masking(),
 }
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Attribute 'change' removed from hparams", "ignore:Attribute 'change' is"
-)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Attribute 'change' removed from hparams"),
+    pytest.mark.filterwarnings("ignore:Attribute 'change' is an instance of"),
+]
 
 
+@pytest.mark.filterwarnings("ignore:The outputs say next to nothing of the labels")
+@pytest.mark.filterwarnings("ignore:The network was left as it is")
 @pytest.mark.parametrize("case", UNSTEADY)
 def test_a_network_that_changes_from_call_to_call_is_told(tmp_path, case):
     callback = NeuralClamping(HELD_OUT, method="temperature")

@@ -70,6 +70,22 @@ def test_steps_that_leave_it_as_it_is_are_not_complained_of(tmp_path, case):
     run.predict(model, UNSEEN)
 
 
+def test_a_module_that_is_taken_in_the_first_batch_has_no_hook_of_it(tmp_path):
+    class Taking(Preparing):
+        def predict_step(self, batch, batch_idx):
+            taken.append(callback.calibrated_module())
+            return self(batch[0])
+
+    taken, callback, model = [], NeuralClamping(HELD_OUT, method="temperature"), Taking(lambda x: x)
+    run = trainer(tmp_path, callback)
+    run.fit(model, train_loader())
+    logits = torch.cat(run.predict(model, UNSEEN))
+    for module in taken:
+        assert not module.network._forward_pre_hooks
+        assert torch.equal(module(UNSEEN.dataset.tensors[0]), logits)
+    assert not model._forward_pre_hooks
+
+
 def test_one_call_of_several_with_the_input_will_do(tmp_path):
     class Averaging(Preparing):
         def predict_step(self, batch, batch_idx):
