@@ -68,7 +68,8 @@ def test_gradient_and_curvature_are_those_of_automatic_differentiation(dense, si
 
     def scaled(parameters):
         logits = network(x + grid.image(parameters[:p])).movedim(1, -1)
-        return space.apply(logits, parameters[p:]).movedim(-1, 1)
+        rows = space.apply(logits.reshape(-1, logits.shape[-1]), parameters[p:])
+        return rows.reshape(logits.shape).movedim(-1, 1)
 
     def losses(parameters):
         return F.cross_entropy(scaled(parameters), y, reduction="none").reshape(n, -1).sum(1)
