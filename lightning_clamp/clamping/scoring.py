@@ -25,7 +25,7 @@ from lightning_clamp.clamping.summary import DatasetSummary
 
 # A step that promises less than this share of what the coefficients are charged is lost in the fit's own error; and a
 # gradient, three times as dear, has to bring more.
-_WORTHWHILE, _WORTH_A_GRADIENT = 0.05, 0.1
+_WORTHWHILE, _WORTH_A_GRADIENT = 0.05, 0.25
 
 
 class GridFit(NamedTuple):
