@@ -118,7 +118,7 @@ def test_a_symmetric_network_is_calibrated_alike_with_and_without():
     assert with_views.passes == without.passes
 
 
-def problem(n: int = 600) -> tuple[nn.Module, Tensor, Tensor]:
+def problem(n: int = 1000) -> tuple[nn.Module, Tensor, Tensor]:
     """Labels that a shifted image and its mirror image tell together, and a network that is twice too sure."""
     x, network = images(n), SmallNet(2.0)
     truth = (network(x + SHIFT) + network((x + SHIFT).flip(-1))) / 4
@@ -195,7 +195,7 @@ def test_the_perturbation_may_enter_at_a_submodule(method):
 
 def test_the_gradient_of_a_perturbation_is_that_of_all_views():
     """A step along it lowers the loss as it promises: else no grid would be worth its cost."""
-    network, x, y = problem(1000)
+    network, x, y = problem()
     result = fit_clamp(network, batches(x, y), views=("hflip",), **QUICK)
     (grid,) = [one for one in result.candidates if one.grid == 1]
     assert grid.achieved_gain == pytest.approx(grid.predicted_gain, rel=0.3)

@@ -64,7 +64,8 @@ class Candidate:
         n_parameters: Free parameters, the temperature included.
         shrinkage: Strength of the ridge that shrinks the output map towards the temperature; None without such a map.
         effective_parameters: What the parameters are charged for. Class outputs: their number, less what the ridge
-            takes off; dense outputs and labels: Takeuchi's trace, which counts images rather than pixels.
+            takes off; dense outputs and labels: Takeuchi's trace, which counts images rather than pixels. A grid is
+            charged for three more, for having been chosen among several.
         lm_statistic: Score (Lagrange multiplier) test of the grid's coefficients, the best output map without a grid
             profiled out. None without a grid.
         p_value: Its tail probability under chi-squared with as many degrees of freedom as coefficients.

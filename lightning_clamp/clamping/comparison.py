@@ -12,7 +12,7 @@ from lightning_clamp.clamping.moments import LogitMoments, logit_moments
 from lightning_clamp.clamping.options import ClampOptions
 from lightning_clamp.clamping.output_map import OUTPUT_MAPS, MapSpace, OutputMap, map_space
 from lightning_clamp.clamping.passes import RowSource
-from lightning_clamp.clamping.shrinkage import MapFit, temperature_map, with_share
+from lightning_clamp.clamping.shrinkage import HEAD_START, MapFit, temperature_map, with_share
 from lightning_clamp.clamping.summary import DatasetSummary
 from lightning_clamp.clamping.temperature import TemperatureFit
 
@@ -38,6 +38,14 @@ class Comparison(NamedTuple):
     base: MapFit
     alone: list[MapFit]
     spaces: dict[OutputMap, MapSpace | Refusal]
+
+    @property
+    def charge(self) -> float:
+        """What a perturbation costs beyond its coefficients, in effective parameters.
+
+        The best of several grids and steps looks good by chance: those chosen promised some nats more than they kept.
+        """
+        return HEAD_START * self.base.effective_parameters
 
     def best_of(self, candidates: Sequence[Candidate]) -> Candidate:
         """The lowest criterion on one grid; of maps nearly as good the simplest, which comes first."""

@@ -162,6 +162,8 @@ def _fitted(
     """A candidate with all its figures; the losses of rows are those with the grid's own map, and with this one."""
     summary, base, kind = comparison.summary, comparison.base, map_fit.space.kind
     effective = fit.effective_coefficients(dense=summary.dense) + map_fit.effective_parameters
+    if fit.size:
+        effective += comparison.charge
     error = fit.standard_error + (0.0 if losses is before else standard_error(fit.logits, losses, before))
     gain = base.nll - map_fit.nll
     expected = estimate(gain, effective - base.effective_parameters, summary.n_rows, error)

@@ -61,12 +61,13 @@ def choose_clamp(
         grids = []
     firsts = first_pass(data, summary, start, grids)
     for grid, first in sorted(zip(grids, firsts, strict=True), key=lambda pair: pair[1].predicted.criterion):
-        to_beat = chosen.rank - alone.rank
-        if first.predicted.criterion >= to_beat:
+        ahead = chosen.rank - alone.rank
+        # The first pass often promises too little: what a perturbation is charged on top is for what was fitted.
+        if first.predicted.criterion >= ahead:
             refusal = Refusal("costs more than it promises", "the first pass promises less than it costs")
             candidates.append(unfitted(first, map_fit.space.kind, comparison, refusal))
             continue
-        fit = fit_grid(data, summary, grid, first, options.max_passes, to_beat)
+        fit = fit_grid(data, summary, grid, first, options.max_passes, ahead - comparison.charge / summary.n_rows)
         if fit.perturbation is None:
             refusal = Refusal("no step helps", "no step was taken, or none lowered the loss")
             candidates.append(unfitted(fit, map_fit.space.kind, comparison, refusal))

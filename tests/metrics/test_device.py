@@ -104,7 +104,9 @@ def test_float_targets_are_looked_at_with_the_rest(task, validate):
     options = {"average": "micro"} if task == "multilabel" else {}
     for metric_class in (BrierScore, BootstrapSums):
         metric = metric_class(task=task, validate_args=validate, **options).to("meta")
-        assert len(waits(metric, torch.empty(9, 2, device="meta"), torch.empty(9, 2, device="meta"))) == validate
+        for _ in range(2):  # the tables that are kept are made in the first
+            found = waits(metric, torch.empty(9, 2, device="meta"), torch.empty(9, 2, device="meta"))
+        assert len(found) == validate
 
 
 # Of an update without checks and with them; one of torchmetrics' MulticlassCalibrationError takes 9.
