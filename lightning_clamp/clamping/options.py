@@ -37,7 +37,7 @@ class ClampOptions:
     grids: Sequence[int] = (1, 2, 4, 8)
     output_maps: Sequence[OutputMap] = ("temperature", "vector", "matrix")
     uniform_share: bool = True
-    max_passes: int = 8
+    max_passes: int = 6
 
     def __post_init__(self) -> None:
         if not _is_sequence(self.grids, lambda size: isinstance(size, int) and size >= 1):

@@ -297,7 +297,7 @@ def test_different_networks_are_refused_on_all_ranks(failures, kind):
 def test_different_settings_are_refused_on_all_ranks(failures):
     for theirs in failures:
         assert theirs["settings"] == (
-            "ValueError", "`max_passes` is 8 on rank 0 and 3 on rank 1: pass the same on all.", True
+            "ValueError", "`max_passes` is 6 on rank 0 and 3 on rank 1: pass the same on all.", True
         )  # fmt: skip
 
 
