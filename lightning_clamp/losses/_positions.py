@@ -110,10 +110,7 @@ class Positions(NamedTuple):
             target = self.target if self.keep is None else self.target * self.keep.unsqueeze(1)
             return probs.sum([0, *pixels]) - target.sum([0, *pixels])
         ones = self.kept(probs.new_full((), -1.0).expand(self.target.shape))
-        if not pixels:
-            return probs.sum(0).index_add(0, self.target, ones)
-        # Each item apart: on a GPU, those that add to one number wait for one another.
-        return probs.sum(pixels).scatter_add(1, self.target.flatten(1), ones.flatten(1)).sum(0)
+        return probs.sum([0, *pixels]).index_add(0, self.target.flatten(), ones.flatten())
 
     def kept(self, values: Tensor) -> Tensor:
         """``values``, one for each position, with 0 where a position is ignored."""
